@@ -1,0 +1,1 @@
+"""Triton kernels. Importing this package imports no Triton: each module does when it is used."""

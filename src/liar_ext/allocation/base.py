@@ -1,0 +1,94 @@
+"""Allocation: a budget into a number of kept units for each Site, on each Site's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an allocation knows of one Site.
+
+    Attributes:
+        kind: `ffn` or `heads`; units: how many there are; cost: parameters of one unit.
+        scores: (columns,) or (units,) float64, or None when the allocation does not ask.
+    """
+
+    kind: str
+    units: int
+    cost: int
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Attributes:
+    name: as users write it.
+    wanted: (budgets, sparsity) -> kept units of each Site, real numbers.
+    needs_scores: the scores of all Sites must be known first: one more forward pass.
+    equal: Sites of one kind and size must get the same width.
+    """
+
+    name: str
+    wanted: Callable[[Sequence[Budget], float], list[float]]
+    needs_scores: bool
+    equal: bool
+
+    def widths(self, budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> list[int]:
+        """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
+        parameters removed as close to the budget as the grid allows.
+
+        Rounding each Site alone drifts from the budget (4 KV groups cannot lose 30 %), so after
+        rounding the cheapest distortions are taken, one grid step at a time, while they bring the
+        total closer.
+        """
+        wanted = self.wanted(budgets, sparsity)
+        groups: dict[object, list[int]] = {}
+        for index, budget in enumerate(budgets):
+            key = (budget.kind, budget.units, budget.cost) if self.equal else index
+            groups.setdefault(key, []).append(index)
+        members = list(groups.values())
+        grids = [_grid(budgets[m[0]], round_to) for m in members]
+        aims = [sum(wanted[i] for i in m) / len(m) for m in members]
+        costs = [sum(budgets[i].cost for i in m) for m in members]
+        target = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+        chosen = [_nearest(grid, aim) for grid, aim in zip(grids, aims, strict=True)]
+        kept = sum(grid[c] * cost for grid, c, cost in zip(grids, chosen, costs, strict=True))
+        while True:
+            best: tuple[float, float, int, int] | None = None
+            for group, grid in enumerate(grids):
+                for step in (-1, 1):
+                    position = chosen[group] + step
+                    if not 0 <= position < len(grid):
+                        continue
+                    change = (grid[position] - grid[chosen[group]]) * costs[group]
+                    error = abs(kept + change - target)
+                    distortion = abs(grid[position] - aims[group]) / grid[-1]
+                    if error < abs(kept - target):
+                        best = min(best or (error, distortion, group, step),
+                                   (error, distortion, group, step))
+            if best is None:
+                break
+            _, _, group, step = best
+            kept += (grids[group][chosen[group] + step] - grids[group][chosen[group]]) * costs[group]
+            chosen[group] += step
+        widths = [0] * len(budgets)
+        for group, indices in enumerate(members):
+            for index in indices:
+                widths[index] = grids[group][chosen[group]]
+        return widths
+
+
+def _grid(budget: Budget, round_to: int) -> list[int]:
+    step = round_to if budget.kind == "ffn" else 1
+    grid = list(range(step, budget.units + 1, step))
+    if not grid or grid[-1] != budget.units:
+        grid.append(budget.units)  # the dense width is always allowed
+    return grid
+
+
+def _nearest(grid: list[int], aim: float) -> int:
+    return min(range(len(grid)), key=lambda i: (abs(grid[i] - aim), i))

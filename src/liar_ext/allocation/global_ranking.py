@@ -1,0 +1,44 @@
+"""global: one ranking of all units by standardised score and cost (FLAP's AL-AM, 2312.11983).
+
+Scores are standardised per Site, `z = (score − mean)/std`, over the columns where the criterion
+scores columns, and a unit gets the mean of its columns' z. All units are sorted, the best are kept
+until the parameters kept reach the budget. Unlike the published code, every Site keeps at least
+one unit, and the cost of a unit is its parameters, which covers grouped-query attention.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liar_ext.allocation.base import Allocation, Budget
+
+
+def standardised(budget: Budget) -> Tensor:
+    """z-scores of a Site's units, (units,) float64; zeros where all scores are equal."""
+    assert budget.scores is not None, "the driver supplies scores when needs_scores is set"
+    scores = budget.scores.double().cpu()
+    spread = scores.std() if scores.numel() > 1 else scores.new_zeros(())
+    z = (scores - scores.mean()) / spread if float(spread) > 0 else torch.zeros_like(scores)
+    return z.reshape(budget.units, -1).mean(1)
+
+
+def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
+    ranked = [standardised(budget) for budget in budgets]
+    scores = torch.cat(ranked)
+    owner = torch.cat([torch.full((len(z),), i) for i, z in enumerate(ranked)])
+    cost = torch.cat([
+        torch.full((len(z),), float(b.cost), dtype=torch.float64)
+        for z, b in zip(ranked, budgets, strict=True)
+    ])
+    # the best unit of each Site goes first: no Site is emptied
+    for site, z in enumerate(ranked):
+        scores[(owner == site).nonzero()[int(z.argmax())]] = float("inf")
+    order = scores.argsort(descending=True, stable=True)
+    budget_kept = float(cost.sum()) * (1 - sparsity)
+    spent = cost[order].cumsum(0)
+    count = max(int((spent - budget_kept).abs().argmin()) + 1, len(budgets))
+    return torch.bincount(owner[order[:count]], minlength=len(budgets)).double().tolist()
+
+
+GLOBAL = Allocation("global", wanted, needs_scores=True, equal=False)

@@ -1,0 +1,33 @@
+"""Benchmarks behind `liar bench NAME`: one module each.
+
+A module has `add_arguments(parser)` and `execute(arguments) -> dict`, which also prints. It checks
+correctness before speed, measures its baseline in the same run, and reports medians with spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A module that is imported when it is used, and the line that `--help` prints about it."""
+
+    module: str
+    help: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        importlib.import_module(self.module).add_arguments(parser)
+
+    def execute(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        result: dict[str, Any] = importlib.import_module(self.module).execute(arguments)
+        return result
+
+
+BENCHMARKS = {
+    "gram": Benchmark("liar_ext.bench.gram", "Gram accumulation beside x.T @ x"),
+    "prune": Benchmark("liar_ext.bench.prune", "a whole compression beside one plain forward"),
+}

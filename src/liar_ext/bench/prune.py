@@ -1,0 +1,96 @@
+"""Compression time against one plain forward over the same tokens, in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.batches import Batch
+from liar_ext.checkpoint.load import load, resolve
+from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.engine.api import compute_dtype, load_calibration, prune, resolve_device
+from liar_ext.environment import environment
+from liar_ext.errors import InputError
+from liar_ext.models import adapter_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder or hub id")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default 5")
+    add_recipe_options(parser)
+
+
+def execute(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print.
+
+    The forward is that of the headless model (compression needs no head either), on the same
+    batches, dtype and device, alternating with compressions of fresh copies in memory.
+    """
+    if arguments.repeats < 1:
+        raise InputError(f"--repeats {arguments.repeats}: must be at least 1")
+    recipe = recipe_of(arguments)
+    folder = resolve(arguments.source)
+    device = resolve_device(recipe.device)
+    model = load(folder, dtype=compute_dtype(recipe.dtype, device), device=device)
+    batches = load_calibration(folder, model, recipe).batches
+    _forward(model, batches, device)
+    forward, compression, phases = [], [], []
+    for _ in range(arguments.repeats):
+        forward.append(_timed(lambda: _forward(model, batches, device), device))
+        fresh = copy.deepcopy(model)
+        reports = []
+        compression.append(
+            _timed(lambda m=fresh, r=reports: r.append(prune(m, batches, recipe)), device)
+        )
+        phases.append(reports[0].seconds)
+    ratios = [c / f for c, f in zip(compression, forward, strict=True)]
+    tokens = sum(batch.tokens for batch in batches)
+    result = {
+        "benchmark": "prune",
+        "source": Path(arguments.source).name,
+        "tokens": tokens,
+        "repeats": arguments.repeats,
+        "forward_seconds": _spread(forward),
+        "compression_seconds": _spread(compression),
+        "ratio": _spread(ratios),
+        "phases": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
+        "recipe": recipe.to_json(),
+        "environment": environment(device),
+    }
+    print(
+        f"{tokens} tokens: forward {result['forward_seconds']['median']:.2f} s, compression "
+        f"{result['compression_seconds']['median']:.2f} s, ratio {result['ratio']['median']:.2f} "
+        f"({result['ratio']['min']:.2f} to {result['ratio']['max']:.2f})"
+    )
+    print("  " + ", ".join(f"{k} {v:.2f} s" for k, v in result["phases"].items()))
+    return result
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, batches: tuple[Batch, ...], device: torch.device) -> None:
+    adapter = adapter_for(model.config)
+    backbone = adapter.backbone(model)[1]
+    options = {"use_cache": False} if adapter.decoder else {}
+    for batch in batches:
+        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

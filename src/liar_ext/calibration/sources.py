@@ -1,0 +1,388 @@
+"""Where calibration and evaluation text comes from: one `read(spec)` for files and data sets.
+
+Local files come first and need no network: a spec that looks like a path is never taken for the
+name of a data set on the hub, because a mistyped path that starts a download (or fails with a
+connection error) is the most common complaint about calibration options.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liar_ext.errors import InputError
+
+Kind = Literal["text", "jsonl", "csv", "tokens", "dataset"]
+
+READABLE = (".txt", ".jsonl", ".csv", ".npy", ".safetensors")
+# refused, but a spec that ends so is meant as a path
+_UNREADABLE = (".json", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".pt", ".bin", ".pkl")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenIds:
+    """Token ids that need no tokenizer.
+
+    Attributes:
+        input_ids: (n,) int64 for one stream, or (windows, t) int64.
+        attention_mask: (windows, t) bool, True for valid tokens; None when every token is valid.
+    Raises:
+        InputError: not 1-D or 2-D, empty, a negative id, or a mask of another shape or without
+            any valid token in some window.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ids, mask = self.input_ids, self.attention_mask
+        if ids.dim() not in (1, 2) or ids.numel() == 0:
+            raise InputError(
+                f"token ids have shape {tuple(ids.shape)}; "
+                "give a non-empty 1-D stream or 2-D array of windows"
+            )
+        if int(ids.min()) < 0:
+            raise InputError(f"token id {int(ids.min())} is negative; token ids start at 0")
+        if mask is None:
+            return
+        if ids.dim() != 2 or mask.shape != ids.shape:
+            raise InputError(
+                f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; "
+                "a mask needs 2-D windows of its own shape"
+            )
+        empty = (~mask.any(1)).nonzero().flatten()
+        if empty.numel():
+            raise InputError(f"window {int(empty[0])} has no valid token; remove it from the file")
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Text, or token ids, as read from one source.
+
+    Attributes:
+        name: the spec as the user gave it.
+        kind: which reader made it.
+        sha256: hex digest of the file's bytes; for a data set, of the documents that were read.
+        documents: the texts, in order, without the blank ones; empty for token ids.
+        tokens: the token ids, or None for text.
+        complete: False when only the beginning of a data set was read.
+    """
+
+    name: str
+    kind: Kind
+    sha256: str
+    documents: tuple[str, ...] = ()
+    tokens: TokenIds | None = None
+    complete: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) != bool(self.documents):
+            raise InputError(f"{self.name}: no text found; give a source with text or token ids")
+
+    def sentences(self) -> tuple[str, ...]:
+        """The documents as an encoder's samples: a `.txt` gives one for each non-blank line."""
+        if self.kind != "text":
+            return self.documents
+        return tuple(
+            line.strip() for text in self.documents for line in text.split("\n") if line.strip()
+        )
+
+
+def read(spec: str, *, max_characters: int = 50_000_000) -> Corpus:
+    """Read a corpus.
+
+    Args:
+        spec: one of
+            `FILE.txt` (one document);
+            `FILE.jsonl` (per line: field `text`, else `sentence1` and `sentence2`, else the only
+            string field);
+            `FILE.csv` (STS-B layout: sentence1,sentence2,score; RFC 4180, no header; each value of
+            a column that is not numeric is a document);
+            `FILE.npy` (1-D stream or 2-D windows of integers);
+            `FILE.safetensors` (`input_ids` and optionally `attention_mask`; others are ignored);
+            `NAME[:CONFIG][:SPLIT][:FIELD]`, a data set for the package `datasets`: a hub name or a
+            local folder. An empty part keeps its default: split `train`, field as for `.jsonl`.
+        max_characters: a data set is streamed until this many characters are read, so that a large
+            one is never downloaded whole; `Corpus.complete` tells. Files are always read whole.
+    Raises:
+        InputError: the source is missing, malformed or without text.
+    """
+    if not spec:
+        raise InputError(f"the source is empty; give {_either()}, or a data set")
+    whole = Path(spec).expanduser()
+    if whole.is_file():
+        return _read_file(spec, whole)
+    name, *parts = [spec] if whole.is_dir() else spec.split(":")
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise InputError(f"{spec}: a file takes no ':' parts; give {name}")
+    if not path.exists() and (_looks_like_path(name) or _looks_like_path(spec)):
+        raise InputError(f"{spec}: no such file or folder; check the path")
+    if not name or len(parts) > 3:
+        raise InputError(f"{spec!r} is not a source; give a file or NAME[:CONFIG][:SPLIT][:FIELD]")
+    config, split, field = [*parts, "", "", ""][:3]
+    local = path if path.is_dir() else None
+    records = _dataset_records(spec, name, local, config, split or "train")
+    return _read_dataset(spec, records, field, max_characters)
+
+
+def csv_rows(path: str | Path) -> list[tuple[int, list[str]]]:
+    """The rows of a headerless RFC 4180 file as (number of the row's last line, values).
+
+    Raises:
+        InputError: unreadable, badly quoted, or with rows of different lengths.
+    """
+    path = Path(path).expanduser()
+    return _csv_rows(str(path), _decode(str(path), _bytes(str(path), path)))
+
+
+def _looks_like_path(spec: str) -> bool:
+    # a hub id is NAME or OWNER/NAME: it starts with none of these
+    return spec.startswith((".", "/", "~")) or spec.lower().endswith((*READABLE, *_UNREADABLE))
+
+
+def _read_file(spec: str, path: Path) -> Corpus:
+    suffix = path.suffix.lower()
+    if suffix not in READABLE:
+        raise InputError(f"{spec}: cannot read a {suffix or 'suffixless'} file; give {_either()}")
+    raw = _bytes(spec, path)
+    digest = hashlib.sha256(raw).hexdigest()
+    if not raw:
+        raise InputError(f"{spec}: the file is empty; give one with text or token ids")
+    if suffix in (".npy", ".safetensors"):
+        tokens = _npy(spec, raw) if suffix == ".npy" else _safetensors(spec, raw)
+        return Corpus(spec, "tokens", digest, tokens=tokens)
+    text = _decode(spec, raw)
+    if suffix == ".txt":
+        return Corpus(spec, "text", digest, _present([text]))
+    if suffix == ".jsonl":
+        return Corpus(spec, "jsonl", digest, _present(_jsonl_texts(spec, text)))
+    return Corpus(spec, "csv", digest, _present(_csv_texts(spec, text)))
+
+
+def _either() -> str:
+    return ", ".join(READABLE[:-1]) + f" or {READABLE[-1]}"
+
+
+def _bytes(spec: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"{spec}: cannot be read ({reason}); check the path") from error
+
+
+def _decode(spec: str, raw: bytes) -> str:
+    try:
+        # a byte order mark is not text
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{spec}: line {line}: byte 0x{raw[error.start]:02x} is not valid UTF-8; "
+            "convert the file to UTF-8"
+        ) from error
+
+
+def _present(texts: list[str]) -> tuple[str, ...]:
+    return tuple(text for text in texts if text.strip())
+
+
+def _record_texts(where: str, record: Any, field: str = "") -> list[str]:
+    """The texts of one record: `field`, else `text`, else a sentence pair, else the only string."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected an object with a field 'text', got {record!r:.40}")
+    strings = [key for key, value in record.items() if isinstance(value, str)]
+    if field:
+        names = [field]
+    elif "text" in record:
+        names = ["text"]
+    elif "sentence1" in record and "sentence2" in record:
+        names = ["sentence1", "sentence2"]
+    else:
+        names = strings
+    found = f"found {', '.join(map(str, record)) or 'none'}"
+    if not names or (names is strings and len(strings) > 1):
+        raise InputError(f"{where}: no field 'text' and not exactly one string field ({found})")
+    for name in names:
+        if name not in strings:
+            state = "is not a string" if name in record else f"is missing ({found})"
+            raise InputError(f"{where}: field {name!r} {state}; every record needs it as a string")
+        try:
+            record[name].encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{where}: field {name!r} has an unpaired surrogate; remove it"
+            ) from None
+    return [record[name] for name in names]
+
+
+def _jsonl_texts(spec: str, text: str) -> list[str]:
+    texts = []
+    # split at "\n" alone: str.splitlines also cuts at U+2028, which JSON strings may contain
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{spec}: line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", type(error).__name__)
+            raise InputError(
+                f"{where}: not valid JSON ({reason}); give one object a line"
+            ) from error
+        texts += _record_texts(where, record)
+    return texts
+
+
+def _csv_rows(spec: str, text: str) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if rows and len(row) != len(rows[0][1]):
+                raise InputError(
+                    f"{spec}: line {reader.line_num}: {len(row)} columns where the first row has "
+                    f"{len(rows[0][1])}; quote values that contain commas"
+                )
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(
+            f"{spec}: line {reader.line_num}: not valid CSV ({error}); quote values as in RFC 4180"
+        ) from error
+    if not rows:
+        raise InputError(f"{spec}: no rows; give lines of sentence1,sentence2,score")
+    return rows
+
+
+def _csv_texts(spec: str, text: str) -> list[str]:
+    rows = _csv_rows(spec, text)
+    columns = []
+    for index in range(len(rows[0][1])):
+        numeric = [is_number(row[index]) for _, row in rows]
+        if len(rows) > 1 and not numeric[0] and all(numeric[1:]):
+            raise InputError(
+                f"{spec}: line 1 looks like a header ({rows[0][1][index]!r} above numbers); "
+                "remove it"
+            )
+        if not all(numeric):
+            columns.append(index)
+    if not columns:
+        raise InputError(f"{spec}: every column is numeric; give a file with text")
+    return [row[index] for _, row in rows for index in columns]
+
+
+def is_number(value: str) -> bool:
+    """True when `value` parses as a float."""
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _npy(spec: str, raw: bytes) -> TokenIds:
+    try:
+        # never unpickle: a calibration file must not be able to run code
+        array = np.load(io.BytesIO(raw), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(
+            f"{spec}: not a .npy file of integers ({_one_line(error)}); save it with numpy.save"
+        ) from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        kind = getattr(array, "dtype", "an archive")
+        raise InputError(f"{spec}: holds {kind}, not integers; save token ids as int32 or int64")
+    # uint64 above 2**63 turns negative here and is refused as such
+    return _token_ids(spec, torch.from_numpy(array.astype(np.int64)), None)
+
+
+def _safetensors(spec: str, raw: bytes) -> TokenIds:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{spec}: not a safetensors file ({_one_line(error)})") from error
+    if "input_ids" not in tensors:
+        found = ", ".join(sorted(tensors)) or "nothing"
+        raise InputError(f"{spec}: has no tensor 'input_ids' (found {found}); add it")
+    mask = tensors.get("attention_mask")
+    for name in ("input_ids", "attention_mask"):
+        tensor = tensors.get(name)
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            raise InputError(f"{spec}: {name} is {tensor.dtype}; save it as integers")
+    return _token_ids(spec, tensors["input_ids"].long(), None if mask is None else mask.bool())
+
+
+def _token_ids(spec: str, ids: Tensor, mask: Tensor | None) -> TokenIds:
+    try:
+        return TokenIds(ids, mask)
+    except InputError as error:
+        raise InputError(f"{spec}: {error}") from None
+
+
+def _dataset_records(
+    spec: str, name: str, local: Path | None, config: str, split: str
+) -> Iterator[Any]:
+    """Stream the records of a data set: `load_from_disk` folders, data folders and hub names."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{spec}: reading a data set needs the package 'datasets'; "
+            f"install it (pip install datasets) or give a {_either()} file"
+        ) from error
+    try:
+        if local is not None and _saved_to_disk(local):
+            saved = datasets.load_from_disk(str(local))
+            if isinstance(saved, datasets.DatasetDict):
+                if split not in saved:
+                    raise ValueError(f"no split {split!r}, available: {', '.join(saved)}")
+                saved = saved[split]
+            yield from saved
+            return
+        source = name if local is None else str(local)
+        yield from datasets.load_dataset(source, config or None, split=split, streaming=True)
+    except Exception as error:
+        # the package raises many types for a missing, unreachable or malformed data set
+        what = "a folder that cannot be read as" if local else "neither an existing path nor"
+        raise InputError(
+            f"{spec}: {what} a data set ({_one_line(error)}); check the name or give a file"
+        ) from error
+
+
+def _saved_to_disk(folder: Path) -> bool:
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _read_dataset(spec: str, records: Iterator[Any], field: str, max_characters: int) -> Corpus:
+    documents: list[str] = []
+    digest = hashlib.sha256()
+    characters, complete = 0, True
+    for number, record in enumerate(records, 1):
+        if characters >= max_characters:
+            complete = False
+            break
+        for text in _present(_record_texts(f"{spec}: record {number}", record, field)):
+            documents.append(text)
+            characters += len(text)
+            # the separator keeps ("ab", "c") and ("a", "bc") apart
+            digest.update(text.encode() + b"\0")
+    return Corpus(spec, "dataset", digest.hexdigest(), tuple(documents), complete=complete)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,84 @@
+"""`liar_ext.load`: every folder this package writes, and every dense one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from liar_ext.checkpoint.reader import CheckpointReader, tied_names
+from liar_ext.errors import InputError
+from liar_ext.models import layout
+
+
+def resolve(source: str | Path) -> Path:
+    """A local folder, or the local copy of a hub repository (downloaded where there is network).
+
+    Raises:
+        InputError: no such folder or repository, or it cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    name = str(source)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{source}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{source}: neither a folder nor a hub repository that can be reached ({reason})"
+        ) from error
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load a dense or pruned checkpoint as a stock transformers model, in eval mode.
+
+    Folders that stock transformers can load go through it; those with per-layer widths or fewer
+    heads than the family's config can state are built from the `liar_ext` key.
+
+    Args:
+        dtype: of the parameters; None keeps each tensor's own.
+    Raises:
+        InputError: the folder is missing, incomplete, or of another release.
+    """
+    folder = resolve(source)
+    reader = CheckpointReader(folder)
+    pruned = layout.KEY in reader.config
+    model = (
+        layout.build(reader.config)
+        if pruned
+        else layout.empty_model(layout.config_object(reader.config))
+    )
+    reader.bind(model)
+    for name, parameter in list(model.named_parameters()):
+        if name in reader:
+            tensor = reader.get(name)
+            _assign(model, name, tensor.to(device, dtype or tensor.dtype), parameter.requires_grad)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        value = reader.get(name) if name in reader else buffer
+        model.get_submodule(owner)._buffers[leaf] = value.to(device)
+    if tied_names(model):
+        model.tie_weights()
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = os.fspath(folder)
+    return model.eval()
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor, trainable: bool) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trainable))

@@ -1,0 +1,87 @@
+"""CheckpointStore: a layer's weights are in memory only while the driver works on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.checkpoint.writer import CheckpointWriter, storage_dtype
+from liar_ext.models import adapter_for
+
+
+class CheckpointStore:
+    """LayerStore over safetensors files.
+
+    Attributes:
+        model: the module tree, on `meta` but for what is open.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reader: CheckpointReader,
+        writer: CheckpointWriter | None,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype | None,
+        dtype: str,
+    ) -> None:
+        self.model = model
+        self._reader = reader
+        self._writer = writer
+        self._device = device
+        self._compute_dtype = compute_dtype
+        self._dtype = dtype
+        self._stored: dict[str, torch.dtype] = {}
+        adapter = adapter_for(model.config)
+        self._layers_path, self._layers = adapter.layer_list(model)
+        self._backbone_path, self._backbone = adapter.backbone(model)
+
+    def open_outside(self) -> None:
+        for name, _ in list(self._backbone.named_parameters()):
+            full = f"{self._backbone_path}.{name}".lstrip(".")
+            if not full.startswith(f"{self._layers_path}."):
+                self._load(self._backbone, name, full)
+        for name, buffer in self.model.named_buffers():
+            _set(self.model, name, buffer.to(self._device), parameter=False)
+
+    def open(self, index: int) -> None:
+        layer = self._layers[index]
+        for name, _ in list(layer.named_parameters()):
+            self._load(layer, name, f"{self._layers_path}.{index}.{name}")
+
+    def close(self, index: int, *, final: bool) -> None:
+        layer = self._layers[index]
+        for name, parameter in list(layer.named_parameters()):
+            if final and self._writer is not None:
+                full = f"{self._layers_path}.{index}.{name}"
+                stored = self._stored.get(full, next(iter(self._stored.values())))
+                self._writer.add(full, parameter.to(storage_dtype(self._dtype, stored)))
+            _set(layer, name, parameter.detach().to("meta"))
+
+    def finish(self) -> None:
+        """Copy everything outside the layers from file to file."""
+        assert self._writer is not None
+        for name in self.model.state_dict():
+            if not name.startswith(f"{self._layers_path}.") and name in self._reader:
+                tensor = self._reader.get(name)
+                if tensor.is_floating_point():
+                    tensor = tensor.to(storage_dtype(self._dtype, tensor.dtype))
+                self._writer.add(name, tensor)
+        self._writer.finish()
+
+    def _load(self, module: nn.Module, name: str, full: str) -> None:
+        tensor = self._reader.get(full)
+        self._stored[full] = tensor.dtype
+        _set(module, name, tensor.to(self._device, self._compute_dtype or tensor.dtype))
+
+
+def _set(module: nn.Module, name: str, value: Tensor, *, parameter: bool = True) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if parameter:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        owner._buffers[leaf] = value

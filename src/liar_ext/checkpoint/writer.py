@@ -1,0 +1,169 @@
+"""Write a Hugging Face folder: complete under its name, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from liar_ext.checkpoint.reader import INDEX, SINGLE
+from liar_ext.errors import InputError
+
+SHARD_BYTES = 2 * 1024**3
+# weights are rewritten, reports of an earlier compression do not describe this one
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
+REWRITTEN = ("config.json", INDEX, "README.md", "recipe.json", "liar_report.json")
+
+
+@contextmanager
+def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` to write into; renamed to `out` if the block succeeds.
+
+    On any exception, Ctrl-C included, the temporary folder is removed and `out` is as before.
+
+    Raises:
+        InputError: `out` exists (without `overwrite`), overlaps the source, or cannot be made.
+    """
+    out = Path(os.path.abspath(out))
+    check_output(out, source, overwrite=overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    try:
+        try:
+            yield temporary
+            _usual_permissions(temporary)
+        except OSError as error:
+            if error.filename is not None and Path(error.filename).is_relative_to(temporary):
+                raise InputError(f"--out {out}: writing failed ({error.strerror})") from error
+            raise
+        _put_in_place(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Raise InputError if `out` may not be written; touches nothing."""
+    out = Path(os.path.realpath(out))
+    if source is not None:
+        origin = Path(os.path.realpath(source))
+        if out == origin or out.is_relative_to(origin) or origin.is_relative_to(out):
+            raise InputError(f"--out {out}: overlaps the source {origin}; give another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder name")
+    if out.exists() and not overwrite:
+        raise InputError(f"--out {out}: exists; give another folder or --overwrite")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: {parent} is not a folder this user can write to")
+
+
+def _usual_permissions(folder: Path) -> None:
+    """mkdtemp and safetensors make private files; the result gets what plain writing would."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    if not out.exists():
+        temporary.rename(out)
+        return
+    # a folder cannot be replaced in one step: move the old one aside, and back if that fails
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """Collects tensors into shards of at most `shard_bytes` and writes each when it is full.
+
+    Attributes:
+        bytes: tensor bytes taken so far; parameters: elements.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._limit = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._limit:
+            self._flush()
+        # a copy that owns exactly its data: safetensors refuses views of shared storage
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._pending_bytes += size
+        self.bytes += size
+
+    def finish(self) -> None:
+        """Write what is pending, and the index if there is more than one shard."""
+        self._flush()
+        total = len(self._shards)
+        if total == 1:
+            self._path(1, 0).rename(self._folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            final = self._path(number, total)
+            self._path(number, 0).rename(final)
+            weight_map.update(dict.fromkeys(names, final.name))
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
+        write_json(self._folder / INDEX, index)
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._pending))
+        path = self._path(len(self._shards), 0)
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except Exception as error:  # safetensors wraps a full disk in its own error type
+            raise InputError(f"{path}: writing failed ({error}); is the disk full?") from error
+        self._pending, self._pending_bytes = {}, 0
+
+    def _path(self, number: int, total: int) -> Path:
+        return self._folder / f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, licences and the like: all but weights and what is rewritten."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or path.is_dir() or path.suffix in NOT_COPIED or str(relative) in REWRITTEN:
+            continue
+        (target / relative.parent).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / relative)
+
+
+def storage_dtype(name: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype `--dtype` asks for, or the one the checkpoint has."""
+    return stored if name == "auto" else getattr(torch, name)

@@ -1,0 +1,86 @@
+"""The `liar` command: arguments -> Recipe -> calls -> output. Nothing is computed here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from liar_ext._version import __version__
+from liar_ext.cli import bench, demo, env, evaluate, plan, prune, report
+from liar_ext.errors import InputError, LiarError
+
+COMMANDS = (prune, evaluate, plan, bench, demo, report, env)
+USAGE, FAILURE = 2, 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line beginning `error:`, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="liar", description="Shrink transformers without retraining.")
+    parser.add_argument("--version", action="version", version=f"liar-ext {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 2 bad usage, bad input or interrupted, with one line on standard error; 1 anything
+        else.
+    """
+    arguments = build_parser().parse_args(argv)
+    _quiet_libraries()
+    # SIGTERM cleans up as Ctrl-C does: temporary folders are removed on the way out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = arguments.run(arguments)
+    except InputError as error:
+        return _fail(USAGE, str(error))
+    except KeyboardInterrupt:
+        return _fail(USAGE, "interrupted; nothing was written")
+    except LiarError as error:
+        return _fail(FAILURE, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail(FAILURE, "out of memory; lower --batch-size, --samples or --seq-len")
+    if result is not None and getattr(arguments, "json", False):
+        sys.stdout.flush()
+        print(json.dumps(result, allow_nan=False), flush=True)
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and notices would mix with ours; errors still come as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+

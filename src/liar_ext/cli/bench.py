@@ -1,0 +1,32 @@
+"""`liar bench gram|prune`: measure, with a baseline in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from liar_ext.errors import InputError
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="measure kernels and whole compressions")
+    kinds = parser.add_subparsers(title="benchmarks", metavar="NAME", required=True)
+    from liar_ext.bench import BENCHMARKS
+
+    for name, benchmark in BENCHMARKS.items():
+        child = kinds.add_parser(name, help=benchmark.help, description=benchmark.help)
+        benchmark.add_arguments(child)
+        child.add_argument("--json", metavar="FILE", dest="json_file", help="write the result here")
+        child.set_defaults(run=lambda arguments, b=benchmark: run(b, arguments))
+
+
+def run(benchmark: Any, arguments: argparse.Namespace) -> None:
+    file = arguments.json_file
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise InputError(f"--json {file}: {Path(file).parent} is not a folder")
+    result = benchmark.execute(arguments)
+    if file is not None:
+        Path(file).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        print(f"written: {file}")

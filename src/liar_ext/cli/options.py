@@ -1,0 +1,73 @@
+"""The recipe as command-line options, shared by every command that takes one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from liar_ext.errors import InputError
+
+# option -> (type, metavar, help); the option's name is the Recipe field's
+OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "sparsity": (float, "F", "fraction of the targeted parameters to remove"),
+    "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
+    "criterion": (str, "NAME", "what to keep: magnitude, wanda, flap, random"),
+    "allocation": (str, "NAME", "how many where: uniform, global"),
+    "reconstruct": (str, "NAME", "how to repair: none, bias, liar"),
+    "calibration": (str, "TEXT", ".txt, .jsonl, .csv, token file (.npy), or a datasets name"),
+    "samples": (int, "N", "windows (decoders) or sentences (encoders)"),
+    "seq_len": (int, "N", "tokens of each at most"),
+    "batch_size": (int, "N", "sequences at a time"),
+    "ridge": (float, "F", "λ relative to the mean variance of a Site's columns"),
+    "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
+    "target_signal": (str, "NAME", "what the repair aims at: local"),
+    "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
+    "round_to": (int, "N", "FFN widths become multiples of N"),
+    "layers": (str, "A:B", "prune layers A to B-1 only"),
+    "device": (str, "NAME", "auto, cpu, cuda"),
+    "dtype": (str, "NAME", "auto, float32, bfloat16, float16"),
+    "seed": (int, "N", "of calibration sampling and random methods"),
+}
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """All Recipe fields, and `--recipe FILE` to start from a file."""
+    from dataclasses import fields
+
+    from liar_ext.recipe import Recipe
+
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--recipe", metavar="FILE", help="start from a recipe.json; options win")
+    for name, (kind, metavar, text) in OPTIONS.items():
+        default = defaults[name]
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        suffix = "" if default is None else f" (default {shown})"
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text + suffix
+        )
+
+
+def recipe_of(arguments: argparse.Namespace) -> Any:
+    """The Recipe: the file's values, if any, under the options that were given."""
+    from liar_ext.recipe import Recipe
+
+    values: dict[str, Any] = {}
+    if arguments.recipe is not None:
+        values = Recipe.read(arguments.recipe).to_json()
+    for name in OPTIONS:
+        given = getattr(arguments, name)
+        if given is not None:
+            values[name] = _parsed(name, given)
+    return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    if name == "target":
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if name == "layers":
+        start, colon, stop = value.partition(":")
+        if not (colon and start.isdigit() and stop.isdigit()):
+            raise InputError(f"--layers {value}: must be START:STOP, e.g. 4:28")
+        return int(start), int(stop)
+    return value

@@ -1,0 +1,91 @@
+"""What the user sees: progress on standard error, tables on standard output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from liar_ext.report.schema import Report, SiteReport
+
+
+class Watcher:
+    """Shows a compression: a bar with the time left on a terminal, a line per Site anywhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Watcher:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def begin(self, layers: int, label: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(label, total=layers)
+
+    def site(self, report: SiteReport) -> None:
+        self._console.print(
+            f"layer {report.layer:3d} {report.kind:5s} {report.units_before} -> "
+            f"{report.units_after} units, relative residual {report.relative_residual:.4f}"
+        )
+
+    def layer(self, index: int) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task)
+
+    def warn(self, message: str) -> None:
+        self._console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    Console(highlight=False).print(table)
+
+
+def summary(report: Report) -> Table:
+    """The closing table of a compression."""
+    totals = report.totals
+    table = Table(title=f"{report.source}: loads with {report.layout}", title_justify="left")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row(*_ratio("parameters", totals["parameters_before"], totals["parameters_after"]))
+    table.add_row(
+        *_ratio("targeted", totals["site_parameters_before"], totals["site_parameters_after"])
+    )
+    if "bytes_after" in totals:
+        table.add_row(*_ratio("bytes", totals["bytes_before"], totals["bytes_after"]))
+    residuals = [site.relative_residual for site in report.sites]
+    table.add_section()
+    table.add_row("relative residual", "", f"{sum(residuals) / len(residuals):.4f}", "mean")
+    table.add_row("", "", f"{max(residuals):.4f}", "worst")
+    table.add_section()
+    for phase, seconds in report.seconds.items():
+        share = seconds / max(report.seconds["total"], 1e-9)
+        table.add_row(phase, "", f"{seconds:.2f} s", f"{share:.0%}")
+    return table
+
+
+def _ratio(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,}", f"{after:,}", f"{after / before:.3f}"

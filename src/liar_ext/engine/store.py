@@ -1,0 +1,37 @@
+"""LayerStore: where the weights of a layer come from and where they go.
+
+The driver walks one module tree in both cases. In memory the weights are always there; from a
+checkpoint, a layer is on `meta` except between `open` and `close`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+
+class LayerStore(Protocol):
+    """Attributes: `model`, the module tree."""
+
+    model: PreTrainedModel
+
+    def open_outside(self) -> None:
+        """Make everything that runs before the layers available (embeddings)."""
+
+    def open(self, index: int) -> None:
+        """Make layer `index` available."""
+
+    def close(self, index: int, *, final: bool) -> None:
+        """Give layer `index` up; `final` if it is as it shall be written."""
+
+
+class InMemory:
+    """A model whose weights stay where they are."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def open_outside(self) -> None: ...
+    def open(self, index: int) -> None: ...
+    def close(self, index: int, *, final: bool) -> None: ...

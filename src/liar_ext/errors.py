@@ -1,0 +1,25 @@
+"""The exceptions this package raises on purpose.
+
+The command line prints an `InputError` as one line beginning `error:` and exits with 2; any
+other exception exits with 1.
+"""
+
+
+class LiarError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InputError(LiarError):
+    """The user's input cannot be used. The message says what, which value, and what to do."""
+
+
+class UnsupportedModelError(InputError):
+    """The model is one this package refuses; the message names what is supported."""
+
+
+class BackendError(InputError):
+    """A backend was forced that cannot run here; the message says why."""
+
+
+class NumericalError(LiarError):
+    """No ridge on the ladder gave a usable factorisation."""

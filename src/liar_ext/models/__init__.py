@@ -1,0 +1,66 @@
+"""The model families this package prunes, by `config.model_type`.
+
+To add one: a file beside this with an `Adapter`, a line in `ADAPTERS`, and a tiny config in
+`tests/models/families.py`; the round-trip tests run on it by themselves.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from liar_ext.errors import UnsupportedModelError
+from liar_ext.models.adapter import Adapter, text_config
+from liar_ext.models.bert import BERT
+from liar_ext.models.distilbert import DISTILBERT
+from liar_ext.models.gpt2 import GPT2
+from liar_ext.models.llama import LLAMA
+from liar_ext.models.mistral import MISTRAL
+from liar_ext.models.opt import OPT
+from liar_ext.models.qwen2 import QWEN2
+from liar_ext.models.qwen3 import QWEN3
+from liar_ext.models.roberta import ROBERTA
+from liar_ext.models.site import Producer, Site, SiteSpec
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.model_type: adapter
+    for adapter in (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2, BERT, ROBERTA, DISTILBERT)
+}
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def adapter_for(config: PretrainedConfig) -> Adapter:
+    """The Adapter of a config, or of its nested text config.
+
+    Raises:
+        UnsupportedModelError: the model cannot be pruned safely; says why and what can.
+    """
+    text = text_config(config)
+    reason = _refusal(config, text)
+    adapter = ADAPTERS.get(text.model_type)
+    if reason is None and adapter is None:
+        reason = "it is not a family this version knows"
+    if reason is None and adapter is not None:
+        reason = adapter.refuse(text)
+    if reason is not None or adapter is None:
+        supported = ", ".join(sorted(ADAPTERS))
+        raise UnsupportedModelError(
+            f"model type {text.model_type!r} cannot be pruned: {reason}; supported: {supported}"
+        )
+    return adapter
+
+
+def _refusal(config: PretrainedConfig, text: PretrainedConfig) -> str | None:
+    for part in (config, text):
+        if getattr(part, "quantization_config", None):
+            return "its weights are quantised; prune the original first, then quantise"
+        if getattr(part, "is_encoder_decoder", False):
+            return "it is an encoder-decoder"
+    for name in EXPERT_FIELDS:
+        if (getattr(text, name, None) or 0) > 1:
+            return f"it is a mixture of experts ({name}={getattr(text, name)})"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "its layers share key/value states (num_kv_shared_layers)"
+    return None
+
+
+__all__ = ["ADAPTERS", "Adapter", "Producer", "Site", "SiteSpec", "adapter_for", "text_config"]

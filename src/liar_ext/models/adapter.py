@@ -1,0 +1,89 @@
+"""Adapter: what a model family declares so that everything else can work on Sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from liar_ext.errors import InputError
+from liar_ext.models.site import Site, SiteSpec
+
+
+def plain_head_dim(config: PretrainedConfig) -> int:
+    """`head_dim` where the config states it, else hidden size / heads."""
+    stated = getattr(config, "head_dim", None)
+    return stated or config.hidden_size // config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One model family.
+
+    Attributes:
+        model_type: `config.model_type` this adapter serves.
+        layers: path of the layer list inside the backbone (the headless model).
+        sites: the Sites of a layer in the order in which a forward pass reaches them.
+        decoder: True for causal language models (packed calibration), False for encoders.
+        head_dim: config -> width of one head.
+        explicit: config -> fields to state explicitly before widths change, because their
+            default is derived from a width (`head_dim = hidden_size / num_attention_heads`).
+        max_positions: config -> longest sequence the model takes.
+        refuse: config -> reason why this variant cannot be pruned, or None.
+        alias: another model_type with the same modules and weight names, for head counts that
+            this family's own config validation rejects.
+    """
+
+    model_type: str
+    layers: str
+    sites: tuple[SiteSpec, ...]
+    decoder: bool
+    head_dim: Callable[[PretrainedConfig], int] = plain_head_dim
+    max_positions: Callable[[PretrainedConfig], int] = lambda config: config.max_position_embeddings
+    explicit: Callable[[PretrainedConfig], dict[str, Any]] = lambda config: {}
+    refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
+    alias: str | None = None
+
+    def backbone(self, model: PreTrainedModel) -> tuple[str, nn.Module]:
+        """The headless model inside `model` and its path ('' when it is `model` itself)."""
+        for path, module in model.named_modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "model_type", None) != self.model_type:
+                continue
+            if isinstance(module, PreTrainedModel) and _has_submodule(module, self.layers):
+                return path, module
+        raise InputError(f"{type(model).__name__} has no {self.model_type} layers at {self.layers}")
+
+    def layer_list(self, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+        """The layers of `model` and their full path."""
+        path, backbone = self.backbone(model)
+        layers = backbone.get_submodule(self.layers)
+        if not isinstance(layers, nn.ModuleList):
+            raise InputError(f"{path}.{self.layers} is a {type(layers).__name__}, not a ModuleList")
+        return f"{path}.{self.layers}".lstrip("."), layers
+
+    def sites_of(self, model: PreTrainedModel, layer: int, kinds: tuple[str, ...]) -> list[Site]:
+        """The Sites of one layer, restricted to `kinds`, in forward order."""
+        path, layers = self.layer_list(model)
+        head_dim = self.head_dim(text_config(model.config))
+        return [
+            Site(spec, layer, layers[layer], head_dim, f"{path}.{layer}.{spec.consumer}")
+            for spec in self.sites
+            if spec.kind in kinds
+        ]
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config that describes the layers: `config` itself or its nested text config."""
+    return config.get_text_config()
+
+
+def _has_submodule(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,226 @@
+"""Layout: the widths of a pruned model, and how a config or this package's own key states them.
+
+Stock transformers can express equal widths in all layers, where the family's config has a field
+for them. Everything else is written under the key `liar_ext` of `config.json`, with `model_type`
+`liar_ext` so that stock loaders refuse the folder by name instead of loading wrong weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from liar_ext.errors import InputError
+from liar_ext.models import ADAPTERS, adapter_for
+from liar_ext.models.adapter import Adapter, text_config
+
+KEY = "liar_ext"
+VERSION = 1
+# what `describe` may change in the config of the layers
+_WIDTH_NAMES = {"head_dim"} | {
+    name
+    for adapter in ADAPTERS.values()
+    for spec in adapter.sites
+    for name in (*(spec.config_fields or {}), *([spec.bias_flag] if spec.bias_flag else []))
+}
+
+
+def config_object(data: dict[str, Any]) -> PretrainedConfig:
+    """The config class of `data["model_type"]`, filled from it.
+
+    Raises:
+        InputError: the model type is unknown to the installed transformers, or its config class
+            rejects the values.
+    """
+    values = {k: v for k, v in data.items() if k != "model_type"}
+    try:
+        return AutoConfig.for_model(data["model_type"], **values)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"config.json (model_type {data.get('model_type')!r}) is not usable: {reason}"
+        ) from error
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The stock class the checkpoint was saved from (`architectures`), or the family's default."""
+    names = getattr(config, "architectures", None) or []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    adapter = adapter_for(config)
+    auto = transformers.AutoModelForCausalLM if adapter.decoder else transformers.AutoModel
+    return auto._model_mapping[type(config)]
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The stock model with parameters on `meta` and real buffers (rotary tables, position ids)."""
+    with no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+        model = model_class(config)(config)
+    return model.eval()
+
+
+def read(model: PreTrainedModel) -> list[dict[str, int]]:
+    """Units of every Site, layer by layer: `[{"heads": 4, "ffn": 512}, ...]`."""
+    adapter = adapter_for(model.config)
+    count = len(adapter.layer_list(model)[1])
+    kinds = tuple(spec.kind for spec in adapter.sites)
+    return [{s.kind: s.units for s in adapter.sites_of(model, i, kinds)} for i in range(count)]
+
+
+def biased_kinds(model: PreTrainedModel) -> list[str]:
+    """Kinds whose consumers have a bias now."""
+    adapter = adapter_for(model.config)
+    kinds = tuple(spec.kind for spec in adapter.sites)
+    return [site.kind for site in adapter.sites_of(model, 0, kinds) if site.bias() is not None]
+
+
+def describe(
+    dense: dict[str, Any],
+    adapter: Adapter,
+    layers: list[dict[str, int]],
+    values: dict[str, Any] | None,
+    added_biases: list[str],
+) -> dict[str, Any]:
+    """The `config.json` of a pruned model.
+
+    Args:
+        dense: the source's `config.json`.
+        layers: units of each layer, see `read`.
+        values: config fields for the new widths if they are the same in every layer, else None.
+        added_biases: kinds whose consumers were given a bias the source did not have.
+    Returns:
+        A stock config where stock transformers can express the model (under the family's alias if
+        only that accepts the head count), else one with the `liar_ext` key.
+    """
+    flags = {s.kind: s.bias_flag for s in adapter.sites}
+    new = copy.deepcopy(dense)
+    for kind in added_biases:
+        if flags[kind] is not None:
+            _text(new)[flags[kind]] = True
+    unflagged = [kind for kind in added_biases if flags[kind] is None]
+    if values is not None and not unflagged:
+        stock = copy.deepcopy(new)
+        text = _text(stock)
+        text.update(adapter.explicit(text_config(config_object(dense))))
+        text.update(values)
+        if _accepted(stock):
+            return stock
+        renamed = _aliased(stock, adapter)
+        if renamed is not None and not added_biases and _accepted(renamed):
+            return renamed
+    new[KEY] = {
+        "version": VERSION,
+        "base_model_type": new["model_type"],
+        "layers": layers,
+        "added_biases": unflagged,
+    }
+    new["model_type"] = KEY
+    return new
+
+
+def equal_values(model: PreTrainedModel, dense: list[dict[str, int]]) -> dict[str, Any] | None:
+    """Config fields for the model's widths, or None when the config cannot state them."""
+    adapter = adapter_for(model.config)
+    layers = read(model)
+    values: dict[str, Any] = {}
+    for spec in adapter.sites:
+        if all(now[spec.kind] == was[spec.kind] for now, was in zip(layers, dense, strict=True)):
+            continue
+        if spec.config_fields is None or len({layer[spec.kind] for layer in layers}) > 1:
+            return None
+        values.update(adapter.sites_of(model, 0, (spec.kind,))[0].config_values())
+    return values
+
+
+def loader_of(config: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Who loads the result: `stock`, `stock (as mistral)` or `liar_ext`."""
+    if KEY in config:
+        return KEY
+    changed = config["model_type"] != dense["model_type"]
+    return f"stock (as {config['model_type']})" if changed else "stock"
+
+
+def update(config: PretrainedConfig, data: dict[str, Any]) -> None:
+    """Make a live config object say what the `config.json` data says.
+
+    A model in memory keeps its class, so an alias family's data is not applied beyond the widths.
+    """
+    if KEY in data:
+        setattr(config, KEY, data[KEY])
+    text, values = text_config(config), _text(data)
+    for name, value in values.items():
+        if name in _WIDTH_NAMES and getattr(text, name, None) != value:
+            setattr(text, name, value)
+
+
+def build(data: dict[str, Any]) -> PreTrainedModel:
+    """An empty model with the shapes that a `config.json` with the `liar_ext` key describes.
+
+    Raises:
+        InputError: an unknown version or a malformed key.
+    """
+    layout = data[KEY]
+    if not isinstance(layout, dict) or layout.get("version") != VERSION:
+        version = layout.get("version") if isinstance(layout, dict) else layout
+        raise InputError(f"config.json: {KEY} version {version!r}; this release reads {VERSION}")
+    base = {k: v for k, v in data.items() if k != KEY}
+    base["model_type"] = layout["base_model_type"]
+    config = config_object(base)
+    model = empty_model(config)
+    adapter = adapter_for(config)
+    count = len(adapter.layer_list(model)[1])
+    if len(layout["layers"]) != count:
+        raise InputError(
+            f"config.json: {KEY} lists {len(layout['layers'])} layers, the model has {count}"
+        )
+    for index, widths in enumerate(layout["layers"]):
+        for site in adapter.sites_of(model, index, tuple(widths)):
+            if not 1 <= widths[site.kind] <= site.units:
+                raise InputError(
+                    f"config.json: {KEY} layer {index} {site.kind} {widths[site.kind]}: "
+                    f"must be 1 to {site.units}"
+                )
+            site.shrink(torch.arange(widths[site.kind]))
+            if site.kind in layout["added_biases"]:
+                site.add_biases(filler=False)
+    # save_pretrained of the loaded model keeps the key, and `liar_ext.load` reads it again
+    setattr(model.config, KEY, layout)
+    return model
+
+
+def _text(data: dict[str, Any]) -> dict[str, Any]:
+    nested = data.get("text_config")
+    return nested if isinstance(nested, dict) and nested.get("model_type") in ADAPTERS else data
+
+
+def _accepted(data: dict[str, Any]) -> bool:
+    try:
+        config_object(data)
+    except InputError:
+        return False
+    return True
+
+
+def _aliased(data: dict[str, Any], adapter: Adapter) -> dict[str, Any] | None:
+    """The same model under the alias family, where that is the same function."""
+    if adapter.alias is None or _text(data) is not data:
+        return None
+    if data.get("attention_bias") or data.get("mlp_bias"):
+        return None
+    other = copy.deepcopy(data)
+    old = type(config_object({"model_type": adapter.model_type})).__name__.removesuffix("Config")
+    new = type(config_object({"model_type": adapter.alias})).__name__.removesuffix("Config")
+    other["model_type"] = adapter.alias
+    other["architectures"] = [n.replace(old, new) for n in data.get("architectures") or []]
+    other["sliding_window"] = None
+    if any(not hasattr(transformers, name) for name in other["architectures"]):
+        return None
+    return other

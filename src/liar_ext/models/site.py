@@ -1,0 +1,164 @@
+"""Site: one prunable structure in one layer, described by data and changed by one function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.models import linear
+
+Kind = Literal["ffn", "heads"]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A linear whose output rows make the columns of a Site.
+
+    Attributes:
+        path: module path inside the layer.
+        segment, segments: which of `segments` equal runs of rows it is, for fused projections
+            (GPT-2's `c_attn` holds q, k and v as segments 0, 1 and 2 of 3).
+    """
+
+    path: str
+    segment: int = 0
+    segments: int = 1
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """A Site as a family declares it, for every layer alike.
+
+    Attributes:
+        kind: `ffn` (the unit is one neuron) or `heads` (one head; with grouped-query attention,
+            one KV head with all its query heads).
+        consumer: path of the linear whose input columns are removed.
+        producers: the linears whose rows make those columns.
+        attributes: integers that a module keeps of its own width: (path, attribute, what), where
+            what is `units` or `columns`.
+        config_fields: config fields that state the width: name -> `units`, `columns` or
+            `query_heads` (columns / head_dim). None when stock transformers cannot express
+            another width than the dense one.
+        bias_flag: config flag that gives the consumer a bias, or None.
+        bias_filler: paths of the linears that the same flag gives a bias, too.
+    """
+
+    kind: Kind
+    consumer: str
+    producers: tuple[Producer, ...]
+    attributes: tuple[tuple[str, str, str], ...] = ()
+    config_fields: dict[str, str] | None = None
+    bias_flag: str | None = None
+    bias_filler: tuple[str, ...] = ()
+
+
+@dataclass
+class Site:
+    """A `SiteSpec` bound to one layer module. Widths are read from the module: never stale."""
+
+    spec: SiteSpec
+    layer: int
+    module: nn.Module
+    head_dim: int
+    name: str = field(default="")
+
+    @property
+    def kind(self) -> Kind:
+        return self.spec.kind
+
+    @property
+    def consumer(self) -> nn.Module:
+        return self.module.get_submodule(self.spec.consumer)
+
+    @property
+    def columns(self) -> int:
+        return linear.weight(self.consumer).shape[1]
+
+    @property
+    def units(self) -> int:
+        """Columns for an FFN; the rows of the narrowest producer in heads for attention."""
+        if self.kind == "ffn":
+            return self.columns
+        return min(self._rows(p) for p in self.spec.producers) // self.head_dim
+
+    @property
+    def columns_per_unit(self) -> int:
+        return self.columns // self.units
+
+    @property
+    def unit_parameters(self) -> int:
+        """Weights and biases that go with one unit."""
+        consumer = linear.weight(self.consumer)
+        total = self.columns_per_unit * consumer.shape[0]
+        for producer in self.spec.producers:
+            module = self.module.get_submodule(producer.path)
+            per_row = linear.weight(module).shape[1] + (module.bias is not None)
+            total += self._rows(producer) // self.units * per_row
+        return total
+
+    def weight(self) -> Tensor:
+        """Consumer weight (out, columns)."""
+        return linear.weight(self.consumer)
+
+    def bias(self) -> Tensor | None:
+        return None if self.consumer.bias is None else self.consumer.bias.detach()
+
+    def unit_columns(self, units: Tensor) -> Tensor:
+        """Columns of the given units, (len(units) · columns_per_unit,) int64, in unit order."""
+        return _expand(units, self.columns_per_unit)
+
+    def per_unit(self, columns: Tensor) -> Tensor:
+        """Sum a per-column quantity (columns,) over each unit, (units,)."""
+        return columns.reshape(self.units, -1).sum(1)
+
+    def shrink(
+        self, keep: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        """Keep the units `keep` (sorted int64) and drop the rest, physically.
+
+        Args:
+            weight: repaired consumer weight (out, kept columns); None keeps the old columns.
+            bias: repaired consumer bias (out,); None leaves the bias as it is.
+        """
+        columns = self.unit_columns(keep)
+        kept_rows: dict[str, list[Tensor]] = {}
+        for producer in self.spec.producers:
+            rows = self._rows(producer)
+            chosen = _expand(keep, rows // self.units) + producer.segment * rows
+            kept_rows.setdefault(producer.path, []).append(chosen)
+        if weight is None:
+            weight = self.weight().index_select(1, columns.to(self.weight().device))
+        for path, parts in kept_rows.items():
+            linear.keep_rows(self.module.get_submodule(path), torch.cat(parts))
+        linear.set_weight(self.consumer, weight)
+        if bias is not None:
+            linear.set_bias(self.consumer, bias)
+        widths = {"units": keep.numel(), "columns": columns.numel()}
+        for path, attribute, what in self.spec.attributes:
+            setattr(self.module.get_submodule(path), attribute, widths[what])
+
+    def add_biases(self, *, filler: bool) -> None:
+        """Give the consumer (and with `filler` its config flag's other linears) a zero bias."""
+        linear.add_zero_bias(self.consumer)
+        for path in self.spec.bias_filler if filler else ():
+            linear.add_zero_bias(self.module.get_submodule(path))
+
+    def config_values(self) -> dict[str, Any]:
+        """Values of `config_fields` for the present widths."""
+        widths = {
+            "units": self.units,
+            "columns": self.columns,
+            "query_heads": self.columns // self.head_dim,
+        }
+        return {name: widths[what] for name, what in (self.spec.config_fields or {}).items()}
+
+    def _rows(self, producer: Producer) -> int:
+        module = self.module.get_submodule(producer.path)
+        return linear.weight(module).shape[0] // producer.segments
+
+
+def _expand(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

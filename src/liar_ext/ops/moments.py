@@ -1,0 +1,184 @@
+"""Moments: the sufficient statistics of least squares over the columns of one Site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Count, sum and Gram matrix of the rows of `X` (T, n): `N`, `s = Σ x`, `G = Σ x xᵀ`.
+
+    Additive: the Moments of two sets of tokens are `a + b`, whichever chunk, rank or file they
+    came from.
+
+    Attributes:
+        count: 0-dim int64. Tokens accumulated (masked tokens are not counted).
+        sum: (n,) float64. Column sums; float64 because `n` numbers cost nothing and centring
+            subtracts `s sᵀ/N` from `G`, which cancels when the mean is large.
+        gram: (n, s) float32 or float64. The first `s` columns of the **lower triangle** of `G` in
+            the column order `order`: entries with row ≥ column are defined, the rest is
+            unspecified. `s = n` is the whole triangle; `s < n` leaves out the dropped × dropped
+            block, which no repair needs.
+        order: (n,) int64 permutation `[S | M]`, or None for the natural order. Row `i` of `gram`
+            belongs to column `order[i]` of `X`; `sum` stays in the natural order.
+        mirrored: the upper triangle holds a copy of the lower one. Whatever accumulates into
+            `gram` sets it to False.
+    """
+
+    count: Tensor
+    sum: Tensor
+    gram: Tensor
+    order: Tensor | None = None
+    mirrored: bool = False
+
+    @classmethod
+    def zeros(
+        cls,
+        columns: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        keep: Tensor | None = None,
+    ) -> Moments:
+        """Empty Moments over `columns` columns; `keep` (s,) restricts them to `G_SS` and `G_MS`."""
+        order = None
+        panel = columns
+        if keep is not None:
+            keep = keep.to(device=device, dtype=torch.int64)
+            dropped = torch.ones(columns, dtype=torch.bool, device=device)
+            dropped[keep] = False
+            order = torch.cat([keep, dropped.nonzero().flatten()])
+            panel = keep.numel()
+        return cls(
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            sum=torch.zeros(columns, dtype=torch.float64, device=device),
+            gram=torch.zeros(columns, panel, dtype=dtype, device=device),
+            order=order,
+        )
+
+    @property
+    def columns(self) -> int:
+        return self.sum.numel()
+
+    @property
+    def complete(self) -> bool:
+        """True when the whole triangle was accumulated, not only the kept panel."""
+        return self.gram.shape[1] == self.columns
+
+    def __add__(self, other: Moments) -> Moments:
+        if self.gram.shape != other.gram.shape:
+            raise ValueError(
+                f"moments of different shapes: {tuple(self.gram.shape)} and {tuple(other.gram.shape)}"
+            )
+        same_order = (self.order is None) == (other.order is None) and (
+            self.order is None or bool(torch.equal(self.order, other.order))  # type: ignore[arg-type]
+        )
+        if not same_order:
+            raise ValueError("moments with different column orders cannot be added")
+        return Moments(
+            self.count + other.count, self.sum + other.sum, self.gram + other.gram, self.order
+        )
+
+    def mean(self) -> Tensor:
+        """`μ = s/N`, (n,) float64, natural order."""
+        return self.sum / self.count.clamp(min=1)
+
+    def second(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """The block `G[rows, cols]/N`, uncentred, float64.
+
+        Args:
+            rows, cols: int64 column indices in the natural order.
+        Raises:
+            ValueError: the block needs dropped × dropped entries that were not accumulated.
+        """
+        self._mirror()
+        if self.order is not None:
+            position = torch.empty_like(self.order)
+            position[self.order] = torch.arange(self.columns, device=self.order.device)
+            rows, cols = position[rows], position[cols]
+        panel = self.gram.shape[1]
+        count = self.count.clamp(min=1)
+        if self.complete or not bool((cols >= panel).any()):
+            return self.gram[rows][:, cols].double() / count
+        if not bool((rows >= panel).any()):
+            return self.gram[cols][:, rows].T.double() / count
+        raise ValueError("this block needs dropped × dropped entries, which were not accumulated")
+
+    def second_panel(self, start: int, stop: int) -> Tensor:
+        """Columns `start:stop` of `G/N`, (n, stop − start) float64, natural order, no gather.
+
+        Raises:
+            ValueError: the triangle is incomplete or in another order.
+        """
+        if not self.complete or self.order is not None:
+            raise ValueError("a panel needs the whole triangle in the natural order")
+        self._mirror()
+        return self.gram[:, start:stop].double() / self.count.clamp(min=1)
+
+    def _mirror(self) -> None:
+        """Fill the upper triangle of the square part from the lower one, in place, by blocks."""
+        if self.mirrored:
+            return
+        panel, block = self.gram.shape[1], 1024
+        for start in range(0, panel, block):
+            stop = min(start + block, panel)
+            corner = self.gram[start:stop, start:stop]
+            corner.copy_(corner.tril() + corner.tril(-1).T)
+            self.gram[:start, start:stop] = self.gram[start:stop, :start].T
+        self.mirrored = True
+
+    def diagonal(self) -> Tensor:
+        """Mean squares `E[x_j²]`, (n,) float64, natural order. Needs the whole triangle."""
+        if not self.complete:
+            raise ValueError("the diagonal needs the whole triangle")
+        squares = self.gram.diagonal().double() / self.count.clamp(min=1)
+        if self.order is None:
+            return squares
+        natural = torch.empty_like(squares)
+        natural[self.order] = squares
+        return natural
+
+    def variance(self) -> Tensor:
+        """Centred variances `C_jj`, (n,) float64, clamped at 0, natural order."""
+        return (self.diagonal() - self.mean() ** 2).clamp(min=0)
+
+
+@dataclass
+class ColumnMoments:
+    """Count, sum and sum of squares of each column: what a criterion needs when no Gram is due.
+
+    Attributes:
+        count: 0-dim int64; sum, squares: (n,) float64.
+    """
+
+    count: Tensor
+    sum: Tensor
+    squares: Tensor
+
+    @classmethod
+    def zeros(cls, columns: int, device: torch.device | str = "cpu") -> ColumnMoments:
+        return cls(
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros(columns, dtype=torch.float64, device=device),
+            torch.zeros(columns, dtype=torch.float64, device=device),
+        )
+
+    def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        """Accumulate the valid rows of `x` (T, n)."""
+        rows = (x if token_mask is None else x[token_mask.bool()]).float()
+        self.count += rows.shape[0]
+        self.sum += rows.sum(0, dtype=torch.float64)
+        self.squares += rows.square().sum(0, dtype=torch.float64)
+
+    def mean(self) -> Tensor:
+        return self.sum / self.count.clamp(min=1)
+
+    def diagonal(self) -> Tensor:
+        return self.squares / self.count.clamp(min=1)
+
+    def variance(self) -> Tensor:
+        return (self.diagonal() - self.mean() ** 2).clamp(min=0)

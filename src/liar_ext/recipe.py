@@ -1,0 +1,150 @@
+"""Recipe: everything needed to repeat one compression, frozen and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liar_ext.errors import InputError
+
+VERSION = 1
+KINDS = ("ffn", "heads")
+CHOICES = {
+    "bias": ("auto", "always", "never"),
+    "target_signal": ("local",),
+    "statistics": ("sequential", "oneshot"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One compression.
+
+    Attributes:
+        sparsity: fraction of the targeted Sites' parameters to remove, in (0, 1).
+        target: kinds of Site: `ffn`, `heads`.
+        criterion, allocation, reconstruct: names in the registries.
+        calibration: file, dataset name, or None when batches are handed over in memory.
+        samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
+        batch_size: sequences that go through a layer together.
+        ridge: λ of the least squares, relative to the mean variance of the Site's columns.
+        bias: may the repair add an intercept? `auto`: where the layer has a bias already.
+        target_signal: what the repair aims at; `local` is the dense consumer on present inputs.
+        statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).
+        round_to: FFN widths become multiples of this.
+        layers: half-open range of layers to prune, or None for all.
+        device, dtype: where and in what to compute; `auto` computes in float32 on a CPU and in the
+            checkpoint's dtype elsewhere, and writes the checkpoint's dtype.
+        seed: of calibration sampling and of random methods.
+    """
+
+    sparsity: float = 0.3
+    target: tuple[str, ...] = ("ffn",)
+    criterion: str = "wanda"
+    allocation: str = "uniform"
+    reconstruct: str = "liar"
+    calibration: str | None = None
+    samples: int = 128
+    seq_len: int = 2048
+    batch_size: int = 8
+    ridge: float = 1e-4
+    bias: str = "auto"
+    target_signal: str = "local"
+    statistics: str = "sequential"
+    round_to: int = 1
+    layers: tuple[int, int] | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # imported here: the registries import torch, and a Recipe is often only read
+        from liar_ext.allocation import ALLOCATIONS
+        from liar_ext.criteria import CRITERIA
+        from liar_ext.reconstruction import RECONSTRUCTIONS
+
+        if not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):
+            raise InputError(
+                f"--sparsity {self.sparsity}: must be a number above 0 and below 1, e.g. 0.3"
+            )
+        object.__setattr__(self, "target", tuple(self.target))
+        unknown = [kind for kind in self.target if kind not in KINDS]
+        if unknown or not self.target or len(set(self.target)) != len(self.target):
+            raise InputError(
+                f"--target {','.join(self.target) or '(empty)'}: choose from {', '.join(KINDS)}, "
+                "each once, separated by commas"
+            )
+        for name, registry in (
+            ("criterion", CRITERIA),
+            ("allocation", ALLOCATIONS),
+            ("reconstruct", RECONSTRUCTIONS),
+        ):
+            _check_choice(name, getattr(self, name), tuple(registry))
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in ("samples", "seq_len", "batch_size", "round_to"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: must be a whole number of at least 0")
+        if not (isinstance(self.ridge, int | float) and 0 <= self.ridge < math.inf):
+            raise InputError(f"--ridge {self.ridge}: must be a number of at least 0, e.g. 1e-3")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            start, stop = self.layers
+            if not 0 <= start < stop:
+                raise InputError(
+                    f"--layers {start}:{stop}: must be START:STOP with 0 <= START < STOP"
+                )
+        if RECONSTRUCTIONS[self.reconstruct].needs_bias and self.bias == "never":
+            raise InputError(
+                f"--reconstruct {self.reconstruct} works through biases and --bias is never; "
+                "use --bias auto or another reconstruction"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any, origin: str = "recipe") -> Recipe:
+        """Build from parsed JSON; unknown keys and versions are rejected."""
+        if not isinstance(data, dict):
+            raise InputError(f"{origin}: must be a JSON object, not {type(data).__name__}")
+        values = dict(data)
+        version = values.pop("version", VERSION)
+        if version != VERSION:
+            raise InputError(f"{origin}: version {version}; this release reads version {VERSION}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise InputError(
+                f"{origin}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(names))}"
+            )
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{origin}: {error}") from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--recipe {path}: cannot be read as JSON ({error})") from error
+        return cls.from_json(data, str(path))
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"--{_flag(name)} {value}: unknown; choose from {', '.join(choices)}")

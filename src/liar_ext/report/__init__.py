@@ -1,0 +1,3 @@
+from liar_ext.report.schema import Report, SiteReport
+
+__all__ = ["Report", "SiteReport"]

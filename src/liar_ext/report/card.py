@@ -1,0 +1,302 @@
+"""The model card of an output folder: what was done, how to load it, and what is not known."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from liar_ext.report.schema import Report, SiteReport
+from liar_ext.report.text import change, count, duration, is_hub_id, number, percent, short_name, size
+
+SITE_NAMES = {"ffn": "FFN neurons", "heads": "attention heads (KV groups where they are shared)"}
+# the most specific first: a BERT head is also in the mapping of causal language models
+AUTO_CLASSES = (
+    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    ("AutoModelForMultipleChoice", "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES"),
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
+    ("AutoModel", "MODEL_MAPPING_NAMES"),
+)
+WARNINGS_SHOWN = 20
+
+
+def model_card(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The `README.md` of an output folder, with the hub's YAML front matter.
+
+    Args:
+        evaluations: objects as `liar eval --json` prints them; without any, the card says that
+            the quality was not measured.
+    """
+    parts = [
+        _front_matter(report),
+        f"# {_plain(short_name(report.source))}, pruned\n",
+        _what(report),
+        _sizes(report),
+        _loading(report),
+        _quality(report, evaluations),
+        _calibration(report),
+        _solves(report),
+        _warnings(report),
+        _repeat(report),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The `transformers.Auto…` class that loads `config` with its head, by `architectures`."""
+    # imported here: a card is also read where transformers is not needed yet
+    from transformers.models.auto import modeling_auto
+
+    from liar_ext.models import ADAPTERS
+
+    names = set(config.get("architectures") or ())
+    for auto, mapping_name in AUTO_CLASSES:
+        known: set[str] = set()
+        for value in getattr(modeling_auto, mapping_name, {}).values():
+            known.update((value,) if isinstance(value, str) else value)
+        if names & known:
+            return auto
+    adapter = ADAPTERS.get(config.get("model_type", ""))
+    return "AutoModelForCausalLM" if adapter is not None and adapter.decoder else "AutoModel"
+
+
+def base_model_type(report: Report) -> str:
+    """The family the layers belong to, also where `model_type` is `liar_ext`."""
+    own = report.config.get("liar_ext")
+    return str(own["base_model_type"] if isinstance(own, dict) else report.config["model_type"])
+
+
+def residuals(sites: Sequence[SiteReport]) -> list[tuple[float, SiteReport]]:
+    """The Sites whose residual is known, the worst last."""
+    known = [(s.relative_residual, s) for s in sites if s.relative_residual is not None]
+    return sorted(known, key=lambda pair: pair[0])
+
+
+def _front_matter(report: Report) -> str:
+    stock = report.layout.startswith("stock")
+    lines = ["---", f"library_name: {'transformers' if stock else 'liar-ext'}"]
+    if stock and auto_class(report.config) == "AutoModelForCausalLM":
+        lines.append("pipeline_tag: text-generation")
+    if is_hub_id(report.source):
+        lines.append(f"base_model: {json.dumps(report.source)}")
+    lines.append("tags:")
+    tags = ("liar-ext", "pruned", "structured-pruning", base_model_type(report))
+    # a JSON string is a YAML string, whatever it holds
+    lines += [f"- {json.dumps(tag)}" for tag in tags]
+    return "\n".join([*lines, "---", ""])
+
+
+def _what(report: Report) -> str:
+    recipe, totals = report.recipe, report.totals
+    shrunk = [s for s in report.sites if s.units_after < s.units_before]
+    kinds = " and ".join(SITE_NAMES[k] for k in dict.fromkeys(s.kind for s in shrunk))
+    layers = len({s.layer for s in shrunk})
+    repair = {
+        "none": "the linear layers that read them keep the rest of their weights as they were",
+        "bias": "the linear layers that read them got a bias that stands in for their mean",
+    }.get(
+        recipe["reconstruct"],
+        "the linear layers that read them were adjusted in closed form to make up for it",
+    )
+    return (
+        f"Made from {_code(short_name(report.source))} with liar-ext "
+        f"{report.environment.get('liar_ext', '')}, without training. In {layers} "
+        f"{'layer' if layers == 1 else 'layers'}, {kinds or 'nothing'} were removed physically; "
+        f"{repair}.\n\n"
+        f"- sparsity of the targeted structures: {percent(totals.get('sparsity'))} "
+        f"(asked for {percent(totals.get('sparsity_asked'))})\n"
+        f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
+        f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
+        f"statistics {_code(recipe['statistics'])}\n"
+        f"- time: {duration(report.seconds.get('total'))} on "
+        f"{_plain(str(report.environment.get('device', 'an unknown device')))}\n"
+    )
+
+
+def _sizes(report: Report) -> str:
+    totals = report.totals
+    rows = [("parameters", "parameters", count), ("of the targeted structures", "site_parameters", count)]
+    if totals.get("bytes_after") is not None:
+        rows.append(("weight files", "bytes", size))
+    lines = ["## Size\n", "| | before | after | change |", "|---|---:|---:|---:|"]
+    for label, key, show in rows:
+        before, after = totals.get(f"{key}_before"), totals.get(f"{key}_after")
+        lines.append(f"| {label} | {show(before)} | {show(after)} | {change(before, after)} |")
+    for kind in dict.fromkeys(s.kind for s in report.sites):
+        sites = [s for s in report.sites if s.kind == kind]
+        before_units, after_units = ([f(s) for s in sites] for f in (_before, _after))
+        lines.append(
+            f"| {SITE_NAMES[kind]} per layer | {_range(before_units)} | {_range(after_units)} | "
+            f"{change(sum(before_units), sum(after_units))} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _loading(report: Report) -> str:
+    if report.layout.startswith("stock"):
+        auto = auto_class(report.config)
+        text = f"Stock transformers loads this folder, without custom code{_alias(report)}."
+        code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"PATH\")"
+    else:
+        text = (
+            "The shapes of this model cannot be stated in a stock "
+            f"{_code(base_model_type(report))} config (widths that differ between layers, head "
+            "counts or biases without a config field), so stock loaders refuse it by its "
+            "`model_type`. The package liar-ext loads it as an ordinary transformers model."
+        )
+        code = 'import liar_ext\n\nmodel = liar_ext.load("PATH")'
+    return f"## How to load\n\n{text}\n\n```python\n{code}\n```\n"
+
+
+def _alias(report: Report) -> str:
+    if report.layout == "stock":
+        return ""
+    return (
+        f"; it is written as model type {_code(report.config['model_type'])}, the same function "
+        "with the same weight names, because the original config class rejects this head count"
+    )
+
+
+def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["## Quality\n"]
+    if evaluations:
+        lines += ["| model | data | metric | value | standard error |", "|---|---|---|---:|---:|"]
+        for one in evaluations:
+            error = one.get("standard_error")
+            lines.append(
+                f"| {_code(short_name(str(one.get('source', ''))))} "
+                f"| {_code(short_name(str(one.get('dataset', ''))))} | {_plain(str(one['metric']))} "
+                f"| {number(one['value'], 5)} | {number(error)} |"
+            )
+        lines.append("")
+    else:
+        lines.append(
+            "**Not measured.** Nothing on this card says how well the pruned model works. Compare "
+            "it with the dense one on your own data before use (`liar eval`); abilities that the "
+            "calibration text does not exercise can be lost unnoticed.\n"
+        )
+    known = residuals(report.sites)
+    if known:
+        values = [value for value, _ in known]
+        lines.append(
+            "Relative residual, the mean squared error of an adjusted layer's output over the "
+            f"variance of the dense one's: median {percent(statistics.median(values))}, from "
+            f"{percent(values[0])} ({_code(known[0][1].name)}) to {percent(values[-1])} "
+            f"({_code(known[-1][1].name)}). It is measured on the calibration tokens themselves "
+            "and layer by layer, so it is a diagnostic, not a quality.\n"
+        )
+    lines.append("The licence and the intended uses are those of the original model.\n")
+    return "\n".join(lines)
+
+
+def _calibration(report: Report) -> str:
+    data = report.calibration
+    lines = ["## Calibration\n", f"- source: {_code(short_name(str(data.get('source', 'unknown'))))}"]
+    amounts = [f"{int(data[key]):,} {key}" for key in ("samples", "tokens") if key in data]
+    if data.get("seq_len"):
+        amounts.append(f"at most {data['seq_len']:,} tokens each")
+    if amounts:
+        lines.append(f"- {', '.join(amounts)}")
+    if data.get("sha256"):
+        lines.append(f"- SHA-256 of the source: {_code(str(data['sha256']))}")
+    lines.append(f"- seed: {data.get('seed', report.recipe['seed'])}")
+    return "\n".join([*lines, ""])
+
+
+def _solves(report: Report) -> str:
+    solved = [s for s in report.sites if s.ridge_used is not None]
+    if not solved:
+        return "## Least squares\n\nNo system was solved by this reconstruction.\n"
+    used = [s.ridge_used for s in solved if s.ridge_used is not None]
+    conditions = [s.condition for s in solved if s.condition is not None]
+    dead = sum(s.dead_columns or 0 for s in solved)
+    lines = [
+        "## Least squares\n",
+        f"- ridge, relative to the mean variance of a layer's columns: asked for "
+        f"{number(report.recipe['ridge'])}, used {_spread(used)}",
+    ]
+    if conditions:
+        lines.append(f"- condition of the scaled systems: {_spread(conditions)}")
+    if dead:
+        lines.append(f"- {dead} kept columns had no variance and take no part in the repair")
+    stepped = [s for s in solved if s.steps]
+    if not stepped:
+        lines.append("- every system was solved as asked: no ridge raised, no solve repeated")
+    for site in stepped[:WARNINGS_SHOWN]:
+        lines.append(f"- {_code(site.name)}: {_plain('; '.join(site.steps))}")
+    lines += _left_out(len(stepped))
+    return "\n".join([*lines, ""])
+
+
+def _warnings(report: Report) -> str:
+    told = {f"{site.name}: {step}" for site in report.sites for step in site.steps}
+    others = [warning for warning in report.warnings if warning not in told]
+    if not others:
+        return ""
+    shown = [f"- {_plain(warning)}" for warning in others[:WARNINGS_SHOWN]]
+    return "\n".join(["## Warnings\n", *shown, *_left_out(len(others)), ""])
+
+
+def _repeat(report: Report) -> str:
+    skipped = ("device", "threads", "platform")
+    versions = [
+        f"{name} {value}"
+        for name, value in report.environment.items()
+        if value is not None and name not in skipped
+    ]
+    return (
+        "## Repeat\n\n"
+        "`recipe.json` holds every option and `liar_report.json` every number behind this card; "
+        "`liar report DIR` draws them.\n\n"
+        "```sh\nliar prune SOURCE --out DIR --recipe recipe.json\n```\n\n"
+        f"Versions: {_code(', '.join(versions))}.\n"
+    )
+
+
+def _left_out(total: int) -> list[str]:
+    rest = total - WARNINGS_SHOWN
+    return [f"- and {rest} more in `liar_report.json`"] if rest > 0 else []
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _before(site: SiteReport) -> int:
+    return site.units_before
+
+
+def _after(site: SiteReport) -> int:
+    return site.units_after
+
+
+def _plain(text: str) -> str:
+    """Text from outside, as one line of Markdown that formats and embeds nothing."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "\\`*_[]|#":
+        line = line.replace(mark, f"\\{mark}")
+    return line
+
+
+def _code(text: str) -> str:
+    """A code span, also for text with backticks; a table's bar is replaced by its look-alike."""
+    line = " ".join(text.split()).replace("|", "¦")
+    if not line:
+        return ""
+    fence = "`"
+    while fence in line:
+        fence += "`"
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"

@@ -1,0 +1,102 @@
+"""Report: what one compression did, as plain data. Written as `liar_report.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liar_ext.errors import InputError
+
+FILE = "liar_report.json"
+VERSION = 1
+
+
+@dataclass
+class SiteReport:
+    """One Site.
+
+    Attributes:
+        relative_residual: mean squared error of the repaired consumer's output over the variance
+            of the dense one's, on the calibration tokens; None if no Gram was accumulated.
+        ridge, ridge_used: relative λ asked for and used; steps: what was raised or repeated.
+        condition, backward_error, dead_columns, precision: see `ops.solve.Diagnostics`.
+        seconds: by phase.
+    """
+
+    layer: int
+    kind: str
+    name: str
+    units_before: int
+    units_after: int
+    columns_before: int
+    columns_after: int
+    bias_added: bool
+    relative_residual: float
+    ridge: float | None = None
+    ridge_used: float | None = None
+    condition: float | None = None
+    backward_error: float | None = None
+    dead_columns: int | None = None
+    precision: str | None = None
+    steps: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """One compression.
+
+    Attributes:
+        source: the dense checkpoint; recipe: as JSON; sites: what happened to each.
+        totals: parameters and bytes before and after, fraction of the targeted Sites' parameters
+            that was asked for and removed.
+        seconds: by phase, and `total`.
+        calibration: source, hash, samples, tokens, seed.
+        environment: versions and device.
+        layout: `stock`, or `liar_ext` if only `liar_ext.load` can load the result.
+        config: the `config.json` of the result.
+    """
+
+    source: str
+    recipe: dict[str, Any]
+    sites: list[SiteReport]
+    totals: dict[str, Any]
+    seconds: dict[str, float]
+    calibration: dict[str, Any]
+    environment: dict[str, Any]
+    layout: str
+    config: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    version: int = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], origin: str = FILE) -> Report:
+        """Raises InputError on another version or missing fields."""
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            found = data.get("version") if isinstance(data, dict) else None
+            raise InputError(f"{origin}: version {found!r}; this release reads {VERSION}")
+        try:
+            sites = [SiteReport(**site) for site in data["sites"]]
+            return cls(**{**data, "sites": sites})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{origin}: not a report of this release ({error})") from error
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Report:
+        """The report of an output folder."""
+        path = Path(folder) / FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{folder}: no {FILE}; give a folder that `liar prune` has written"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+        return cls.from_json(data, str(path))

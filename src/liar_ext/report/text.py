@@ -1,0 +1,72 @@
+"""Numbers and names as the model card, the HTML report and the plan print them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+NONE = "–"
+
+
+def count(value: float | None) -> str:
+    """1234567 -> `1.23 M`; below ten thousand in full."""
+    if value is None:
+        return NONE
+    for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale and abs(value) >= 1e4:
+            return f"{value / scale:.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes: 1536 -> `1.5 KiB`."""
+    if value is None:
+        return NONE
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(value) >= 1024**power:
+            return f"{value / 1024**power:,.4g} {unit}"
+    return f"{value:.0f} B"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.3 -> `30.0 %`."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, exponents only where they are shorter to read."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    """75.2 -> `1 min 15 s`."""
+    if seconds is None:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """Relative change with its sign: (100, 70) -> `−30.0 %`."""
+    if not before or after is None:
+        return NONE
+    relative = 100 * (after / before - 1)
+    return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
+
+
+def is_hub_id(source: str) -> bool:
+    """`owner/name` that is no path on this machine."""
+    plain = source.replace("-", "").replace("_", "").replace(".", "").replace("/", "", 1)
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~", "-"))
+    return named and plain.isalnum() and plain.isascii() and not Path(source).exists()
+
+
+def short_name(source: str) -> str:
+    """A hub id as it is; of a path only the last part, because outputs are published."""
+    return source if is_hub_id(source) else Path(source).name or source

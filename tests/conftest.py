@@ -1,0 +1,42 @@
+"""What every test runs under: offline, seeded, and Triton interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+# before torch: transformers reads HF_HUB_OFFLINE at import
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("LIAR_BACKEND", None)
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.device_count() > 0
+# before anything imports the kernels: triton reads this when it decorates them
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(min(torch.get_num_threads(), 8))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU by name, with the reason, where there is none."""
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch):
+    """`backend("torch")` forces a backend for the rest of the test."""
+    return lambda name: monkeypatch.setenv("LIAR_BACKEND", name)

@@ -1,0 +1,309 @@
+"""`gram` against its float64 definition, on every backend that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from liar_testing import assert_close_rms
+
+from liar_ext.ops import Moments, _extension, gram, gram_reference
+from liar_ext.ops import gram as gram_function
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOKENS = (0, 1, 7, 130)
+COLUMNS = (1, 3, 65, 200)
+
+# the interpreter takes 0.1 to 0.4 s for one case: one of each size, not their product
+SIZES = {
+    "torch": [(t, n) for t in TOKENS for n in COLUMNS],
+    "cpu": [(t, n) for t in TOKENS for n in COLUMNS],
+    "triton": [(0, 3), (1, 1), (7, 65), (130, 200)],
+}
+
+MASKS = ("unmasked", "masked", "nothing-valid")
+KEEPS = ("whole", "some-kept", "all-but-one-kept")
+PAIRS = [(MASKS[0], KEEPS[0]), (MASKS[1], KEEPS[0]), (MASKS[0], KEEPS[1])]
+PAIRS += [(MASKS[1], KEEPS[2]), (MASKS[2], KEEPS[1])]
+
+needs_extension = pytest.mark.skipif(
+    _extension.unavailable() is not None, reason=str(_extension.unavailable())
+)
+BACKENDS = ["torch", pytest.param("cpu", marks=needs_extension), "triton"]
+
+
+def cases():
+    for backend, sizes in SIZES.items():
+        for name, dtype in DTYPES.items():
+            for tokens, columns in sizes:
+                for mask, keep in PAIRS:
+                    yield pytest.param(
+                        backend, dtype, tokens, columns, mask, keep,
+                        marks=[needs_extension] if backend == "cpu" else [],
+                        id=f"{backend}-{name}-T{tokens}-n{columns}-{mask}-{keep}",
+                    )  # fmt: skip
+
+
+def activations(tokens: int, columns: int, dtype: torch.dtype = torch.float32):
+    """Mean 0.5, so that column sums do not cancel and a ratio to them means something."""
+    return (torch.randn(tokens, columns) + 0.5).to(dtype)
+
+
+def mask_of(kind: str, tokens: int):
+    if kind == "unmasked":
+        return None
+    return torch.rand(tokens) > 0.3 if kind == "masked" else torch.zeros(tokens, dtype=torch.bool)
+
+
+def keep_of(kind: str, columns: int):
+    if kind == "whole":
+        return None
+    count = (columns + 2) // 3 if kind == "some-kept" else columns - 1
+    return torch.randperm(columns)[:count]
+
+
+def rounding(tokens: int) -> float:
+    """Relative rms error of a float32 sum of `tokens` products: a walk of √T roundings of 2^-24.
+
+    Products of 16-bit values are exact in float32, so the dtype of x does not enter. The constant
+    covers the rounding of short sums, where the walk has no length.
+    """
+    return 2.0**-24 * (2 + tokens**0.5)
+
+
+def assert_moments(actual: Moments, expected: Moments, ratio: float) -> None:
+    assert actual.count.item() == expected.count.item()
+    assert_close_rms(actual.sum, expected.sum, ratio)
+    assert_close_rms(actual.gram.tril(), expected.gram.tril(), ratio)
+
+
+@pytest.mark.parametrize(("name", "dtype", "tokens", "columns", "mask", "keep"), list(cases()))
+def test_matches_the_definition(backend, name, dtype, tokens, columns, mask, keep):
+    backend(name)
+    x, valid, kept = (
+        activations(tokens, columns, dtype),
+        mask_of(mask, tokens),
+        keep_of(keep, columns),
+    )
+    assert_moments(gram(x, valid, keep=kept), gram_reference(x, valid, kept), rounding(tokens))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_accumulates_into_out_and_ignores_the_upper_triangle(backend, name, keep):
+    backend(name)
+    kept = keep_of(keep, 65)
+    first, second = activations(40, 65), activations(33, 65)
+    mask = mask_of("masked", 33)
+    expected = gram_reference(first, None, kept) + gram_reference(second, mask, kept)
+
+    out = Moments.zeros(65, keep=kept)
+    above = torch.ones_like(out.gram, dtype=torch.bool).triu(1)
+    out.gram[above] = torch.nan
+    gram(first, out=out)
+    out.gram[above] = torch.nan
+    out.mirrored = True
+    assert gram(second, mask, out=out, keep=kept) is out
+    assert not out.mirrored
+    assert_moments(out, expected, rounding(73))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_reads_nothing_but_the_valid_rows_of_x(backend, name):
+    backend(name)
+    surroundings = torch.full((140, 80), torch.nan)
+    x = surroundings[5:135, 7:72]
+    mask = mask_of("masked", 130)
+    x[mask] = activations(int(mask.sum()), 65)
+    assert not x.is_contiguous()
+    assert_moments(gram(x, mask), gram_reference(x, mask), rounding(130))
+
+
+STRIDED = {
+    "every-second-row": lambda x: x[::2],
+    "every-second-column": lambda x: x[:, ::2],
+    "transposed": lambda x: x.T,
+    "one-row-repeated": lambda x: x[:1].expand(50, -1),
+    "one-column": lambda x: x[:, 3:4],
+}
+
+
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED.keys())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_strides(backend, name, view):
+    backend(name)
+    x = view(activations(66, 50))
+    assert_moments(gram(x), gram_reference(x), rounding(x.shape[0]))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bfloat16_input_does_not_give_bfloat16_sums(backend, name):
+    backend(name)
+    x = torch.full((300, 4), 1.0, dtype=torch.bfloat16)
+    # bfloat16 cannot hold 300: it would be 300 rounded to 8 bits, or stuck at 256
+    x[0] = 2.0
+    moments = gram(x)
+    assert moments.gram.dtype == torch.float32
+    assert moments.gram.tril().unique().tolist() == [0.0, 303.0]
+    assert moments.sum.unique().tolist() == [301.0]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nonfinite_values_reach_the_sums(backend, name):
+    backend(name)
+    x = activations(20, 6)
+    x[3, 2], x[4, 5] = torch.nan, torch.inf
+    sums = gram(x).sum
+    assert torch.isfinite(sums).tolist() == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_float64_moments(backend, name):
+    backend(name)
+    x = activations(130, 65).double()
+    out = gram(x, out=Moments.zeros(65, dtype=torch.float64))
+    assert_moments(out, gram_reference(x), 1e-14)
+
+
+def test_float32_stays_float32_when_the_process_allows_less():
+    x = activations(300, 64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        moments = gram_function(x)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_moments(moments, gram_reference(x), rounding(300))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_are_not_recorded(backend, name):
+    backend(name)
+    moments = gram(activations(9, 5).requires_grad_())
+    assert not moments.gram.requires_grad
+
+
+INVALID = {
+    "vector": (lambda: gram(torch.zeros(3)), r"\(tokens, columns\).*\(3,\)"),
+    "no columns": (lambda: gram(torch.zeros(3, 0)), r"at least one column.*\(3, 0\)"),
+    "integers": (lambda: gram(torch.zeros(3, 2, dtype=torch.int64)), "torch.int64"),
+    "mask length": (lambda: gram(torch.zeros(3, 2), torch.ones(2)), r"\(3,\).*\(2,\)"),
+    "mask shape": (lambda: gram(torch.zeros(3, 2), torch.ones(3, 1)), r"\(3,\).*\(3, 1\)"),
+    "other columns": (lambda: gram(torch.zeros(3, 2), out=Moments.zeros(4)), "for 4 columns"),
+    "float64": (lambda: gram(torch.zeros(3, 2).double()), "dtype=torch.float64"),
+    "float64 into float32": (
+        lambda: gram(torch.zeros(3, 2).double(), out=Moments.zeros(2)),
+        "use float64 Moments",
+    ),
+    "half moments": (
+        lambda: gram(torch.zeros(3, 2), out=Moments.zeros(2, dtype=torch.bfloat16)),
+        "float32 or float64; got torch.bfloat16",
+    ),
+    "keep out of range": (
+        lambda: gram(torch.zeros(3, 2), keep=torch.tensor([0, 2])),
+        r"0\.\.1; it spans 0\.\.2",
+    ),
+    "keep negative": (lambda: gram(torch.zeros(3, 2), keep=torch.tensor([-1])), r"spans -1\.\.-1"),
+    "keep repeated": (lambda: gram(torch.zeros(3, 2), keep=torch.tensor([1, 1])), "repeats"),
+    "keep as a mask": (
+        lambda: gram(torch.zeros(3, 2), keep=torch.tensor([True, False])),
+        "integer column indices",
+    ),
+    "keep differs from out": (
+        lambda: gram(
+            torch.zeros(3, 2),
+            out=Moments.zeros(2, keep=torch.tensor([0])),
+            keep=torch.tensor([1]),
+        ),
+        "differs",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), INVALID.values(), ids=INVALID.keys())
+def test_invalid_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_keeping_no_column_still_counts_and_sums(backend, name):
+    backend(name)
+    x = activations(20, 5)
+    moments = gram(x, keep=torch.empty(0, dtype=torch.int64))
+    assert moments.gram.shape == (5, 0)
+    assert moments.count.item() == 20
+    assert_close_rms(moments.sum, x.double().sum(0), rounding(20))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("keep", KEEPS[:2])
+def test_torch_library_accepts_the_operator(backend, name, keep):
+    backend(name)
+    x, mask = activations(30, 17), mask_of("masked", 30)
+    out = Moments.zeros(17, keep=keep_of(keep, 17))
+    torch.library.opcheck(
+        torch.ops.liar_ext.gram_accumulate.default,
+        (x, mask, out.order, out.gram, out.sum, out.count),
+    )
+
+
+@needs_extension
+class TestCompiled:
+    @pytest.mark.parametrize("keep", KEEPS[:2])
+    @pytest.mark.parametrize("path", _extension.PATHS[1:])
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+    def test_every_path_matches_the_definition(self, dtype, path, keep):
+        """500 columns cross the squares of 384; 8415 valid tokens cross the chunk of 16 MiB, 8388 rows."""
+        if path not in _extension.gram_paths(dtype):
+            pytest.skip(f"{path} cannot run {dtype} on this CPU")
+        x, mask = activations(8500, 500, dtype), torch.arange(8500) % 100 > 0
+        expected = gram_reference(x, mask, keep_of(keep, 500))
+        out = Moments.zeros(
+            500, keep=None if expected.order is None else expected.order[: expected.gram.shape[1]]
+        )
+        _extension.gram(x, mask.nonzero().flatten(), out.order, out.gram, out.sum, path)
+        out.count += mask.sum()
+        assert_moments(out, expected, rounding(8500))
+
+    @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+    def test_the_number_of_threads_does_not_change_a_bit(self, backend, dtype):
+        backend("cpu")
+        if _extension.gram_path(dtype) == "blas":
+            pytest.skip("the BLAS divides its sums by threads")
+        # 4500 tokens are work for 4 threads
+        x = activations(4500, 500, dtype)
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(gram(x))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert torch.equal(other.gram.tril(), results[0].gram.tril())
+            assert torch.equal(other.sum, results[0].sum)
+
+    def test_a_path_that_cannot_run_is_refused(self):
+        out = Moments.zeros(4)
+        with pytest.raises(ValueError, match="cannot run here"):
+            _extension.gram(torch.zeros(2, 4), None, None, out.gram, out.sum, "avx512_bf16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mask", "keep"), PAIRS)
+@pytest.mark.parametrize(
+    ("tokens", "columns"), [(0, 3), (1, 1), (7, 65), (4100, 513), (20000, 1024)]
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_matches_the_definition_on_a_gpu(backend, name, dtype, tokens, columns, mask, keep):
+    backend(name)
+    x = activations(tokens, columns, dtype).cuda()
+    valid, kept = mask_of(mask, tokens), keep_of(keep, columns)
+    valid = None if valid is None else valid.cuda()
+    kept = None if kept is None else kept.cuda()
+    # tensor cores truncate their running sum instead of rounding it: one-sided, up to one unit in
+    # the last place of the sum for each step of 16 tokens, and at most 16384 tokens between flushes
+    bound = rounding(tokens) + 2.0**-23 * min(tokens, 16384) / 16
+    assert_moments(gram(x, valid, keep=kept), gram_reference(x, valid, kept), bound)

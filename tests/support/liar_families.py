@@ -1,0 +1,215 @@
+"""Tiny random models of every family, and folders and token files to compress them with.
+
+Weights are large enough (std 0.2) that logits differ between tokens, and biases and norm weights
+are random as well: what a round trip loses shows in the outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from liar_ext import Recipe
+from liar_ext.calibration import Batch, make_batches, read
+
+VOCABULARY = 97
+LAYERS = 2
+LENGTH = 24
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attributes:
+    build: () -> the dense model, random but the same each time.
+    auto: the Auto class that a user would load it with.
+    decoder: it generates.
+    """
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    auto: Any
+    decoder: bool
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Random parameters: matrices and biases N(0, 0.2²), norm weights N(1, 0.2²)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parent = model.get_submodule(name.rpartition(".")[0])
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            is_norm = "norm" in type(parent).__name__.lower() and name.endswith("weight")
+            parameter.copy_(1 + noise if is_norm else noise)
+    return model.eval()
+
+
+def _family(
+    name: str, architecture: str, auto: Any, decoder: bool, base: dict[str, Any], **changes: Any
+) -> Family:
+    def build() -> PreTrainedModel:
+        model_class = getattr(transformers, architecture)
+        config = model_class.config_class(**{**base, **changes})
+        config.architectures = [architecture]
+        return randomise(model_class(config))
+
+    return Family(name, build, auto, decoder)
+
+
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GQA = {**_LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4}
+_MIXED = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+_ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_CAUSAL = transformers.AutoModelForCausalLM
+
+
+def _llava() -> PreTrainedModel:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, projection_dim=16,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**_GQA),
+        image_token_id=VOCABULARY - 1,
+        vision_feature_layer=-1,
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        _family("llama-mha", "LlamaForCausalLM", _CAUSAL, True, _LLAMA),
+        _family(
+            "llama-gqa-biases", "LlamaForCausalLM", _CAUSAL, True, _GQA,
+            attention_bias=True, mlp_bias=True,
+        ),
+        _family(
+            "llama-tied", "LlamaForCausalLM", _CAUSAL, True, _LLAMA, tie_word_embeddings=True
+        ),
+        # 32 is no multiple of 3: LlamaConfig rejects what MistralConfig accepts
+        _family("llama-head-dim", "LlamaForCausalLM", _CAUSAL, True, _LLAMA, head_dim=12),
+        _family("mistral-gqa", "MistralForCausalLM", _CAUSAL, True, _GQA, sliding_window=None),
+        _family("mistral-sliding", "MistralForCausalLM", _CAUSAL, True, _GQA, sliding_window=8),
+        _family("qwen2", "Qwen2ForCausalLM", _CAUSAL, True, _GQA),
+        _family(
+            "qwen2-mixed", "Qwen2ForCausalLM", _CAUSAL, True, _GQA,
+            use_sliding_window=True, **_MIXED,
+        ),
+        _family("qwen3", "Qwen3ForCausalLM", _CAUSAL, True, _GQA, head_dim=12),
+        _family(
+            "qwen3-mixed", "Qwen3ForCausalLM", _CAUSAL, True, _GQA, head_dim=12,
+            use_sliding_window=True, **_MIXED,
+        ),
+        _family("opt", "OPTForCausalLM", _CAUSAL, True, _OPT),
+        _family("opt-post-norm", "OPTForCausalLM", _CAUSAL, True, _OPT, do_layer_norm_before=False),
+        _family("gpt2", "GPT2LMHeadModel", _CAUSAL, True, _GPT2),
+        _family("bert", "BertModel", transformers.AutoModel, False, _ENCODER),
+        _family(
+            "bert-classifier", "BertForSequenceClassification",
+            transformers.AutoModelForSequenceClassification, False, _ENCODER, num_labels=3,
+        ),
+        _family(
+            "roberta", "RobertaForMaskedLM", transformers.AutoModelForMaskedLM, False, _ENCODER,
+            pad_token_id=1, max_position_embeddings=66,
+        ),
+        _family(
+            "distilbert", "DistilBertForMaskedLM", transformers.AutoModelForMaskedLM, False,
+            {
+                "vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": LAYERS,
+                "n_heads": 4, "max_position_embeddings": 64,
+            },
+        ),
+        Family("llava", _llava, transformers.AutoModelForImageTextToText, True),
+    )
+}
+
+
+def write_tokens(path: Path, *, samples: int = 24, length: int = LENGTH, seed: int = 1) -> Path:
+    """A token file of `samples` windows, as `--calibration` takes it."""
+    # the last id is the image token of the nested model, 0 and 1 are special
+    ids = np.random.default_rng(seed).integers(3, VOCABULARY - 1, (samples, length))
+    np.save(path, ids)
+    return path
+
+
+def batches_of(recipe: Recipe, *, decoder: bool) -> tuple[Batch, ...]:
+    """What `compress` calibrates on under this recipe, for `prune`."""
+    assert recipe.calibration is not None
+    return make_batches(
+        read(recipe.calibration), None, packed=decoder, samples=recipe.samples,
+        seq_len=recipe.seq_len, batch_size=recipe.batch_size, seed=recipe.seed,
+        vocab_size=VOCABULARY,
+    ).batches
+
+
+def probe_tokens(batch: int = 3, length: int = LENGTH) -> Tensor:
+    """Token ids (batch, length) that no calibration has seen."""
+    generator = torch.Generator().manual_seed(99)
+    return torch.randint(3, VOCABULARY - 1, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
+    """Logits, or last hidden states of a headless model, in float32."""
+    result = model(input_ids=probe_tokens() if ids is None else ids, **inputs)
+    found = result.logits if "logits" in result else result.last_hidden_state
+    return found.float()
+
+
+def tree_hash(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, hidden ones included."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
