@@ -49,9 +49,11 @@ def torch_cuda() -> str | None:
     Asked of the interpreter without PYTHONPATH, so that an isolated build, which has no torch of
     its own, sees the environment it installs into.
     """
+    # its version.py alone: importing torch takes seconds, and pip asks twice
     probe = (
-        "import os, runpy; from importlib.util import find_spec; torch = find_spec('torch').origin; "
-        "print(runpy.run_path(os.path.join(os.path.dirname(torch), 'version.py'))['cuda'] or '')"
+        "import os, runpy; from importlib.util import find_spec; "
+        "folder = os.path.dirname(find_spec('torch').origin); "
+        "print(runpy.run_path(os.path.join(folder, 'version.py'))['cuda'] or '')"
     )
     found = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else None
@@ -98,7 +100,7 @@ def choose(mode: str) -> str:
 
 
 def compile_cuda(files: list[str], out: Path, archs: tuple[str, ...] = CUDA_ARCHS) -> list[str]:
-    """Objects of the .cu files, written to `out`: every arch, and PTX of the first for newer ones."""
+    """Objects of the .cu files in `out`: code for every arch, PTX of the first for later ones."""
     home = cuda_home()
     if home is None:
         raise FileNotFoundError(cuda_obstacle())
@@ -149,7 +151,7 @@ def extension(mode: str, optional: bool) -> Extension:
     return ext
 
 
-if __name__ == "__main__":
+def main() -> None:
     asked = os.environ.get("LIAR_EXT_BUILD", "auto")
     mode = choose(asked)
     setup(
@@ -158,3 +160,7 @@ if __name__ == "__main__":
         ext_modules=[] if mode == "python" else [extension(mode, optional=asked == "auto")],
         cmdclass={"build_ext": Build},
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -6,14 +6,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 # -P: the repository root must not be on sys.path, its kernels/ would hide the PyPI package
-if ! "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "error: $python has no torch that sees a CUDA device; set PYTHON to one that has" >&2
   exit 2
 fi
+missing=()
 for package in pytest pybind11 greenlet rich; do
   "$python" -P -c "import $package" 2>/dev/null || missing+=("$package")
 done
-if [[ -n ${missing[*]-} ]]; then
+if ((${#missing[@]})); then
   echo "error: $python lacks ${missing[*]}: install them, or put their wheels on PYTHONPATH" >&2
   exit 2
 fi

@@ -41,7 +41,7 @@ def recipes(name: str, calibration: str) -> Iterator[dict[str, Any]]:
     sizes = (
         {"samples": 1024, "seq_len": 128, "batch_size": 32}
         if name == "minilm"
-        else {"samples": 512, "seq_len": 256, "batch_size": 16}
+        else {"samples": 256, "seq_len": 256, "batch_size": 16}
     )
     base = {"calibration": calibration, "seed": 0, **sizes}
     for target, sparsity in CELLS[name]:
@@ -65,7 +65,9 @@ def key(options: dict[str, Any]) -> str:
     return json.dumps(full, sort_keys=True)
 
 
-def measure(name: str, source: Path, calibration: str, score: Callable[[Path], dict[str, Any]]) -> None:
+def measure(
+    name: str, source: Path, calibration: str, score: Callable[[Path], dict[str, Any]]
+) -> None:
     import liar_ext
     from liar_ext.environment import environment
 
@@ -84,10 +86,18 @@ def measure(name: str, source: Path, calibration: str, score: Callable[[Path], d
             row = {
                 "key": key(options),
                 "target": ",".join(options["target"]),
-                **{k: report.recipe[k] for k in (
-                    "sparsity", "criterion", "allocation", "reconstruct", "bias", "statistics",
-                    "ridge",
-                )},
+                **{
+                    k: report.recipe[k]
+                    for k in (
+                        "sparsity",
+                        "criterion",
+                        "allocation",
+                        "reconstruct",
+                        "bias",
+                        "statistics",
+                        "ridge",
+                    )
+                },
                 **score(out),
                 "residual": sum(residuals) / len(residuals),
                 "achieved": report.totals["sparsity"],
@@ -99,9 +109,12 @@ def measure(name: str, source: Path, calibration: str, score: Callable[[Path], d
         data["rows"].append(row)
         done.add(row["key"])
         path.write_text(json.dumps(data, indent=1) + "\n")
-        print(f"{len(done):3d} {row['target']:9s} {row['sparsity']} {row['criterion']:9s} "
-              f"{row['reconstruct']} {row['bias']} {row['statistics']} {row['allocation']} "
-              f"{row['ridge']:.0e}: {row['value']:.3f}", flush=True)
+        print(
+            f"{len(done):3d} {row['target']:9s} {row['sparsity']} {row['criterion']:9s} "
+            f"{row['reconstruct']} {row['bias']} {row['statistics']} {row['allocation']} "
+            f"{row['ridge']:.0e}: {row['value']:.3f}",
+            flush=True,
+        )
 
 
 def minilm_score(evaluation: str) -> Callable[[Path], dict[str, Any]]:
@@ -116,7 +129,7 @@ def minilm_score(evaluation: str) -> Callable[[Path], dict[str, Any]]:
     return score
 
 
-def demo_score(windows: int = 256) -> Callable[[Path], dict[str, Any]]:
+def demo_score(windows: int = 128) -> Callable[[Path], dict[str, Any]]:
     from liar_ext import load
     from liar_ext.demo import HELDOUT
     from liar_ext.engine.api import load_tokenizer
@@ -127,7 +140,9 @@ def demo_score(windows: int = 256) -> Callable[[Path], dict[str, Any]]:
         model = load(folder, dtype=torch.float32)
         result = perplexity(model, ids[: windows * 256], 256, batch_size=16)
         return {
-            "value": result.perplexity, "loss": result.loss, "standard_error": result.standard_error
+            "value": result.perplexity,
+            "loss": result.loss,
+            "standard_error": result.standard_error,
         }
 
     return score

@@ -36,7 +36,8 @@ def main_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The criterion × reconstruction part: default ridge, uniform, sequential."""
     default = data["rows"][0]["ridge"]
     return [
-        row for row in data["rows"]
+        row
+        for row in data["rows"]
         if row["ridge"] == default
         and row["allocation"] == "uniform"
         and row["statistics"] == "sequential"
@@ -82,22 +83,30 @@ def markdown(data: dict[str, Any]) -> str:
                 f"| {heading(target, sparsity)} | {criterion} | " + " | ".join(shown) + " |"
             )
     lines += ["", "## Other statistics and allocations (`liar`)", ""]
-    lines += ["| removed | criterion | statistics | allocation | value | residual |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| removed | criterion | statistics | allocation | value | residual |",
+        "|---|---|---|---|---|---|",
+    ]
     default = data["rows"][0]["ridge"]
     for row in data["rows"]:
         if row["reconstruct"] != "liar" or row["ridge"] != default or row["bias"] != "auto":
             continue
         if row["criterion"] not in ("wanda", "flap"):
             continue
+        where = heading(row["target"], row["sparsity"])
         lines.append(
-            f"| {heading(row['target'], row['sparsity'])} | {row['criterion']} | "
-            f"{row['statistics']} | {row['allocation']} | {row['value']:.2f} | {row['residual']:.3f} |"
+            f"| {where} | {row['criterion']} | {row['statistics']} | {row['allocation']} | "
+            f"{row['value']:.2f} | {row['residual']:.3f} |"
         )
     lines += ["", "## Ridge (`liar`, `wanda`, sequential, uniform)", ""]
     sweep = [
-        row for row in data["rows"]
-        if row["criterion"] == "wanda" and row["reconstruct"] == "liar" and row["bias"] == "auto"
-        and row["allocation"] == "uniform" and row["statistics"] == "sequential"
+        row
+        for row in data["rows"]
+        if row["criterion"] == "wanda"
+        and row["reconstruct"] == "liar"
+        and row["bias"] == "auto"
+        and row["allocation"] == "uniform"
+        and row["statistics"] == "sequential"
     ]
     ridges = sorted({row["ridge"] for row in sweep})
     lines += [
@@ -130,8 +139,11 @@ def plot(data: dict[str, Any], path: Path) -> None:
                     if label(row) == name:
                         values.append(row["value"])
                         axis.bar(
-                            place + (offset - (len(names) - 1) / 2) * 0.2, row["value"], 0.19,
-                            color=COLOURS[name], label=_shown(name) if place == 0 else None,
+                            place + (offset - (len(names) - 1) / 2) * 0.2,
+                            row["value"],
+                            0.19,
+                            color=COLOURS[name],
+                            label=_shown(name) if place == 0 else None,
                         )
         dense = data["dense"]["value"]
         axis.axhline(dense, color="black", linewidth=0.8, linestyle="--")

@@ -4,7 +4,7 @@ The text is what every CPython carries: ``pydoc_data.topics`` and the docstrings
 library, read with ``ast`` (nothing is imported). Text, tokenizer, weights, log and model card are
 all written by this file:
 
-    python examples/train_demo_model.py                      # remake src/liar_ext/demo, 20 minutes
+    python examples/train_demo_model.py                      # remake src/liar_ext/demo, 25 minutes
     python examples/train_demo_model.py --text-only --out d  # the two texts alone, 15 seconds
     python examples/train_demo_model.py --steps 20 --out d   # a quick look
 

@@ -10,7 +10,15 @@ import torch
 
 from liar_ext._version import __version__
 
-PACKAGES = ("transformers", "safetensors", "tokenizers", "accelerate", "triton", "datasets", "numpy")
+PACKAGES = (
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "accelerate",
+    "triton",
+    "datasets",
+    "numpy",
+)
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
@@ -33,7 +41,9 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()

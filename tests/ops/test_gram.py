@@ -253,7 +253,7 @@ class TestCompiled:
     @pytest.mark.parametrize("path", _extension.PATHS[1:])
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
     def test_every_path_matches_the_definition(self, dtype, path, keep):
-        """500 columns cross the squares of 384; 8415 valid tokens cross the chunk of 16 MiB, 8388 rows."""
+        """500 columns cross the squares of 384; 8415 valid tokens, the chunk of 8388."""
         if path not in _extension.gram_paths(dtype):
             pytest.skip(f"{path} cannot run {dtype} on this CPU")
         x, mask = activations(8500, 500, dtype), torch.arange(8500) % 100 > 0

@@ -68,12 +68,16 @@ class Allocation:
                     error = abs(kept + change - target)
                     distortion = abs(grid[position] - aims[group]) / grid[-1]
                     if error < abs(kept - target):
-                        best = min(best or (error, distortion, group, step),
-                                   (error, distortion, group, step))
+                        best = min(
+                            best or (error, distortion, group, step),
+                            (error, distortion, group, step),
+                        )
             if best is None:
                 break
             _, _, group, step = best
-            kept += (grids[group][chosen[group] + step] - grids[group][chosen[group]]) * costs[group]
+            kept += (grids[group][chosen[group] + step] - grids[group][chosen[group]]) * costs[
+                group
+            ]
             chosen[group] += step
         widths = [0] * len(budgets)
         for group, indices in enumerate(members):

@@ -27,10 +27,12 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     ranked = [standardised(budget) for budget in budgets]
     scores = torch.cat(ranked)
     owner = torch.cat([torch.full((len(z),), i) for i, z in enumerate(ranked)])
-    cost = torch.cat([
-        torch.full((len(z),), float(b.cost), dtype=torch.float64)
-        for z, b in zip(ranked, budgets, strict=True)
-    ])
+    cost = torch.cat(
+        [
+            torch.full((len(z),), float(b.cost), dtype=torch.float64)
+            for z, b in zip(ranked, budgets, strict=True)
+        ]
+    )
     # the best unit of each Site goes first: no Site is emptied
     for site, z in enumerate(ranked):
         scores[(owner == site).nonzero()[int(z.argmax())]] = float("inf")

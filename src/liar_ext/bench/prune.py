@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from liar_ext.engine.api import compute_dtype, load_calibration, prune, resolve_
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for
+from liar_ext.recipe import Recipe
+from liar_ext.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +49,9 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.repeats):
         forward.append(_timed(lambda: _forward(model, batches, device), device))
         fresh = copy.deepcopy(model)
-        reports = []
-        compression.append(
-            _timed(lambda m=fresh, r=reports: r.append(prune(m, batches, recipe)), device)
-        )
+        reports: list[Report] = []
+        work = functools.partial(_prune_into, reports, fresh, batches, recipe)
+        compression.append(_timed(work, device))
         phases.append(reports[0].seconds)
     ratios = [c / f for c, f in zip(compression, forward, strict=True)]
     tokens = sum(batch.tokens for batch in batches)
@@ -82,6 +84,12 @@ def _forward(model: PreTrainedModel, batches: tuple[Batch, ...], device: torch.d
     for batch in batches:
         mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
         backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+
+
+def _prune_into(
+    reports: list[Report], model: PreTrainedModel, batches: tuple[Batch, ...], recipe: Recipe
+) -> None:
+    reports.append(prune(model, batches, recipe))
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

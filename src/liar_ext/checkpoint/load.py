@@ -30,7 +30,9 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack"]))
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -18,7 +18,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1} | {
-    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
 }
 # names that only old checkpoints use, and the ones modules have had since
 LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
@@ -135,7 +138,8 @@ class CheckpointReader:
     def bytes(self) -> int:
         """Bytes of the tensors that belong to the model."""
         return sum(
-            math.prod(self._slice(stored).get_shape()) * DTYPE_BYTES[self._slice(stored).get_dtype()]
+            math.prod(self._slice(stored).get_shape())
+            * DTYPE_BYTES[self._slice(stored).get_dtype()]
             for stored in set(self._names.values())
         )
 

@@ -154,7 +154,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Tokenizer, generation config, licences and the like: all but weights and what is rewritten."""
+    """Tokenizer, generation config, licences and the like: not weights nor what is rewritten."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -28,5 +28,7 @@ def run(benchmark: Any, arguments: argparse.Namespace) -> None:
         raise InputError(f"--json {file}: {Path(file).parent} is not a folder")
     result = benchmark.execute(arguments)
     if file is not None:
-        Path(file).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        Path(file).write_text(
+            json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
         print(f"written: {file}")

@@ -11,7 +11,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="the main job on a small LLaMA, offline, on a CPU",
-        description="Prune the demo model with none, bias and liar, and compare with the dense one.",
+        description="Prune the demo model with none, bias and liar; compare with the dense one.",
     )
     parser.add_argument("--out", metavar="DIR", help="keep the pruned models under this folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

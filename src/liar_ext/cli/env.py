@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in environment():
             versions.add_row(name, str(result[name]))
         print_table(versions)
-        table = Table("op", "backend", "works here", "why not", title="backends", title_justify="left")
+        table = Table(
+            "op", "backend", "works here", "why not", title="backends", title_justify="left"
+        )
         for row in result["backends"]:
             table.add_row(
                 row["op"], row["backend"], "yes" if row["available"] else "no", row["reason"] or ""

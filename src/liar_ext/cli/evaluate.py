@@ -23,7 +23,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seq-len", type=int, metavar="N", help="window (default 2048 at most)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
-    parser.add_argument("--dtype", default="auto", metavar="NAME", help="auto, float32, bfloat16, float16")
+    parser.add_argument(
+        "--dtype", default="auto", metavar="NAME", help="auto, float32, bfloat16, float16"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -79,8 +81,12 @@ def _perplexity(
     error = result["standard_error"]
     spread = None if error is None else error * result["perplexity"]
     return {
-        "metric": "perplexity", "value": result["perplexity"], "dataset": arguments.text,
-        **result, "standard_error": spread, "loss_standard_error": error,
+        "metric": "perplexity",
+        "value": result["perplexity"],
+        "dataset": arguments.text,
+        **result,
+        "standard_error": spread,
+        "loss_standard_error": error,
     }
 
 
@@ -89,12 +95,13 @@ def _stsb(arguments: argparse.Namespace, folder: Path, model: Any, seq_len: int)
     from liar_ext.evaluation.stsb import spearman
 
     result = spearman(
-        model, load_tokenizer(folder), arguments.stsb,
-        batch_size=arguments.batch_size, max_length=min(seq_len, 256),
+        model,
+        load_tokenizer(folder),
+        arguments.stsb,
+        batch_size=arguments.batch_size,
+        max_length=min(seq_len, 256),
     ).to_json()
-    return {
-        "metric": "spearman", "value": result["spearman"], "dataset": arguments.stsb, **result
-    }
+    return {"metric": "spearman", "value": result["spearman"], "dataset": arguments.stsb, **result}
 
 
 def _read_text(path: Path) -> str:

@@ -34,8 +34,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     with Watcher() as watcher:
         report = compress(
-            arguments.source, arguments.out, recipe,
-            overwrite=arguments.overwrite, progress=watcher,
+            arguments.source,
+            arguments.out,
+            recipe,
+            overwrite=arguments.overwrite,
+            progress=watcher,
         )
     if not arguments.json:
         print_table(summary(report))

@@ -19,7 +19,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--out", metavar="FILE", help="default: DIR/report.html")
     parser.add_argument(
-        "--evaluation", action="append", default=[], metavar="FILE.json",
+        "--evaluation",
+        action="append",
+        default=[],
+        metavar="FILE.json",
         help="what `liar eval --json` printed, dense or pruned; may be given several times",
     )
     parser.set_defaults(run=run)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from liar_ext.demo import CALIBRATION, HELDOUT, MODEL
 from liar_ext.engine.api import compress, load_tokenizer
@@ -23,9 +24,9 @@ from liar_ext.recipe import Recipe
 SPARSITIES = (0.3, 0.5)
 RECONSTRUCTIONS = ("none", "bias", "liar")
 SEQ_LEN = 256
-CALIBRATION_WINDOWS = 256
-# a quarter of the held-out text: the demo is to end in two minutes on two cores
-HELDOUT_WINDOWS = 96
+CALIBRATION_WINDOWS = 128
+# part of the held-out text: the demo is to end well within two minutes on two cores
+HELDOUT_WINDOWS = 64
 PROMPT = "Return a new list"
 NEW_TOKENS = 24
 
@@ -52,8 +53,12 @@ def demo(out: Path | None, *, quiet: bool = False) -> dict[str, Any]:
         for sparsity in SPARSITIES:
             for name in RECONSTRUCTIONS:
                 recipe = Recipe(
-                    sparsity=sparsity, reconstruct=name, calibration=str(CALIBRATION),
-                    samples=CALIBRATION_WINDOWS, seq_len=SEQ_LEN, batch_size=16,
+                    sparsity=sparsity,
+                    reconstruct=name,
+                    calibration=str(CALIBRATION),
+                    samples=CALIBRATION_WINDOWS,
+                    seq_len=SEQ_LEN,
+                    batch_size=16,
                 )
                 folder = base / f"{name}-{sparsity:.0%}".replace("%", "")
                 report = compress(MODEL, folder, recipe, overwrite=True)
@@ -71,17 +76,23 @@ def demo(out: Path | None, *, quiet: bool = False) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     console.print(_table(rows))
     for who, text in texts.items():
-        console.print(f"{who}: {PROMPT}{' '.join(text.split(' '))}".replace("\n", " "), markup=False)
+        console.print(
+            f"{who}: {PROMPT}{' '.join(text.split(' '))}".replace("\n", " "), markup=False
+        )
     if out is not None:
         console.print(f"kept: {out}")
     console.print(f"done in {seconds:.0f} s")
     return {
-        "rows": rows, "prompt": PROMPT, "generated": texts,
-        "seconds": seconds, "environment": environment(torch.device("cpu")),
+        "rows": rows,
+        "prompt": PROMPT,
+        "generated": texts,
+        "seconds": seconds,
+        "environment": environment(torch.device("cpu")),
     }
 
 
 def _stock(folder: Path) -> PreTrainedModel:
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -105,15 +105,21 @@ def compress(
     device = resolve_device(recipe.device)
     reader = CheckpointReader(folder)
     if layout.KEY in reader.config:
-        raise InputError(f"{folder}: pruned already with per-layer widths; start from the dense one")
+        raise InputError(
+            f"{folder}: pruned already with per-layer widths; start from the dense one"
+        )
     model = layout.empty_model(layout.config_object(reader.config))
     left_over = reader.bind(model)
     calibration = load_calibration(folder, model, recipe)
     with output_folder(Path(out), folder, overwrite=overwrite) as temporary:
         writer = CheckpointWriter(temporary)
         store = CheckpointStore(
-            model, reader, writer,
-            device=device, compute_dtype=compute_dtype(recipe.dtype, device), dtype=recipe.dtype,
+            model,
+            reader,
+            writer,
+            device=device,
+            compute_dtype=compute_dtype(recipe.dtype, device),
+            dtype=recipe.dtype,
         )
         job = _Job(store, reader.config, recipe, device, progress)
         if left_over:
@@ -134,7 +140,9 @@ def compress(
     return report
 
 
-def save(model: PreTrainedModel, out: str | Path, report: Report, *, overwrite: bool = False) -> None:
+def save(
+    model: PreTrainedModel, out: str | Path, report: Report, *, overwrite: bool = False
+) -> None:
     """Write a model pruned by `prune` as a folder, as `compress` would.
 
     Tokenizer files are the caller's to save beside it.
@@ -185,7 +193,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises InputError if a GPU is forced and there is none."""
+    """`auto` is the GPU if there is one. Raises InputError for a forced GPU that is missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -270,7 +278,10 @@ class _Job:
         for site in driver.sites:
             self._warnings += [f"{site.name}: {step}" for step in site.steps]
         config = layout.describe(
-            self._dense, adapter, layout.read(model), layout.equal_values(model, before),
+            self._dense,
+            adapter,
+            layout.read(model),
+            layout.equal_values(model, before),
             driver.added_biases,
         )
         return Report(

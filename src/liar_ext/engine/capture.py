@@ -66,7 +66,7 @@ def record_calls(
     mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
     try:
         for layer in layers:
-            layer.forward = stub  # type: ignore[method-assign]
+            layer.forward = stub
         backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
     except _Stop:
         pass
@@ -89,18 +89,23 @@ class LayerRun:
             return output[0] if isinstance(output, tuple) else output
 
         self._greenlet = _Run(body)
-        self._feed: tuple[Any, ...] = ()
+        self._resume: tuple[Any, ...] = ()
 
     def to_next(self) -> tuple[nn.Module | None, Tensor]:
         """Run to the next consumer: (consumer, its input), or (None, layer output) at the end."""
-        value = self._greenlet.switch(*self._feed)
+        value = self._greenlet.switch(*self._resume)
         if self._greenlet.dead:
             return None, value
         return value
 
-    def feed(self, replacement: Tensor) -> None:
-        """The input the paused consumer gets when the run goes on."""
-        self._feed = (replacement,)
+    def close(self) -> None:
+        """Unwind a run that is not needed to its end, which frees what its frames hold."""
+        if not self._greenlet.dead:
+            self._greenlet.throw()
+
+    def keep(self, columns: Tensor | None) -> None:
+        """The columns of its input that the paused consumer gets when the run goes on."""
+        self._resume = (columns,)
 
 
 @contextmanager
@@ -108,11 +113,12 @@ def pausing(sites: Sequence[Site]) -> Iterator[None]:
     """Make runs pause at these Sites' consumers; calls from outside a run are not affected."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        current = greenlet.getcurrent()
-        if not isinstance(current, _Run):
+        # no local may name the current greenlet while it is paused: its own frame would then keep
+        # it alive, and the garbage collector does not see into paused frames
+        if not isinstance(greenlet.getcurrent(), _Run):
             return None
-        replacement = current.parent.switch((module, args[0]))
-        return (replacement, *args[1:])
+        columns = greenlet.getcurrent().parent.switch((module, args[0]))
+        return args if columns is None else (args[0][..., columns], *args[1:])
 
     handles = [site.consumer.register_forward_pre_hook(hook) for site in sites]
     try:

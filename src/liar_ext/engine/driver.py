@@ -20,8 +20,8 @@ from liar_ext.models import Site, adapter_for, layout
 from liar_ext.ops.gram import gram
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.ops.residual import relative_residual
-from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
 from liar_ext.report.schema import SiteReport
 
 CHUNK_TOKENS = 4096
@@ -128,15 +128,13 @@ class Driver:
         hidden, calls = [], []
         with self.clock.phase("forward"):
             for batch in self.batches:
-                states, recorded = record_calls(
-                    backbone, self._layers, batch, self.device, options
-                )
+                states, recorded = record_calls(backbone, self._layers, batch, self.device, options)
                 hidden.append(states)
                 calls.append(recorded)
         return hidden, calls
 
     def _allocate(self, hidden: list[Tensor], calls: list[list[LayerCall]]) -> Widths:
-        """Kept units of every targeted Site; a forward pass first if the allocation needs scores."""
+        """Kept units of every targeted Site; one more pass if the allocation needs scores."""
         allocation = ALLOCATIONS[self.recipe.allocation]
         known = budgets(self.store, self.recipe)
         if allocation.needs_scores:
@@ -181,24 +179,29 @@ class Driver:
             nobody needs them.
         """
         targeted = index in self.targets
-        sites = self.adapter.sites_of(self.store.model, index, self.recipe.target) if targeted else []
+        sites = (
+            self.adapter.sites_of(self.store.model, index, self.recipe.target) if targeted else []
+        )
         runs = [
             LayerRun(self._layers[index], states, recorded[index])
             for states, recorded in zip(hidden, calls, strict=True)
         ]
-        with pausing(sites):
-            for site in sites:
+        try:
+            with pausing(sites):
+                for site in sites:
+                    with self.clock.phase("forward"):
+                        inputs = [_expect(run.to_next(), site) for run in runs]
+                    columns = visit(site, inputs)
+                    del inputs
+                    for run in runs:
+                        run.keep(columns)
+                if index == self.targets.stop - 1:
+                    return None
                 with self.clock.phase("forward"):
-                    inputs = [_expect(run.to_next(), site) for run in runs]
-                columns = visit(site, inputs)
-                with self.clock.phase("forward"):
-                    for run, x in zip(runs, inputs, strict=True):
-                        run.feed(x if columns is None else x[..., columns])
-                del inputs
-            if index == self.targets.stop - 1:
-                return None
-            with self.clock.phase("forward"):
-                return [run.to_next()[1] for run in runs]
+                    return [run.to_next()[1] for run in runs]
+        finally:
+            for run in runs:
+                run.close()
 
     def _shrink_layer(
         self, index: int, widths: Widths, hidden: list[Tensor], calls: list[list[LayerCall]]
@@ -244,9 +247,13 @@ class Driver:
         bias = _shifted(site.bias(), repaired.shift)
         used = repaired.diagnostics
         report = SiteReport(
-            layer=site.layer, kind=site.kind, name=site.name,
-            units_before=units, units_after=keep.numel(),
-            columns_before=columns, columns_after=kept_columns.numel(),
+            layer=site.layer,
+            kind=site.kind,
+            name=site.name,
+            units_before=units,
+            units_after=keep.numel(),
+            columns_before=columns,
+            columns_after=kept_columns.numel(),
             bias_added=bias is not None and site.bias() is None,
             relative_residual=residual,
             seconds={k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")},
@@ -272,8 +279,12 @@ class Driver:
         dropped = torch.ones(site.columns, dtype=torch.bool, device=keep.device)
         dropped[keep] = False
         task = Task(
-            moments, weight, keep, dropped.nonzero().flatten(),
-            self.recipe.ridge, self._intercept[site.kind],
+            moments,
+            weight,
+            keep,
+            dropped.nonzero().flatten(),
+            self.recipe.ridge,
+            self._intercept[site.kind],
         )
         if task.drop.numel() == 0:
             return Repaired(weight)

@@ -8,7 +8,7 @@ for them. Everything else is written under the key `liar_ext` of `config.json`, 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import torch
@@ -57,7 +57,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             return found
     adapter = adapter_for(config)
     auto = transformers.AutoModelForCausalLM if adapter.decoder else transformers.AutoModel
-    return auto._model_mapping[type(config)]
+    return cast("type[PreTrainedModel]", auto._model_mapping[type(config)])
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -100,12 +100,13 @@ def describe(
         A stock config where stock transformers can express the model (under the family's alias if
         only that accepts the head count), else one with the `liar_ext` key.
     """
-    flags = {s.kind: s.bias_flag for s in adapter.sites}
     new = copy.deepcopy(dense)
-    for kind in added_biases:
-        if flags[kind] is not None:
-            _text(new)[flags[kind]] = True
-    unflagged = [kind for kind in added_biases if flags[kind] is None]
+    unflagged = []
+    for spec in adapter.sites:
+        if spec.kind in added_biases and spec.bias_flag is not None:
+            _text(new)[spec.bias_flag] = True
+        elif spec.kind in added_biases:
+            unflagged.append(spec.kind)
     if values is not None and not unflagged:
         stock = copy.deepcopy(new)
         text = _text(stock)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -12,43 +14,48 @@ from transformers.pytorch_utils import Conv1D
 
 def weight(module: nn.Module) -> Tensor:
     """The weight as (out, in); a view, so writing to it writes to the module."""
-    data = module.weight.detach()
+    data = _stored(module).detach()
     return data.T if isinstance(module, Conv1D) else data
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """The bias (out,), or None."""
+    parameter = cast("nn.Parameter | None", module.bias)
+    return None if parameter is None else parameter.detach()
 
 
 def set_weight(module: nn.Module, value: Tensor) -> None:
     """Replace the weight by `value` (out, in), keeping dtype, device and the storage order."""
-    old = module.weight
+    old = _stored(module)
     stored = value.T if isinstance(module, Conv1D) else value
-    module.weight = nn.Parameter(
-        stored.to(device=old.device, dtype=old.dtype).contiguous(), requires_grad=old.requires_grad
-    )
-    out_features, in_features = value.shape
-    if isinstance(module, Conv1D):
-        module.nf, module.nx = out_features, in_features
-    else:
-        module.out_features, module.in_features = out_features, in_features
+    stored = stored.to(device=old.device, dtype=old.dtype).contiguous()
+    module.weight = nn.Parameter(stored, requires_grad=old.requires_grad)
+    names = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    for name, size in zip(names, value.shape, strict=True):
+        setattr(module, name, size)
 
 
 def set_bias(module: nn.Module, value: Tensor) -> None:
     """Replace or create the bias (out,)."""
-    like = module.weight
-    trainable = like.requires_grad if module.bias is None else module.bias.requires_grad
-    module.bias = nn.Parameter(
-        value.to(device=like.device, dtype=like.dtype).contiguous(), requires_grad=trainable
-    )
+    like = _stored(module)
+    stored = value.to(device=like.device, dtype=like.dtype).contiguous()
+    module.bias = nn.Parameter(stored, requires_grad=like.requires_grad)
 
 
 def keep_rows(module: nn.Module, rows: Tensor) -> None:
     """Keep the output features `rows` of weight and bias."""
-    rows = rows.to(module.weight.device)
-    bias = None if module.bias is None else module.bias.detach()
+    rows = rows.to(_stored(module).device)
+    old = bias(module)
     set_weight(module, weight(module).index_select(0, rows))
-    if bias is not None:
-        set_bias(module, bias.index_select(0, rows))
+    if old is not None:
+        set_bias(module, old.index_select(0, rows))
 
 
 def add_zero_bias(module: nn.Module) -> None:
     """Give the module a bias of zeros if it has none: the function does not change."""
-    if module.bias is None:
-        set_bias(module, torch.zeros(weight(module).shape[0], device=module.weight.device))
+    if bias(module) is None:
+        set_bias(module, torch.zeros(weight(module).shape[0]))
+
+
+def _stored(module: nn.Module) -> nn.Parameter:
+    return cast(nn.Parameter, module.weight)

@@ -95,7 +95,7 @@ class Site:
         total = self.columns_per_unit * consumer.shape[0]
         for producer in self.spec.producers:
             module = self.module.get_submodule(producer.path)
-            per_row = linear.weight(module).shape[1] + (module.bias is not None)
+            per_row = linear.weight(module).shape[1] + (linear.bias(module) is not None)
             total += self._rows(producer) // self.units * per_row
         return total
 
@@ -104,7 +104,7 @@ class Site:
         return linear.weight(self.consumer)
 
     def bias(self) -> Tensor | None:
-        return None if self.consumer.bias is None else self.consumer.bias.detach()
+        return linear.bias(self.consumer)
 
     def unit_columns(self, units: Tensor) -> Tensor:
         """Columns of the given units, (len(units) · columns_per_unit,) int64, in unit order."""

@@ -79,8 +79,12 @@ def interpolate(
     """
     system = _system(moments, keep, drop, ridge, center)
     solution, diagnostics = ridge_solve(
-        system.kept, system.cross, system.strength(ridge), ridge,
-        moments_dtype=moments.gram.dtype, precision=precision,
+        system.kept,
+        system.cross,
+        system.strength(ridge),
+        ridge,
+        moments_dtype=moments.gram.dtype,
+        precision=precision,
     )
     mean = moments.mean()
     p = mean[drop] - solution.T @ mean[keep] if center else torch.zeros_like(mean[drop])
@@ -107,8 +111,12 @@ def repair(
     fold_first = weight.shape[0] < drop.numel()
     right = system.cross @ dropped_weight.T if fold_first else system.cross
     solution, diagnostics = ridge_solve(
-        system.kept, right, system.strength(ridge), ridge,
-        moments_dtype=moments.gram.dtype, precision=precision,
+        system.kept,
+        right,
+        system.strength(ridge),
+        ridge,
+        moments_dtype=moments.gram.dtype,
+        precision=precision,
     )
     carried = solution.T if fold_first else dropped_weight @ solution.T
     mean = moments.mean()

@@ -72,7 +72,8 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         if self.gram.shape != other.gram.shape:
             raise ValueError(
-                f"moments of different shapes: {tuple(self.gram.shape)} and {tuple(other.gram.shape)}"
+                f"moments of shapes {tuple(self.gram.shape)} and {tuple(other.gram.shape)} "
+                "cannot be added"
             )
         same_order = (self.order is None) == (other.order is None) and (
             self.order is None or bool(torch.equal(self.order, other.order))  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ class Moments:
             return self.gram[rows][:, cols].double() / count
         if not bool((rows >= panel).any()):
             return self.gram[cols][:, rows].T.double() / count
-        raise ValueError("this block needs dropped × dropped entries, which were not accumulated")
+        raise ValueError("this block needs dropped × dropped entries, which are not there")
 
     def second_panel(self, start: int, stop: int) -> Tensor:
         """Columns `start:stop` of `G/N`, (n, stop − start) float64, natural order, no gather.

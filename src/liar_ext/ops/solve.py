@@ -88,8 +88,14 @@ def ridge_solve(
         if attempt.reason is None:
             solution[live] = attempt.solution
             return solution, Diagnostics(
-                ridge, used, used * unit, attempt.condition, attempt.backward_error, dead,
-                str(working).removeprefix("torch."), tuple(steps),
+                ridge,
+                used,
+                used * unit,
+                attempt.condition,
+                attempt.backward_error,
+                dead,
+                str(working).removeprefix("torch."),
+                tuple(steps),
             )
         if working == torch.float32:
             steps.append(f"float32: {attempt.reason}; repeated in float64")
@@ -147,7 +153,9 @@ def _substitute(factor: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.to(factor.dtype), factor).double()
 
 
-def _extreme_eigenvalues(matrix: Tensor, factor: Tensor, iterations: int = 12) -> tuple[float, float]:
+def _extreme_eigenvalues(
+    matrix: Tensor, factor: Tensor, iterations: int = 12
+) -> tuple[float, float]:
     """Power iteration on A and, through its factor, on A⁻¹: O(s²) each step, so free."""
     vector = _probes(matrix, 1)
     low = vector

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from liar_ext.report.schema import Report, SiteReport
-from liar_ext.report.text import change, count, duration, is_hub_id, number, percent, short_name, size
+from liar_ext.report.text import (
+    change,
+    count,
+    duration,
+    is_hub_id,
+    number,
+    percent,
+    short_name,
+    size,
+)
 
 SITE_NAMES = {"ffn": "FFN neurons", "heads": "attention heads (KV groups where they are shared)"}
 # the most specific first: a BERT head is also in the mapping of causal language models
@@ -78,6 +87,14 @@ def residuals(sites: Sequence[SiteReport]) -> list[tuple[float, SiteReport]]:
     return sorted(known, key=lambda pair: pair[0])
 
 
+def standard_error(evaluation: Mapping[str, Any]) -> float | None:
+    """In the unit of the value. A perplexity's result states its loss's, in nats."""
+    error = evaluation.get("standard_error")
+    if error is not None and evaluation["metric"] == "perplexity" and "loss" in evaluation:
+        return float(evaluation["value"] * error)
+    return error
+
+
 def _front_matter(report: Report) -> str:
     stock = report.layout.startswith("stock")
     lines = ["---", f"library_name: {'transformers' if stock else 'liar-ext'}"]
@@ -121,7 +138,10 @@ def _what(report: Report) -> str:
 
 def _sizes(report: Report) -> str:
     totals = report.totals
-    rows = [("parameters", "parameters", count), ("of the targeted structures", "site_parameters", count)]
+    rows = [
+        ("parameters", "parameters", count),
+        ("of the targeted structures", "site_parameters", count),
+    ]
     if totals.get("bytes_after") is not None:
         rows.append(("weight files", "bytes", size))
     lines = ["## Size\n", "| | before | after | change |", "|---|---:|---:|---:|"]
@@ -142,7 +162,7 @@ def _loading(report: Report) -> str:
     if report.layout.startswith("stock"):
         auto = auto_class(report.config)
         text = f"Stock transformers loads this folder, without custom code{_alias(report)}."
-        code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(\"PATH\")"
+        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     else:
         text = (
             "The shapes of this model cannot be stated in a stock "
@@ -168,12 +188,9 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
     if evaluations:
         lines += ["| model | data | metric | value | standard error |", "|---|---|---|---:|---:|"]
         for one in evaluations:
-            error = one.get("standard_error")
-            lines.append(
-                f"| {_code(short_name(str(one.get('source', ''))))} "
-                f"| {_code(short_name(str(one.get('dataset', ''))))} | {_plain(str(one['metric']))} "
-                f"| {number(one['value'], 5)} | {number(error)} |"
-            )
+            names = [_code(short_name(str(one.get(key, "")))) for key in ("source", "dataset")]
+            values = [number(one["value"], 5), number(standard_error(one))]
+            lines.append(f"| {' | '.join([*names, _plain(str(one['metric'])), *values])} |")
         lines.append("")
     else:
         lines.append(
@@ -183,11 +200,11 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
         )
     known = residuals(report.sites)
     if known:
-        values = [value for value, _ in known]
+        found = [value for value, _ in known]
         lines.append(
             "Relative residual, the mean squared error of an adjusted layer's output over the "
-            f"variance of the dense one's: median {percent(statistics.median(values))}, from "
-            f"{percent(values[0])} ({_code(known[0][1].name)}) to {percent(values[-1])} "
+            f"variance of the dense one's: median {percent(statistics.median(found))}, from "
+            f"{percent(found[0])} ({_code(known[0][1].name)}) to {percent(found[-1])} "
             f"({_code(known[-1][1].name)}). It is measured on the calibration tokens themselves "
             "and layer by layer, so it is a diagnostic, not a quality.\n"
         )
@@ -197,7 +214,8 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def _calibration(report: Report) -> str:
     data = report.calibration
-    lines = ["## Calibration\n", f"- source: {_code(short_name(str(data.get('source', 'unknown'))))}"]
+    source = short_name(str(data.get("source", "unknown")))
+    lines = ["## Calibration\n", f"- source: {_code(source)}"]
     amounts = [f"{int(data[key]):,} {key}" for key in ("samples", "tokens") if key in data]
     if data.get("seq_len"):
         amounts.append(f"at most {data['seq_len']:,} tokens each")
@@ -228,8 +246,8 @@ def _solves(report: Report) -> str:
     stepped = [s for s in solved if s.steps]
     if not stepped:
         lines.append("- every system was solved as asked: no ridge raised, no solve repeated")
-    for site in stepped[:WARNINGS_SHOWN]:
-        lines.append(f"- {_code(site.name)}: {_plain('; '.join(site.steps))}")
+    shown = stepped[:WARNINGS_SHOWN]
+    lines += [f"- {_code(site.name)}: {_plain('; '.join(site.steps))}" for site in shown]
     lines += _left_out(len(stepped))
     return "\n".join([*lines, ""])
 

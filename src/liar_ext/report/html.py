@@ -14,7 +14,7 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.report import plots
-from liar_ext.report.card import SITE_NAMES, auto_class
+from liar_ext.report.card import SITE_NAMES, auto_class, standard_error
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
     NONE,
@@ -103,7 +103,7 @@ def _header(report: Report, name: str) -> str:
     totals, seconds = report.totals, report.seconds.get("total")
     stock = report.layout.startswith("stock")
     loads = "transformers" if stock else "liar_ext.load"
-    how = f"{auto_class(report.config)}, layout {report.layout}" if stock else "not by stock loaders"
+    how = auto_class(report.config) if stock else "stock loaders refuse it by its model_type"
     sizes = [
         ("Parameters", "parameters", count),
         ("Weight files", "bytes", size),
@@ -132,7 +132,8 @@ def _header(report: Report, name: str) -> str:
         for label, value, note in cards
     )
     recipe = report.recipe
-    methods = ", ".join(f"{key} {recipe[key]}" for key in ("criterion", "allocation", "reconstruct"))
+    chosen = ("criterion", "allocation", "reconstruct")
+    methods = ", ".join(f"{key} {recipe[key]}" for key in chosen)
     origin = "" if is_hub_id(report.source) else f" · from {report.source}"
     return (
         f"<header><h1>{escape(name)}, pruned</h1>\n"
@@ -146,7 +147,10 @@ def _warnings(report: Report) -> str:
         return ""
     items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
     title = f"{len(report.warnings)} warning{'s' if len(report.warnings) > 1 else ''}"
-    return f'<section class="alert" aria-label="Warnings"><strong>{title}</strong><ul>{items}</ul></section>'
+    return (
+        f'<section class="alert" aria-label="Warnings"><strong>{title}</strong>'
+        f"<ul>{items}</ul></section>"
+    )
 
 
 def _plots(report: Report) -> str:
@@ -201,8 +205,11 @@ def _sites(report: Report) -> str:
     rows = [[show(site) for _, show in columns] for site in report.sites]
     explained = ", ".join(f"{kind}: {SITE_NAMES.get(kind, kind)}" for kind in _kinds(report.sites))
     return _table(
-        "Sites", f"Every pruned structure, in the order of the forward pass ({explained}).",
-        [label for label, _ in columns], rows, text=("kind", "consumer", "precision", "bias added", "steps"),
+        "Sites",
+        f"Every pruned structure, in the order of the forward pass ({explained}).",
+        [label for label, _ in columns],
+        rows,
+        text=("kind", "consumer", "precision", "bias added", "steps"),
     )
 
 
@@ -219,7 +226,7 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
         return (
             "<section><h2>Quality</h2><p>Not measured here: pass the output of "
             "<code>liar eval --json</code> for the dense and the pruned model to see both side by "
-            "side. Residuals below are diagnostics on calibration tokens, not quality.</p></section>"
+            "side. Residuals are diagnostics on calibration tokens, not quality.</p></section>"
         )
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -233,14 +240,17 @@ def _evaluations(rows: list[dict[str, Any]]) -> str:
         for row in group:
             delta = NONE if base is None or row["dense"] else change(base, row["value"])
             error = NONE if row["error"] is None else f"± {number(row['error'])}"
-            table.append([row["label"], metric, dataset or NONE, number(row["value"], 5), error, delta])
+            value = number(row["value"], 5)
+            table.append([row["label"], metric, dataset or NONE, value, error, delta])
         better = "Lower" if metric.lower() in LOWER_IS_BETTER else "Higher"
         on = f" on {dataset}" if dataset else ""
         caption = f"{metric}{on}. {better} is better; the bars show one standard error."
         figures.append(_figure(plots.evaluation(group, metric, index), caption))
     shown = _table(
-        "Quality", "As measured by liar eval; ± is one standard error.",
-        ["model", "metric", "data", "value", "standard error", "change"], table,
+        "Quality",
+        "As measured by liar eval; ± is one standard error.",
+        ["model", "metric", "data", "value", "standard error", "change"],
+        table,
         text=("model", "metric", "data"),
     )
     inside = shown.removesuffix("</section>")
@@ -263,14 +273,16 @@ def _evaluation(one: Mapping[str, Any], report: Report) -> dict[str, Any]:
         if not optional and not _finite(given):
             raise InputError(f"evaluation of {one['source']}: {name} {given!r} is no finite number")
     metric, source = str(one["metric"]), str(one["source"])
-    if error is not None and metric == "perplexity" and "loss" in one:
-        error = value * error
     dense = _same(source, report.source)
     label = f"{short_name(source)} (dense)" if dense else short_name(source)
     dataset = str(one.get("dataset") or "")
     return {
-        "label": label, "metric": metric, "dataset": short_name(dataset) if dataset else "",
-        "value": float(value), "error": error, "dense": dense,
+        "label": label,
+        "metric": metric,
+        "dataset": short_name(dataset) if dataset else "",
+        "value": float(value),
+        "error": standard_error(one),
+        "dense": dense,
     }
 
 

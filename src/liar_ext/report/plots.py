@@ -7,12 +7,14 @@ variables, so that the same plot is readable on a light and on a dark page. Text
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -26,7 +28,8 @@ SERIES = ("#030303", "#040404", "#050505")
 COLOURS = {INK: "currentColor", FAINT: "var(--faint)"} | {
     name: f"var(--series-{i})" for i, name in enumerate(SERIES)
 }
-STYLE = {
+# the stubs of matplotlib spell out every key
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -41,8 +44,12 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    # nothing may keep a colour of matplotlib's own, not even the caps of error bars
+    "axes.prop_cycle": cycler(color=[INK]),
 }
 LABELS = {"ffn": "FFN neurons", "heads": "heads"}
+# a kind keeps its colour and marker from plot to plot
+PLACES = {"heads": 0, "ffn": 1}
 MARKERS = ("o", "s", "^")
 WIDTH = 6.4  # inches
 
@@ -52,10 +59,10 @@ def widths(report: Report) -> str:
     groups = _by_kind(report.sites)
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(len(groups), 2.3)
-        for axes, (index, (kind, sites)) in zip(panels, enumerate(groups.items()), strict=True):
-            layers = [s.layer for s in sites]
+        for axes, (kind, sites) in zip(panels, groups.items(), strict=True):
+            layers, colour = [s.layer for s in sites], SERIES[_place(kind)]
             axes.bar(layers, [s.units_before for s in sites], 0.8, color=FAINT, label="before")
-            axes.bar(layers, [s.units_after for s in sites], 0.5, color=SERIES[index], label="after")
+            axes.bar(layers, [s.units_after for s in sites], 0.5, color=colour, label="after")
             axes.set_ylabel(LABELS.get(kind, kind))
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
             _layer_axis(axes)
@@ -71,10 +78,7 @@ def residual(report: Report) -> str | None:
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _panels(1, 2.8)
         _scatter(axes, known, [100 * v for v in values])
-        if min(values) > 0 and max(values) > 30 * min(values):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
+        _scale(axes, values)
         axes.set_ylabel("relative residual, %")
         return _svg(figure, "residual", "Relative residual of each Site")
 
@@ -110,8 +114,9 @@ def solves(report: Report) -> str | None:
             panels[0].set_yscale("log")
         panels[0].set_ylabel("ridge used")
         if conditioned:
-            _scatter(panels[1], conditioned, [s.condition or 1.0 for s in conditioned], legend=False)
-            panels[1].set_yscale("log")
+            found = [s.condition or 1.0 for s in conditioned]
+            _scatter(panels[1], conditioned, found, legend=False)
+            _scale(panels[1], found)
             panels[1].set_ylabel("condition")
         return _svg(figure, "solves", "Ridge used and condition of each Site's system")
 
@@ -127,8 +132,13 @@ def evaluation(rows: Sequence[Mapping[str, Any]], metric: str, index: int) -> st
         figure, (axes,) = _panels(1, 0.9 + 0.4 * len(rows))
         places = range(len(rows))
         bars = axes.barh(
-            places, [r["value"] for r in rows], 0.6, color=SERIES[0],
-            xerr=[r["error"] or 0.0 for r in rows], ecolor=INK, capsize=3,
+            places,
+            [r["value"] for r in rows],
+            0.6,
+            color=SERIES[0],
+            xerr=[math.nan if r["error"] is None else r["error"] for r in rows],
+            ecolor=INK,
+            capsize=3,
         )
         axes.bar_label(bars, [number(r["value"], 5) for r in rows], padding=6)
         axes.set_yticks(list(places), [_literal(r["label"]) for r in rows])
@@ -154,16 +164,34 @@ def _scatter(
     axes: Axes, sites: Sequence[SiteReport], values: Sequence[float], *, legend: bool = True
 ) -> None:
     pairs = list(zip(sites, values, strict=True))
-    for index, kind in enumerate(_by_kind(sites)):
+    for kind in _by_kind(sites):
+        place = _place(kind)
         own = [(s.layer, v) for s, v in pairs if s.kind == kind]
         # markers differ too: colour alone does not reach every reader
         axes.plot(
-            [x for x, _ in own], [y for _, y in own], MARKERS[index % 3] + "-", markersize=5,
-            linewidth=1, color=SERIES[index % 3], label=LABELS.get(kind, kind),
+            [x for x, _ in own],
+            [y for _, y in own],
+            MARKERS[place] + "-",
+            markersize=5,
+            linewidth=1,
+            color=SERIES[place],
+            label=LABELS.get(kind, kind),
         )
     if legend:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     _layer_axis(axes)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic where the values are of different magnitude, else from zero."""
+    if min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _place(kind: str) -> int:
+    return PLACES.get(kind, len(PLACES))
 
 
 def _layer_axis(axes: Axes) -> None:
@@ -195,6 +223,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None, "matplotlib states a viewBox"
     head = (
-        f'<svg {box[0]} role="img" aria-labelledby="{name}-title"><title id="{name}-title">{escape(title)}</title>'
+        f'<svg {box[0]} role="img" aria-labelledby="{name}-title">'
+        f'<title id="{name}-title">{escape(title)}</title>'
     )
     return head + text[text.index(">") + 1 :].strip()

@@ -1,0 +1,205 @@
+"""The HTML report: one file that loads nothing, is well formed, and escapes what it is given."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from liar_ext.errors import InputError
+from liar_ext.report import html, plots
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+BEFORE = {
+    "source": "meta-llama/Llama-2-7b-hf",
+    "metric": "perplexity",
+    "value": 10.0,
+    "loss": 2.3,
+    "standard_error": 0.01,
+    "dataset": "heldout.txt",
+}
+AFTER = {**BEFORE, "source": "out/pruned", "value": 12.5}
+
+
+class Page(HTMLParser):
+    """Collects tags, ids and text; fails on a tag that is not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> without a start"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module", params=["stock", "liar_ext"])
+def page_text(request, make_report):
+    return html.render(make_report(layout=request.param, warnings=["watch out"]), [BEFORE, AFTER])
+
+
+def test_tags_are_balanced_and_every_plot_is_there(page_text):
+    page = Page(page_text)
+    assert page.count("svg") == 5
+    assert page.count("table") == 5
+    assert "watch out" in page.text
+
+
+def test_nothing_is_loaded_from_elsewhere(page_text):
+    page = Page(page_text)
+    assert not {"script", "link", "iframe", "img", "object", "embed"} & {t for t, _ in page.tags}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert attributes.get(name, "#").startswith("#")
+    assert "@import" not in page_text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page_text))
+    assert "http" not in page_text
+
+
+def test_ids_are_unique_and_references_resolve(page_text):
+    page = Page(page_text)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"|aria-labelledby="([^"]*)"', page_text)
+    assert {name for names in used for name in names if name} <= set(ids)
+
+
+def test_colours_follow_the_page(page_text):
+    plots = "".join(re.findall(r"<svg.*?</svg>", page_text, flags=re.S))
+    assert not re.findall(r"#[0-9a-f]{6}\b", plots)
+    assert "currentColor" in plots
+    assert "prefers-color-scheme: dark" in page_text
+
+
+def test_every_plot_has_a_name_and_every_table_a_caption(page_text):
+    page = Page(page_text)
+    svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert all(a["role"] == "img" and a["aria-labelledby"] for a in svgs)
+    assert page.count("caption") == page.count("table")
+    assert page.count("figcaption") == len(svgs)
+
+
+def test_what_comes_from_outside_is_escaped(make_report):
+    evil = '<script>alert("x")</script>'
+    report = make_report(source=f"/tmp/{evil}", warnings=[evil])
+    report.sites[0] = replace(report.sites[0], name=evil, steps=[evil])
+    report.calibration["source"] = evil
+    report.environment["device"] = evil
+    report.recipe["calibration"] = evil
+    text = html.render(report, [{**BEFORE, "source": evil, "metric": "$" + evil, "dataset": evil}])
+    assert "<script" not in text
+    assert Page(text).count("script") == 0
+
+
+def test_evaluations_are_compared_with_the_dense_model(make_report):
+    # given the wrong way round
+    text = html.render(make_report(), [AFTER, BEFORE])
+    page = Page(text)
+    rows = [t for t in page.text if t in ("pruned", "meta-llama/Llama-2-7b-hf (dense)")]
+    assert rows[0].endswith("(dense)")
+    assert "+25.0 %" in page.text
+    # 0.01 nats at a perplexity of 10
+    assert "± 0.1" in page.text
+    assert "Lower is better" in text
+
+
+def test_without_evaluations_the_page_says_that_nothing_was_measured(make_report):
+    assert "Not measured here" in html.render(make_report())
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"metric": "perplexity", "value": 1.0}, "no source"),
+        ({**BEFORE, "value": float("nan")}, "no finite number"),
+        ({**BEFORE, "value": "12"}, "no finite number"),
+        ({**BEFORE, "standard_error": "much"}, "no finite number"),
+        ([1, 2], "must be an object"),
+    ],
+)
+def test_a_malformed_evaluation_is_an_input_error(make_report, broken, message):
+    with pytest.raises(InputError, match=message):
+        html.render(make_report(), [broken])
+
+
+def test_sites_without_residual_or_solve_draw_fewer_plots(make_report):
+    report = make_report()
+    report.sites = [
+        replace(s, relative_residual=None, ridge_used=None, condition=None) for s in report.sites
+    ]
+    assert Page(html.render(report)).count("svg") == 2
+
+
+def test_zero_ridge_and_zero_seconds_can_be_drawn(make_report):
+    report = make_report(seconds=dict.fromkeys(("load", "forward", "total"), 0.0))
+    report.sites = [replace(s, ridge=0.0, ridge_used=0.0) for s in report.sites]
+    assert Page(html.render(report)).count("svg") == 4
+
+
+def test_the_same_report_gives_the_same_plot(make_report):
+    report = make_report()
+    assert plots.widths(report) == plots.widths(report)
+
+
+@pytest.fixture
+def folder(make_report, tmp_path):
+    from liar_ext.checkpoint.writer import write_json
+    from liar_ext.report.schema import FILE
+
+    write_json(tmp_path / FILE, make_report().to_json())
+    return tmp_path
+
+
+def test_write_makes_one_file_in_the_folder(folder):
+    before = set(folder.iterdir())
+    path = html.write(folder)
+    assert path == folder / "report.html"
+    assert set(folder.iterdir()) - before == {path}
+    Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
+    target = folder / "page.html"
+    target.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr(html, "render", lambda *_: "new")
+    with pytest.raises(InputError, match="No space left"):
+        html.write(folder, target)
+    assert target.read_text() == "old"
+    assert not list(folder.glob(".page.html*"))
+
+
+def test_a_place_that_does_not_exist_is_an_input_error(folder, monkeypatch):
+    monkeypatch.setattr(html, "render", lambda *_: "new")
+    with pytest.raises(InputError, match="cannot be written"):
+        html.write(folder, folder / "no" / "where.html")
+
+
+def test_a_folder_without_a_report_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="liar prune"):
+        html.write(tmp_path)

