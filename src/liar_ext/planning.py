@@ -52,7 +52,7 @@ from liar_ext.models.adapter import Adapter
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
-from liar_ext.report.text import change, count, duration, percent, size
+from liar_ext.report.text import change, count, duration, parameters, percent, size
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
@@ -73,7 +73,7 @@ def plan(
     Raises:
         InputError: as `liar prune` would, before it computes anything.
     """
-    folder = _folder(source)
+    folder = resolve(source, config_only=True)
     dense = _dense_config(folder)
     device = resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
@@ -86,7 +86,7 @@ def plan(
     driver = Driver(InMemory(model), (), recipe, host, Silent(), Clock(host))
     costs = budgets(driver.store, recipe)
     targeted = sum(budget.units * budget.cost for budget in costs.values())
-    widths, parameters = layout.read(model), _parameters(model)
+    widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
     dtype = compute_dtype(recipe.dtype, device) or _dtype_of(stored)
     memory = weight_bytes(model, adapter, dtype.itemsize)
@@ -116,7 +116,7 @@ def plan(
         "recipe": recipe.to_json(),
         "exact": not ALLOCATIONS[recipe.allocation].needs_scores,
         "sites": [asdict(site) for site in sites],
-        "parameters": {"before": parameters, "after": _parameters(model)},
+        "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
         "sparsity": {"asked": recipe.sparsity, "achieved": removed / targeted},
         "flops_per_token": {
@@ -136,24 +136,6 @@ def plan(
         "loader": _loader(model, adapter, recipe, dense, widths, driver.added_biases),
         "notes": notes,
     }
-
-
-def _folder(source: str | Path) -> Path:
-    """Of a hub repository, only `config.json` is fetched; what is cached beside it is used."""
-    path = Path(source).expanduser()
-    name = str(source)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return resolve(source)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, "config.json")).parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{source}: neither a folder nor a hub repository that can be reached ({reason})"
-        ) from error
 
 
 def _dense_config(folder: Path) -> dict[str, Any]:
@@ -179,8 +161,7 @@ def _stored(
         left_over = reader.bind(model)
         if left_over:
             notes.append(f"{len(left_over)} tensors are no part of the model, first {left_over[0]}")
-        dtypes = {name: reader._slice(own).get_dtype() for name, own in reader._names.items()}
-        return dtypes, reader.bytes()
+        return reader.dtypes(), reader.bytes()
     dtype = getattr(text_config(model.config), "dtype", None) or torch.float32
     notes.append(f"no safetensors weights in {folder}: bytes assume the config's dtype, {dtype}")
     tied = tied_names(model)
@@ -332,7 +313,7 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     about = "" if plan["exact"] else "about "
     result = _table("before", "after", "change")
     for label, key, show in (
-        ("parameters", "parameters", count),
+        ("parameters", "parameters", parameters),
         ("weight files", "bytes", size),
         ("FLOPs per token", "flops_per_token", count),
     ):

@@ -110,7 +110,9 @@ class Recipe:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, **dataclasses.asdict(self)}
+        """Plain JSON data: tuples are lists, so that what is read back compares equal."""
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {"version": VERSION, **data}
 
     @classmethod
     def from_json(cls, data: Any, origin: str = "recipe") -> Recipe:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import sys
+
 import pytest
 import torch
 from liar_testing import assert_close_rms
@@ -245,6 +248,11 @@ def test_torch_library_accepts_the_operator(backend, name, keep):
         torch.ops.liar_ext.gram_accumulate.default,
         (x, mask, out.order, out.gram, out.sum, out.count),
     )
+
+
+def test_the_docstring_example_holds():
+    result = doctest.testmod(sys.modules["liar_ext.ops.gram"])
+    assert (result.attempted > 0, result.failed) == (True, 0)
 
 
 @needs_extension

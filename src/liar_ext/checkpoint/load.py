@@ -14,9 +14,11 @@ from liar_ext.errors import InputError
 from liar_ext.models import layout
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, config_only: bool = False) -> Path:
     """A local folder, or the local copy of a hub repository (downloaded where there is network).
 
+    Args:
+        config_only: of a hub repository, fetch `config.json` alone.
     Raises:
         InputError: no such folder or repository, or it cannot be reached.
     """
@@ -26,10 +28,12 @@ def resolve(source: str | Path) -> Path:
     name = str(source)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{source}: no such folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if config_only:
+            return Path(hf_hub_download(name, "config.json")).parent
         return Path(
             snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack"])
         )

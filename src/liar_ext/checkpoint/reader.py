@@ -135,6 +135,10 @@ class CheckpointReader:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.folder}: {stored} cannot be read ({error})") from error
 
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each model parameter as safetensors names it (`BF16`)."""
+        return {name: self._slice(own).get_dtype() for name, own in self._names.items()}
+
     def bytes(self) -> int:
         """Bytes of the tensors that belong to the model."""
         return sum(

@@ -47,6 +47,12 @@ class CheckpointStore:
         for name, buffer in self.model.named_buffers():
             _set(self.model, name, buffer.to(self._device), parameter=False)
 
+    def close_outside(self) -> None:
+        for name, parameter in list(self._backbone.named_parameters()):
+            full = f"{self._backbone_path}.{name}".lstrip(".")
+            if not full.startswith(f"{self._layers_path}."):
+                _set(self._backbone, name, parameter.detach().to("meta"))
+
     def open(self, index: int) -> None:
         layer = self._layers[index]
         for name, _ in list(layer.named_parameters()):
@@ -57,8 +63,10 @@ class CheckpointStore:
         for name, parameter in list(layer.named_parameters()):
             if final and self._writer is not None:
                 full = f"{self._layers_path}.{index}.{name}"
-                stored = self._stored.get(full, next(iter(self._stored.values())))
-                self._writer.add(full, parameter.to(storage_dtype(self._dtype, stored)))
+                # a bias that was added takes the dtype of its own weight
+                own = full if full in self._stored else full.rpartition(".")[0] + ".weight"
+                dtype = storage_dtype(self._dtype, self._stored[own])
+                self._writer.add(full, parameter.to(dtype))
             _set(layer, name, parameter.detach().to("meta"))
 
     def finish(self) -> None:

@@ -93,6 +93,7 @@ class Driver:
         with self.clock.phase("load"):
             self.store.open_outside()
         hidden, calls = self._embed()
+        self.store.close_outside()
         widths = self._allocate(hidden, calls)
         self.progress.begin(len(self._layers), "pruning")
         self._generator.manual_seed(self.recipe.seed)

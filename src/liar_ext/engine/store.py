@@ -19,6 +19,9 @@ class LayerStore(Protocol):
     def open_outside(self) -> None:
         """Make everything that runs before the layers available (embeddings)."""
 
+    def close_outside(self) -> None:
+        """The embeddings are not needed any more."""
+
     def open(self, index: int) -> None:
         """Make layer `index` available."""
 
@@ -33,5 +36,6 @@ class InMemory:
         self.model = model
 
     def open_outside(self) -> None: ...
+    def close_outside(self) -> None: ...
     def open(self, index: int) -> None: ...
     def close(self, index: int, *, final: bool) -> None: ...

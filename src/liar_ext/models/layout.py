@@ -13,6 +13,7 @@ from typing import Any, cast
 import accelerate
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -41,7 +42,7 @@ def config_object(data: dict[str, Any]) -> PretrainedConfig:
     values = {k: v for k, v in data.items() if k != "model_type"}
     try:
         return AutoConfig.for_model(data["model_type"], **values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"config.json (model_type {data.get('model_type')!r}) is not usable: {reason}"

@@ -10,10 +10,10 @@ from typing import Any
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
     change,
-    count,
     duration,
     is_hub_id,
     number,
+    parameters,
     percent,
     short_name,
     size,
@@ -87,14 +87,6 @@ def residuals(sites: Sequence[SiteReport]) -> list[tuple[float, SiteReport]]:
     return sorted(known, key=lambda pair: pair[0])
 
 
-def standard_error(evaluation: Mapping[str, Any]) -> float | None:
-    """In the unit of the value. A perplexity's result states its loss's, in nats."""
-    error = evaluation.get("standard_error")
-    if error is not None and evaluation["metric"] == "perplexity" and "loss" in evaluation:
-        return float(evaluation["value"] * error)
-    return error
-
-
 def _front_matter(report: Report) -> str:
     stock = report.layout.startswith("stock")
     lines = ["---", f"library_name: {'transformers' if stock else 'liar-ext'}"]
@@ -139,8 +131,8 @@ def _what(report: Report) -> str:
 def _sizes(report: Report) -> str:
     totals = report.totals
     rows = [
-        ("parameters", "parameters", count),
-        ("of the targeted structures", "site_parameters", count),
+        ("parameters", "parameters", parameters),
+        ("of the targeted structures", "site_parameters", parameters),
     ]
     if totals.get("bytes_after") is not None:
         rows.append(("weight files", "bytes", size))
@@ -189,7 +181,7 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
         lines += ["| model | data | metric | value | standard error |", "|---|---|---|---:|---:|"]
         for one in evaluations:
             names = [_code(short_name(str(one.get(key, "")))) for key in ("source", "dataset")]
-            values = [number(one["value"], 5), number(standard_error(one))]
+            values = [number(one["value"], 5), number(one.get("standard_error"))]
             lines.append(f"| {' | '.join([*names, _plain(str(one['metric'])), *values])} |")
         lines.append("")
     else:

@@ -14,15 +14,15 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.report import plots
-from liar_ext.report.card import SITE_NAMES, auto_class, standard_error
+from liar_ext.report.card import SITE_NAMES, auto_class
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
     NONE,
     change,
-    count,
     duration,
     is_hub_id,
     number,
+    parameters,
     percent,
     short_name,
     size,
@@ -76,8 +76,8 @@ def render(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) -> str
 
     Args:
         evaluations: each with `source`, `metric`, a finite `value`, and optionally `dataset` and
-            `standard_error`. The one whose source is the report's is the dense baseline. With a
-            `loss` beside a perplexity, the standard error is the loss's, in nats.
+            `standard_error` (of the value). The one whose source is the report's is the dense
+            baseline.
     Raises:
         InputError: an evaluation lacks one of the three or its value is no finite number.
     """
@@ -105,7 +105,7 @@ def _header(report: Report, name: str) -> str:
     loads = "transformers" if stock else "liar_ext.load"
     how = auto_class(report.config) if stock else "stock loaders refuse it by its model_type"
     sizes = [
-        ("Parameters", "parameters", count),
+        ("Parameters", "parameters", parameters),
         ("Weight files", "bytes", size),
     ]
     cards = [
@@ -281,7 +281,7 @@ def _evaluation(one: Mapping[str, Any], report: Report) -> dict[str, Any]:
         "metric": metric,
         "dataset": short_name(dataset) if dataset else "",
         "value": float(value),
-        "error": standard_error(one),
+        "error": error,
         "dense": dense,
     }
 

@@ -20,7 +20,7 @@ class SiteReport:
 
     Attributes:
         relative_residual: mean squared error of the repaired consumer's output over the variance
-            of the dense one's, on the calibration tokens; None if no Gram was accumulated.
+            of the dense one's, on the calibration tokens.
         ridge, ridge_used: relative λ asked for and used; steps: what was raised or repeated.
         condition, backward_error, dead_columns, precision: see `ops.solve.Diagnostics`.
         seconds: by phase.

@@ -18,6 +18,11 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
+def parameters(value: float | None) -> str:
+    """As `count`, with the B that model sizes are quoted in."""
+    return count(value).replace(" G", " B")
+
+
 def size(value: float | None) -> str:
     """Bytes: 1536 -> `1.5 KiB`."""
     if value is None:
