@@ -91,8 +91,8 @@ def test_no_tokens_give_zeros_and_not_nan():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Moments.zeros(8, dtype=torch.float64), "different shapes"),
-        (Moments.zeros(9, dtype=torch.float64, keep=KEEP), "different shapes"),
+        (Moments.zeros(8, dtype=torch.float64), "moments of shapes"),
+        (Moments.zeros(9, dtype=torch.float64, keep=KEEP), "moments of shapes"),
         (Moments.zeros(9, dtype=torch.float64, keep=torch.arange(9).flip(0)), "column orders"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from liar_ext.calibration.batches import Batch, Calibration, check_enough, make_batches
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import CheckpointReader, tied_names
+from liar_ext.checkpoint.reader import CheckpointReader, read_json, tied_names
 from liar_ext.checkpoint.store import CheckpointStore
 from liar_ext.checkpoint.writer import (
     CheckpointWriter,
@@ -185,8 +185,10 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, from local files only."""
+    # with its config given, transformers does not stumble over model_type liar_ext
+    config = layout.config_object(layout.base_data(read_json(folder / "config.json")))
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: no usable tokenizer ({reason})") from error

@@ -142,6 +142,14 @@ def equal_values(model: PreTrainedModel, dense: list[dict[str, int]]) -> dict[st
     return values
 
 
+def base_data(data: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` as the family knows it: without the `liar_ext` key, if it has one."""
+    if KEY not in data:
+        return data
+    base = {name: value for name, value in data.items() if name != KEY}
+    return base | {"model_type": data[KEY]["base_model_type"]}
+
+
 def loader_of(config: dict[str, Any], dense: dict[str, Any]) -> str:
     """Who loads the result: `stock`, `stock (as mistral)` or `liar_ext`."""
     if KEY in config:
@@ -173,9 +181,7 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not isinstance(layout, dict) or layout.get("version") != VERSION:
         version = layout.get("version") if isinstance(layout, dict) else layout
         raise InputError(f"config.json: {KEY} version {version!r}; this release reads {VERSION}")
-    base = {k: v for k, v in data.items() if k != KEY}
-    base["model_type"] = layout["base_model_type"]
-    config = config_object(base)
+    config = config_object(base_data(data))
     model = empty_model(config)
     adapter = adapter_for(config)
     count = len(adapter.layer_list(model)[1])
