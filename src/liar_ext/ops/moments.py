@@ -72,8 +72,8 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         if self.gram.shape != other.gram.shape:
             raise ValueError(
-                f"moments of different shapes cannot be added: {tuple(self.gram.shape)} and "
-                f"{tuple(other.gram.shape)}"
+                f"moments of shapes {tuple(self.gram.shape)} and {tuple(other.gram.shape)} "
+                "cannot be added"
             )
         same_order = (self.order is None) == (other.order is None) and (
             self.order is None or bool(torch.equal(self.order, other.order))  # type: ignore[arg-type]
