@@ -21,8 +21,8 @@ inline int64_t packed_steps(int64_t tokens, bool pairs) {
 }
 
 // writes panels [begin, end) of the packed copy: out[(panel * steps + k) * 48 + column]. columns
-// past the last one and the odd half of the last pair are zero. the panels' column sums are added
-// to args->sum: in fp32 over at most 128 steps, in fp64 from there.
+// past the last one and the odd half of the last pair are zero. the panels' column sums, fp64 all
+// the way, are added to args->sum.
 void pack_panels(const Tokens& tokens, int64_t begin, int64_t end, bool pairs, float* out);
 
 // writes tokens as plain rows of `columns` elements, ordered: fp32, or the 16-bit input as it is.

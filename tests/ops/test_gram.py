@@ -75,7 +75,8 @@ def rounding(tokens: int) -> float:
 
 def assert_moments(actual: Moments, expected: Moments, ratio: float) -> None:
     assert actual.count.item() == expected.count.item()
-    assert_close_rms(actual.sum, expected.sum, ratio)
+    # float64 all the way: the intercept of a repair is no better than the means
+    assert_close_rms(actual.sum, expected.sum, min(ratio, 1e-13))
     assert_close_rms(actual.gram.tril(), expected.gram.tril(), ratio)
 
 

@@ -108,7 +108,7 @@ def gram_variants(capability):
         signature = {
             "x_ptr": f"*{element}",
             "mask_ptr": "*u8",
-            "out_ptr": "*fp32",
+            "out_ptr": "*fp64",
             "tokens": "i32",
             "columns": "i32",
             "x_stride": "i32",
@@ -117,7 +117,7 @@ def gram_variants(capability):
             "HAS_MASK": True,
             "SPAN": gram.SUM_TOKENS,
             "BLOCK": gram.SUM_COLUMNS,
-            "BLOCK_T": 32,
+            "BLOCK_T": gram.SUM_STEP,
         }
         row = compile_for(gram.sum_kernel, signature, constants, capability, aligned=("x_ptr",))
         yield {"kernel": "sum", "dtype": element, "mask": True, **row}
