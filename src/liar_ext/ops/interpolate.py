@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liar_ext.errors import InputError
 from liar_ext.ops.moments import Moments
-from liar_ext.ops.solve import Diagnostics, Precision, ridge_solve
+from liar_ext.ops.solve import RECORD_BYTES, Diagnostics, Precision, ridge_solve
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,76 @@ def interpolate(
         precision: see `ridge_solve`.
     Raises:
         ValueError: keep and drop are not a partition.
+        InputError: NaN or infinite Moments.
         NumericalError: no ridge on the ladder gave a usable factorisation.
     """
+    q, p, record = solve_interpolation(
+        moments.gram,
+        moments.sum,
+        moments.count,
+        moments.order,
+        moments.mirrored,
+        keep,
+        drop,
+        ridge,
+        center,
+        precision,
+    )
+    moments.mirrored = True
+    return Interpolation(q, p, Diagnostics.decode(record))
+
+
+@torch.library.custom_op("liar_ext::interpolate", mutates_args=("gram",))
+def solve_interpolation(
+    gram: Tensor,
+    sum: Tensor,
+    count: Tensor,
+    order: Tensor | None,
+    mirrored: bool,
+    keep: Tensor,
+    drop: Tensor,
+    ridge: float,
+    center: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`interpolate` as a torch operator on the tensors of a Moments.
+
+    `gram` is mutated: its upper triangle gets a copy of the lower one. The third result is the
+    encoded Diagnostics.
+    """
+    moments = Moments(count, sum, gram, order, mirrored)
     system = _system(moments, keep, drop, ridge, center)
     solution, diagnostics = ridge_solve(
         system.kept,
         system.cross,
         system.strength(ridge),
         ridge,
-        moments_dtype=moments.gram.dtype,
+        moments_dtype=gram.dtype,
         precision=precision,
     )
     mean = moments.mean()
     p = mean[drop] - solution.T @ mean[keep] if center else torch.zeros_like(mean[drop])
-    return Interpolation(solution, p, diagnostics)
+    return solution, p, diagnostics.encode()
+
+
+@solve_interpolation.register_fake
+def _(
+    gram: Tensor,
+    sum: Tensor,
+    count: Tensor,
+    order: Tensor | None,
+    mirrored: bool,
+    keep: Tensor,
+    drop: Tensor,
+    ridge: float,
+    center: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        sum.new_empty(keep.numel(), drop.numel()),
+        sum.new_empty(drop.numel()),
+        torch.empty(RECORD_BYTES, dtype=torch.uint8),
+    )
 
 
 def repair(
@@ -137,6 +194,8 @@ class _System:
 def _system(moments: Moments, keep: Tensor, drop: Tensor, ridge: float, center: bool) -> _System:
     _check_partition(moments, keep, drop)
     kept, cross = moments.second(keep, keep), moments.second(keep, drop)
+    if not bool(torch.isfinite(moments.sum).all() and torch.isfinite(kept).all()):
+        raise InputError("the Moments hold NaN or infinite values; check the activations")
     if moments.complete:
         mean_diagonal = float((moments.variance() if center else moments.diagonal()).mean())
     else:

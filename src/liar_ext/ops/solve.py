@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +14,8 @@ from liar_ext.errors import NumericalError
 
 Precision = Literal["auto", "float64", "float32"]
 LADDER_STEPS = 8
+# a line of the ladder is about 100 characters
+RECORD_BYTES = 4096
 # normwise backward error accepted from a float64 factorisation: 1e-16 · n with n ≤ 3e4, and slack
 BACKWARD_TOLERANCE = 1e-10
 REFINEMENT_STEPS = 5
@@ -42,6 +46,19 @@ class Diagnostics:
     precision: str
     steps: tuple[str, ...] = ()
 
+    def encode(self) -> Tensor:
+        """As a CPU uint8 tensor of fixed length: what a torch operator can return."""
+        text = json.dumps(dataclasses.asdict(self)).encode()
+        if len(text) > RECORD_BYTES:
+            raise RuntimeError(f"diagnostics of {len(text)} bytes, the record holds {RECORD_BYTES}")
+        return torch.tensor(list(text.ljust(RECORD_BYTES)), dtype=torch.uint8)
+
+    @classmethod
+    def decode(cls, record: Tensor) -> Diagnostics:
+        """What `encode` made."""
+        data = json.loads(bytes(record.tolist()))
+        return cls(**{**data, "steps": tuple(data["steps"])})
+
 
 def ridge_solve(
     matrix: Tensor,
@@ -50,7 +67,7 @@ def ridge_solve(
     ridge: float,
     *,
     moments_dtype: torch.dtype = torch.float32,
-    precision: Precision = "auto",
+    precision: str = "auto",
 ) -> tuple[Tensor, Diagnostics]:
     """Solve `(A + λI) Z = B` for symmetric positive semidefinite A.
 
@@ -178,7 +195,7 @@ def _probes(like: Tensor, count: int) -> Tensor:
     return torch.randn(like.shape[0], count, generator=generator, dtype=like.dtype).to(like.device)
 
 
-def _resolve(precision: Precision, matrix: Tensor) -> torch.dtype:
+def _resolve(precision: str, matrix: Tensor) -> torch.dtype:
     if precision != "auto":
         return {"float64": torch.float64, "float32": torch.float32}[precision]
     if matrix.device.type == "cuda":
