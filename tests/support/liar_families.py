@@ -112,8 +112,13 @@ _CAUSAL = transformers.AutoModelForCausalLM
 
 def _llava() -> PreTrainedModel:
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        image_size=8, patch_size=4, projection_dim=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
     )
     config = transformers.LlavaConfig(
         vision_config=vision,
@@ -130,43 +135,73 @@ FAMILIES: dict[str, Family] = {
     for family in (
         _family("llama-mha", "LlamaForCausalLM", _CAUSAL, True, _LLAMA),
         _family(
-            "llama-gqa-biases", "LlamaForCausalLM", _CAUSAL, True, _GQA,
-            attention_bias=True, mlp_bias=True,
+            "llama-gqa-biases",
+            "LlamaForCausalLM",
+            _CAUSAL,
+            True,
+            _GQA,
+            attention_bias=True,
+            mlp_bias=True,
         ),
-        _family(
-            "llama-tied", "LlamaForCausalLM", _CAUSAL, True, _LLAMA, tie_word_embeddings=True
-        ),
+        _family("llama-tied", "LlamaForCausalLM", _CAUSAL, True, _LLAMA, tie_word_embeddings=True),
         # 32 is no multiple of 3: LlamaConfig rejects what MistralConfig accepts
         _family("llama-head-dim", "LlamaForCausalLM", _CAUSAL, True, _LLAMA, head_dim=12),
         _family("mistral-gqa", "MistralForCausalLM", _CAUSAL, True, _GQA, sliding_window=None),
         _family("mistral-sliding", "MistralForCausalLM", _CAUSAL, True, _GQA, sliding_window=8),
         _family("qwen2", "Qwen2ForCausalLM", _CAUSAL, True, _GQA),
         _family(
-            "qwen2-mixed", "Qwen2ForCausalLM", _CAUSAL, True, _GQA,
-            use_sliding_window=True, **_MIXED,
+            "qwen2-mixed",
+            "Qwen2ForCausalLM",
+            _CAUSAL,
+            True,
+            _GQA,
+            use_sliding_window=True,
+            **_MIXED,
         ),
         _family("qwen3", "Qwen3ForCausalLM", _CAUSAL, True, _GQA, head_dim=12),
         _family(
-            "qwen3-mixed", "Qwen3ForCausalLM", _CAUSAL, True, _GQA, head_dim=12,
-            use_sliding_window=True, **_MIXED,
+            "qwen3-mixed",
+            "Qwen3ForCausalLM",
+            _CAUSAL,
+            True,
+            _GQA,
+            head_dim=12,
+            use_sliding_window=True,
+            **_MIXED,
         ),
         _family("opt", "OPTForCausalLM", _CAUSAL, True, _OPT),
         _family("opt-post-norm", "OPTForCausalLM", _CAUSAL, True, _OPT, do_layer_norm_before=False),
         _family("gpt2", "GPT2LMHeadModel", _CAUSAL, True, _GPT2),
         _family("bert", "BertModel", transformers.AutoModel, False, _ENCODER),
         _family(
-            "bert-classifier", "BertForSequenceClassification",
-            transformers.AutoModelForSequenceClassification, False, _ENCODER, num_labels=3,
+            "bert-classifier",
+            "BertForSequenceClassification",
+            transformers.AutoModelForSequenceClassification,
+            False,
+            _ENCODER,
+            num_labels=3,
         ),
         _family(
-            "roberta", "RobertaForMaskedLM", transformers.AutoModelForMaskedLM, False, _ENCODER,
-            pad_token_id=1, max_position_embeddings=66,
+            "roberta",
+            "RobertaForMaskedLM",
+            transformers.AutoModelForMaskedLM,
+            False,
+            _ENCODER,
+            pad_token_id=1,
+            max_position_embeddings=66,
         ),
         _family(
-            "distilbert", "DistilBertForMaskedLM", transformers.AutoModelForMaskedLM, False,
+            "distilbert",
+            "DistilBertForMaskedLM",
+            transformers.AutoModelForMaskedLM,
+            False,
             {
-                "vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": LAYERS,
-                "n_heads": 4, "max_position_embeddings": 64,
+                "vocab_size": VOCABULARY,
+                "dim": 32,
+                "hidden_dim": 48,
+                "n_layers": LAYERS,
+                "n_heads": 4,
+                "max_position_embeddings": 64,
             },
         ),
         Family("llava", _llava, transformers.AutoModelForImageTextToText, True),
@@ -186,8 +221,13 @@ def batches_of(recipe: Recipe, *, decoder: bool) -> tuple[Batch, ...]:
     """What `compress` calibrates on under this recipe, for `prune`."""
     assert recipe.calibration is not None
     return make_batches(
-        read(recipe.calibration), None, packed=decoder, samples=recipe.samples,
-        seq_len=recipe.seq_len, batch_size=recipe.batch_size, seed=recipe.seed,
+        read(recipe.calibration),
+        None,
+        packed=decoder,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
         vocab_size=VOCABULARY,
     ).batches
 

@@ -99,8 +99,13 @@ class CheckpointReader:
         tied = tied_names(model)
         prefix = model.base_model_prefix
         missing = []
+        renamed: dict[str, str] | None = None
         for name, expected in model.state_dict().items():
             found = next((c for c in _candidates(name, prefix) if c in self._where), None)
+            if found is None and name not in tied:
+                # only here: the usual names need no knowledge of a release's renamings
+                renamed = _library_names(model, list(self._where)) if renamed is None else renamed
+                found = renamed.get(name)
             if found is None:
                 if name not in tied:
                     missing.append(name)
@@ -167,6 +172,22 @@ def _candidates(name: str, prefix: str) -> list[str]:
     for new, old in LEGACY:
         names += [n.removesuffix(new) + old for n in names if n.endswith(new)]
     return names
+
+
+def _library_names(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
+    """Model name -> stored name, by the renamings transformers itself applies when it loads.
+
+    Nested models (LLaVA) are stored under the names they had before transformers 5.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return {}  # an older release: the missing names are then reported as they are
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    expected = model.state_dict()
+    prefix = model.base_model_prefix
+    return {rename_source_key(name, rules, [], prefix, expected)[0]: name for name in stored}
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -24,12 +24,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> Parser:
+def build_parser(arguments: list[str]) -> Parser:
     parser = Parser(prog="liar", description="Shrink transformers without retraining.")
     parser.add_argument("--version", action="version", version=f"liar-ext {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(commands)
+        if command is bench:
+            bench.add_parser(commands, wanted="bench" in arguments)
+        else:
+            command.add_parser(commands)
     return parser
 
 
@@ -40,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         0 done; 2 bad usage, bad input or interrupted, with one line on standard error; 1 anything
         else.
     """
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(argv).parse_args(argv)
     _quiet_libraries()
     # SIGTERM cleans up as Ctrl-C does: temporary folders are removed on the way out
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -10,14 +10,16 @@ from typing import Any
 from liar_ext.errors import InputError
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, *, wanted: bool = True) -> None:
+    """The `bench` command; its options only if it is `wanted`, for they import torch."""
     parser = commands.add_parser("bench", help="measure kernels and whole compressions")
     kinds = parser.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     from liar_ext.bench import BENCHMARKS
 
     for name, benchmark in BENCHMARKS.items():
         child = kinds.add_parser(name, help=benchmark.help, description=benchmark.help)
-        benchmark.add_arguments(child)
+        if wanted:
+            benchmark.add_arguments(child)
         child.add_argument("--json", metavar="FILE", dest="json_file", help="write the result here")
         child.set_defaults(run=lambda arguments, b=benchmark: run(b, arguments))
 

@@ -76,9 +76,7 @@ def demo(out: Path | None, *, quiet: bool = False) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     console.print(_table(rows))
     for who, text in texts.items():
-        console.print(
-            f"{who}: {PROMPT}{' '.join(text.split(' '))}".replace("\n", " "), markup=False
-        )
+        console.print(f"{who}: {PROMPT}{text}".replace("\n", " "), markup=False)
     if out is not None:
         console.print(f"kept: {out}")
     console.print(f"done in {seconds:.0f} s")

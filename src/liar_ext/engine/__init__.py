@@ -1,0 +1,1 @@
+"""The driver and what it stands on: capture, stores, progress; `api` is the way in."""

@@ -1,0 +1,1 @@
+"""Checkpoints: reading, writing, one layer at a time, and loading what was written."""

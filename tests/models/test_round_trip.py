@@ -1,0 +1,210 @@
+"""Every family: prune, save, load where the report says, same function.
+
+Stock transformers loads what it can express, without a word about missing or unexpected weights;
+it refuses the rest, and `liar_ext.load` loads everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from liar_families import (
+    FAMILIES,
+    Family,
+    batches_of,
+    outputs,
+    probe_tokens,
+    tree_hash,
+    write_tokens,
+)
+
+import liar_ext
+from liar_ext import Recipe
+from liar_ext.models import layout
+
+TARGETS = {"ffn": ("ffn",), "heads": ("heads",), "both": ("ffn", "heads")}
+# float32 forward passes whose products are summed in another order
+TOLERANCE = 1e-5
+
+
+def _recipe(tmp_path: Path, **changes: Any) -> Recipe:
+    base = {
+        "calibration": str(write_tokens(tmp_path / "tokens.npy")),
+        "sparsity": 0.5,
+        "samples": 24,
+    }
+    return Recipe(**{**base, "seq_len": 24, "batch_size": 8, "ridge": 1e-4, **changes})
+
+
+def _save(family: Family, folder: Path) -> None:
+    family.build().save_pretrained(folder)
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.isfinite(expected).all()
+    assert float(expected.std()) > 1e-3, "outputs that do not vary show nothing"
+    assert float((actual - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+
+
+def _stock(family: Family, folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
+    model, info = family.auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
+    assert not info["mismatched_keys"], info
+    return model.eval()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prune_save_load_gives_the_same_function(name, target, allocation, tmp_path, caplog):
+    family = FAMILIES[name]
+    source, out = tmp_path / "dense", tmp_path / "small"
+    _save(family, source)
+    before = tree_hash(source)
+    recipe = _recipe(tmp_path, target=TARGETS[target], allocation=allocation)
+    report = liar_ext.compress(source, out, recipe)
+    assert tree_hash(source) == before, "the source was modified"
+
+    in_memory = family.build()
+    other = liar_ext.prune(in_memory, batches_of(recipe, decoder=family.decoder), recipe)
+    assert [s.units_after for s in other.sites] == [s.units_after for s in report.sites]
+    expected = outputs(in_memory)
+
+    loaded = liar_ext.load(out)
+    _close(outputs(loaded), expected)
+    if report.layout.startswith("stock"):
+        _close(outputs(_stock(family, out, caplog)), expected)
+    else:
+        with pytest.raises((ValueError, RuntimeError, KeyError)):
+            family.auto.from_pretrained(out)
+    assert sum(p.numel() for p in loaded.parameters()) < sum(
+        p.numel() for p in family.build().parameters()
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.decoder])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_generation_with_and_without_cache_agree(name, allocation, tmp_path):
+    family = FAMILIES[name]
+    source, out = tmp_path / "dense", tmp_path / "small"
+    _save(family, source)
+    liar_ext.compress(
+        source, out, _recipe(tmp_path, target=("ffn", "heads"), allocation=allocation)
+    )
+    model = liar_ext.load(out)
+    # longer than the sliding windows of 8
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    ids = probe_tokens(2, 12)
+    with_cache = model.generate(ids, use_cache=True, **options)
+    without = model.generate(ids, use_cache=False, **options)
+    assert with_cache.shape == (2, 28)
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize(
+    ("name", "allocation"),
+    list(itertools.product(("llama-gqa-biases", "gpt2", "bert"), ("uniform", "global"))),
+)
+def test_saving_a_loaded_model_again_keeps_the_function(name, allocation, tmp_path):
+    family = FAMILIES[name]
+    _save(family, tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn", "heads"), allocation=allocation)
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    model = liar_ext.load(tmp_path / "small")
+    model.save_pretrained(tmp_path / "again")
+    _close(outputs(liar_ext.load(tmp_path / "again")), outputs(model))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-head-dim", "qwen3", "opt", "bert"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_pruned_in_memory_saves_as_compress_does(name, target, tmp_path):
+    family = FAMILIES[name]
+    _save(family, tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=TARGETS[target])
+    liar_ext.compress(tmp_path / "dense", tmp_path / "streamed", recipe)
+    model = family.build()
+    report = liar_ext.prune(model, batches_of(recipe, decoder=family.decoder), recipe)
+    liar_ext.save(model, tmp_path / "saved", report)
+    loaded = liar_ext.load(tmp_path / "saved")
+    _close(outputs(loaded), outputs(model))
+    _close(outputs(loaded), outputs(liar_ext.load(tmp_path / "streamed")))
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [
+        ("llama-mha", "stock"),
+        ("mistral-gqa", "liar_ext"),
+        ("qwen2", "liar_ext"),
+        ("qwen3", "liar_ext"),
+    ],
+)
+def test_added_biases_reach_whoever_loads(name, loader, tmp_path, caplog):
+    family = FAMILIES[name]
+    _save(family, tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn", "heads"), bias="always")
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert report.layout == loader
+    assert all(site.bias_added for site in report.sites)
+    model = family.build()
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
+    loaded = liar_ext.load(tmp_path / "small")
+    _close(outputs(loaded), outputs(model))
+    biases = [
+        p for n, p in loaded.named_parameters() if n.endswith(("down_proj.bias", "o_proj.bias"))
+    ]
+    assert len(biases) == 4
+    assert all(bool(b.any()) for b in biases)
+    if loader == "stock":
+        _close(outputs(_stock(family, tmp_path / "small", caplog)), outputs(model))
+
+
+def test_layers_outside_the_range_stay_dense_and_get_their_biases(tmp_path):
+    family = FAMILIES["llama-mha"]
+    _save(family, tmp_path / "dense")
+    recipe = _recipe(tmp_path, layers=(1, 2), bias="always", sparsity=0.25)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert [site.layer for site in report.sites] == [1]
+    model = liar_ext.load(tmp_path / "small")
+    assert layout.read(model) == [{"heads": 4, "ffn": 48}, {"heads": 4, "ffn": 36}]
+    first = model.model.layers[0].mlp
+    assert torch.equal(first.gate_proj.weight, family.build().model.layers[0].mlp.gate_proj.weight)
+    assert not first.down_proj.bias.any()
+
+
+def test_a_head_count_that_llama_rejects_is_written_as_mistral(tmp_path, caplog):
+    family = FAMILIES["llama-mha"]
+    _save(family, tmp_path / "dense")
+    # 3 of 4 heads: 32 is no multiple of 3
+    recipe = _recipe(tmp_path, target=("heads",), sparsity=0.25)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert report.layout == "stock (as mistral)"
+    model = family.build()
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
+    stock = _stock(family, tmp_path / "small", caplog)
+    assert type(stock).__name__ == "MistralForCausalLM"
+    _close(outputs(stock), outputs(model))
+
+
+def test_bf16_checkpoints_stay_bf16(tmp_path):
+    family = FAMILIES["llama-tied"]
+    family.build().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", _recipe(tmp_path, bias="always"))
+    model = liar_ext.load(tmp_path / "small")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    liar_ext.compress(tmp_path / "dense", tmp_path / "wide", _recipe(tmp_path, dtype="float32"))
+    assert {p.dtype for p in liar_ext.load(tmp_path / "wide").parameters()} == {torch.float32}
+
+
+def test_grouped_query_attention_loses_whole_groups(tmp_path):
+    family = FAMILIES["qwen3"]
+    _save(family, tmp_path / "dense")
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", _recipe(tmp_path, target=("heads",)))
+    config = liar_ext.load(tmp_path / "small").config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 12)
