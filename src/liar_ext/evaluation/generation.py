@@ -30,9 +30,13 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_
         if not ids.numel():
             raise InputError(f"the prompt {prompt!r} has no tokens; give some text")
         end = tokenizer.eos_token_id
-        # a config of our own: sampling settings saved with the model would only cause warnings
+        # a config of our own, with the sampling settings stated: those saved with the model would
+        # fill the gaps and only cause warnings
         config = GenerationConfig(
             do_sample=False,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
             pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
