@@ -44,11 +44,11 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
         try:
             yield temporary
             _usual_permissions(temporary)
+            _put_in_place(temporary, out)
         except OSError as error:
             if error.filename is not None and Path(error.filename).is_relative_to(temporary):
                 raise InputError(f"--out {out}: writing failed ({error.strerror})") from error
             raise
-        _put_in_place(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

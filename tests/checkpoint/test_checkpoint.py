@@ -1,0 +1,273 @@
+"""Reading and writing folders: what is refused, what is found, what is left when it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from liar_families import FAMILIES, outputs, tree_hash, write_tokens
+from safetensors.torch import load_file, save_file
+
+import liar_ext
+from liar_ext import InputError, Recipe
+from liar_ext.checkpoint import writer as writer_module
+from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.checkpoint.writer import CheckpointWriter, check_output, output_folder
+from liar_ext.models import layout
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    FAMILIES["llama-mha"].build().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def recipe(tmp_path: Path, **changes) -> Recipe:
+    values = {"calibration": str(write_tokens(tmp_path / "t.npy")), "seq_len": 24, "samples": 24}
+    return Recipe(**{**values, "sparsity": 0.5, **changes})
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def shard(folder: Path, parts: int = 3) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(parts):
+        name = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        mine = {k: v for i, (k, v) in enumerate(tensors.items()) if i % parts == part}
+        save_file(mine, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(mine, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_sharded_and_single_files_hold_the_same_model(dense):
+    expected = outputs(liar_ext.load(dense))
+    assert torch.equal(expected, outputs(FAMILIES["llama-mha"].build()))
+    shard(dense)
+    assert torch.equal(outputs(liar_ext.load(dense)), expected)
+
+
+def test_a_missing_shard_and_a_wrong_index_are_named(dense):
+    shard(dense)
+    (dense / "model-00002-of-00003.safetensors").rename(dense / "elsewhere")
+    with pytest.raises(InputError, match=r"model-00002-of-00003\.safetensors: missing"):
+        CheckpointReader(dense)
+    (dense / "elsewhere").rename(dense / "model-00002-of-00003.safetensors")
+    index = dense / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["extra.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"has no tensor extra\.weight"):
+        CheckpointReader(dense)
+    index.write_text("{}")
+    with pytest.raises(InputError, match="no weight_map"):
+        CheckpointReader(dense)
+
+
+def test_names_without_the_base_prefix_are_found(tmp_path):
+    """GPT-2's own checkpoint is stored as `h.0...` and loaded as `transformer.h.0...`."""
+    family = FAMILIES["gpt2"]
+    family.build().save_pretrained(tmp_path / "gpt2")
+    rewrite(tmp_path / "gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
+    assert torch.equal(outputs(liar_ext.load(tmp_path / "gpt2")), outputs(family.build()))
+
+
+def test_names_with_a_prefix_too_many_and_legacy_norms_are_found(tmp_path):
+    """A headless BERT from a headed checkpoint that still says gamma and beta."""
+    family = FAMILIES["bert"]
+    family.build().save_pretrained(tmp_path / "bert")
+
+    def old(name: str) -> str:
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        return "bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")
+
+    rewrite(tmp_path / "bert", lambda t: {old(k): v for k, v in t.items()})
+    assert torch.equal(outputs(liar_ext.load(tmp_path / "bert")), outputs(family.build()))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored twice", "stored once"])
+def test_tied_embeddings_stay_tied(stored, tmp_path):
+    family = FAMILIES["llama-tied"]
+    family.build().save_pretrained(tmp_path / "dense")
+    if stored:
+        rewrite(
+            tmp_path / "dense",
+            lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()},
+        )
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe(tmp_path))
+    model = liar_ext.load(tmp_path / "small")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert report.totals["parameters_after"] == model.num_parameters()
+
+
+def test_tensors_the_model_does_not_have_are_left_out_with_a_warning(dense, tmp_path):
+    rewrite(dense, lambda t: t | {"adapter.weight": torch.ones(3)})
+    report = liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+    assert any("adapter.weight" in line for line in report.warnings)
+    assert "adapter.weight" not in load_file(tmp_path / "small" / "model.safetensors")
+
+
+def test_buffers_of_older_releases_are_no_loss(tmp_path):
+    FAMILIES["bert"].build().save_pretrained(tmp_path / "bert")
+    rewrite(tmp_path / "bert", lambda t: t | {"embeddings.position_ids": torch.arange(64)[None]})
+    report = liar_ext.compress(tmp_path / "bert", tmp_path / "small", recipe(tmp_path))
+    assert not any("left out" in line for line in report.warnings)
+
+
+def test_the_writer_shards_and_stock_reads_the_shards(dense, tmp_path, monkeypatch):
+    one = liar_ext.compress(dense, tmp_path / "one", recipe(tmp_path))
+    init = CheckpointWriter.__init__
+    monkeypatch.setattr(
+        CheckpointWriter, "__init__", lambda self, folder: init(self, folder, shard_bytes=9000)
+    )
+    liar_ext.compress(dense, tmp_path / "many", recipe(tmp_path))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 3
+    assert files == {path.name for path in (tmp_path / "many").glob("*.safetensors")}
+    assert index["metadata"]["total_size"] == one.totals["bytes_after"]
+    for name in files:
+        size = sum(
+            v.numel() * v.element_size() for v in load_file(tmp_path / "many" / name).values()
+        )
+        assert size <= 12416, "only a tensor larger than a shard may exceed it"
+    expected = outputs(liar_ext.load(tmp_path / "one"))
+    assert torch.equal(outputs(liar_ext.load(tmp_path / "many")), expected)
+    stock = FAMILIES["llama-mha"].auto.from_pretrained(tmp_path / "many").eval()
+    assert torch.equal(outputs(stock), expected)
+
+
+def test_other_files_are_copied_and_reports_of_another_run_are_not(dense, tmp_path):
+    (dense / "tokenizer.json").write_text("{}")
+    (dense / "1_Pooling").mkdir()
+    (dense / "1_Pooling" / "config.json").write_text("[1]")
+    (dense / "pytorch_model.bin").write_bytes(b"pickle")
+    (dense / "liar_report.json").write_text("old")
+    (dense / ".cache").mkdir()
+    (dense / ".cache" / "x").write_text("hidden")
+    liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+    out = tmp_path / "small"
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "1_Pooling" / "config.json").read_text() == "[1]"
+    assert not (out / "pytorch_model.bin").exists()
+    assert not (out / ".cache").exists()
+    assert json.loads((out / "liar_report.json").read_text())["source"] == str(dense)
+
+
+def test_files_have_usual_permissions(dense, tmp_path):
+    liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    expected = stat.S_IMODE(plain.stat().st_mode)
+    for path in (tmp_path / "small").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path.name
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_while_writing_leaves_the_old_output_as_it_was(
+    dense, tmp_path, monkeypatch, error
+):
+    out = tmp_path / "small"
+    liar_ext.compress(dense, out, recipe(tmp_path))
+    before, source = tree_hash(out), tree_hash(dense)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(writer_module, "save_file", fail)
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        liar_ext.compress(dense, out, recipe(tmp_path, sparsity=0.25), overwrite=True)
+    assert tree_hash(out) == before
+    assert tree_hash(dense) == source
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "small", "t.npy"]
+
+
+def test_a_rename_that_fails_puts_the_old_output_back(dense, tmp_path, monkeypatch):
+    out = tmp_path / "small"
+    liar_ext.compress(dense, out, recipe(tmp_path))
+    before = tree_hash(out)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError(5, "Input/output error", str(self))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(InputError, match="Input/output"):
+        liar_ext.compress(dense, out, recipe(tmp_path), overwrite=True)
+    assert tree_hash(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "small", "t.npy"]
+
+
+def test_links_do_not_hide_that_output_and_source_are_one(dense, tmp_path):
+    (tmp_path / "link").symlink_to(dense)
+    with pytest.raises(InputError, match="overlaps the source"):
+        check_output(tmp_path / "link" / "out", dense, overwrite=True)
+    with pytest.raises(InputError, match="overlaps the source"):
+        check_output(dense, tmp_path / "link", overwrite=True)
+
+
+def test_an_output_folder_appears_only_when_complete(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with output_folder(out, None, overwrite=False) as temporary:
+        (temporary / "file").write_text("x")
+        assert not out.exists()
+    assert (out / "file").read_text() == "x"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 9}, "version 9"),
+        ({"layers": [{"heads": 4, "ffn": 24}]}, "lists 1 layers"),
+        ({"layers": [{"heads": 4, "ffn": 0}, {"heads": 4, "ffn": 24}]}, "ffn 0"),
+        ({"layers": [{"heads": 9, "ffn": 24}, {"heads": 4, "ffn": 24}]}, "heads 9"),
+        ({"layers": [{"heads": 4, "ffn": 23}, {"heads": 4, "ffn": 24}]}, "has shape"),
+    ],
+    ids=str,
+)
+def test_a_damaged_layout_is_refused(change, says, dense, tmp_path):
+    out = tmp_path / "small"
+    liar_ext.compress(dense, out, recipe(tmp_path, layers=(0, 1)))
+    assert layout.read(liar_ext.load(out)) == [{"heads": 4, "ffn": 24}, {"heads": 4, "ffn": 48}]
+    path = out / "config.json"
+    data = json.loads(path.read_text())
+    data["liar_ext"] |= change
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=says):
+        liar_ext.load(out)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "./nowhere", "/nowhere", "a/b/c"])
+def test_a_source_that_is_not_there_is_named(where, monkeypatch):
+    with pytest.raises(InputError, match="no such folder"):
+        liar_ext.load(where)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line():
+    with pytest.raises(InputError, match="hub repository") as caught:
+        liar_ext.load("nobody/nothing-at-all")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_source_may_be_read_only(dense, tmp_path):
+    for path in dense.iterdir():
+        path.chmod(0o444)
+    dense.chmod(0o555)
+    try:
+        liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+    finally:
+        dense.chmod(0o755)
+    shutil.rmtree(dense)
+    assert outputs(liar_ext.load(tmp_path / "small")).isfinite().all()

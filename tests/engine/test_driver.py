@@ -1,0 +1,200 @@
+"""What a compression does to a model, seen from outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from liar_families import FAMILIES, batches_of, outputs, write_tokens
+
+import liar_ext
+from liar_ext import InputError, Recipe
+from liar_ext.models import adapter_for
+
+
+def setting(tmp_path, **changes):
+    base = {
+        "calibration": str(write_tokens(tmp_path / "t.npy")),
+        "samples": 24,
+        "seq_len": 24,
+        "batch_size": 8,
+        "sparsity": 0.5,
+    }
+    recipe = Recipe(**{**base, **changes})
+    return recipe, batches_of(recipe, decoder=True)
+
+
+def silence(model, units, kinds=("ffn",)):
+    """Make the given units of every layer output exactly zero."""
+    adapter = adapter_for(model.config)
+    with torch.no_grad():
+        for index in range(len(adapter.layer_list(model)[1])):
+            for site in adapter.sites_of(model, index, kinds):
+                for producer in site.spec.producers:
+                    linear = site.module.get_submodule(producer.path)
+                    width = linear.weight.shape[0] // site.units
+                    for unit in units:
+                        linear.weight[unit * width : (unit + 1) * width] = 0
+                        if linear.bias is not None:
+                            linear.bias[unit * width : (unit + 1) * width] = 0
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "bias", "liar"])
+@pytest.mark.parametrize("name", ["llama-gqa-biases", "qwen2", "qwen3"])
+def test_removing_what_does_nothing_changes_nothing(name, reconstruct, tmp_path):
+    recipe, batches = setting(
+        tmp_path, target=("ffn", "heads"), reconstruct=reconstruct, criterion="wanda"
+    )
+    model = FAMILIES[name].build()
+    silence(model, range(0, 48, 2))
+    silence(model, (1, 2), ("heads",))
+    expected = outputs(model)
+    report = liar_ext.prune(model, batches, recipe)
+    assert {s.units_after for s in report.sites if s.kind == "ffn"} == {24}
+    assert {s.units_after for s in report.sites if s.kind == "heads"} == {2}
+    assert all(site.relative_residual < 1e-9 for site in report.sites)
+    assert float((outputs(model) - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("bias", ["always", "never"])
+def test_liar_restores_twins_exactly(bias, tmp_path):
+    model = FAMILIES["llama-mha"].build()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[24:] = linear.weight[:24]
+            # the twins are the weaker half, so they are the ones to go
+            layer.mlp.down_proj.weight[:, 24:] *= 0.01
+    expected = outputs(model)
+    recipe, batches = setting(tmp_path, criterion="magnitude", bias=bias, ridge=1e-9)
+    plain, _ = setting(tmp_path, criterion="magnitude", reconstruct="none")
+    broken = FAMILIES["llama-mha"].build()
+    broken.load_state_dict(model.state_dict())
+    liar_ext.prune(broken, batches, plain)
+    liar_ext.prune(model, batches, recipe)
+    error = float((outputs(model) - expected).abs().max())
+    assert error < 1e-3 * float(expected.abs().max())
+    assert error < 0.2 * float((outputs(broken) - expected).abs().max())
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "flap", "random"])
+def test_liar_has_the_lowest_residual_for_every_criterion(criterion, statistics, tmp_path):
+    residuals = {}
+    for name in ("none", "bias", "liar"):
+        recipe, batches = setting(
+            tmp_path,
+            criterion=criterion,
+            statistics="oneshot",
+            reconstruct=name,
+            bias="auto",
+            target=("ffn", "heads"),
+            ridge=1e-6,
+        )
+        report = liar_ext.prune(FAMILIES["opt"].build(), batches, recipe)
+        residuals[name] = {site.name: site.relative_residual for site in report.sites}
+    for site, value in residuals["liar"].items():
+        assert value <= residuals["bias"][site] * (1 + 1e-9)
+        assert value <= residuals["none"][site] * (1 + 1e-9)
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(tmp_path):
+    states = []
+    for seed in (0, 0, 1):
+        recipe, batches = setting(tmp_path, criterion="random", seed=seed)
+        model = FAMILIES["llama-mha"].build()
+        liar_ext.prune(model, batches, recipe)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_the_batch_size_does_not_matter(batch_size, tmp_path):
+    results = []
+    for size in (8, batch_size):
+        recipe, batches = setting(tmp_path, batch_size=size, target=("ffn", "heads"))
+        model = FAMILIES["qwen3-mixed"].build()
+        liar_ext.prune(model, batches, recipe)
+        results.append(outputs(model))
+    assert float((results[0] - results[1]).abs().max()) < 1e-3 * float(results[0].abs().max())
+
+
+def test_batches_may_be_tensors_or_mappings(tmp_path):
+    recipe, batches = setting(tmp_path)
+    results = []
+    for form in (
+        batches,
+        [batch.input_ids for batch in batches],
+        [{"input_ids": b.input_ids, "attention_mask": b.attention_mask.long()} for b in batches],
+    ):
+        model = FAMILIES["llama-mha"].build()
+        liar_ext.prune(model, form, recipe)
+        results.append(outputs(model))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_model_keeps_its_mode_and_its_gradients_flags(tmp_path):
+    recipe, batches = setting(tmp_path)
+    model = FAMILIES["llama-mha"].build().train()
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
+    liar_ext.prune(model, batches, recipe)
+    assert model.training
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert not flags.pop("model.layers.0.mlp.down_proj.weight")
+    assert all(flags.values())
+
+
+def test_a_budget_the_grid_cannot_meet_is_a_warning_with_both_numbers(tmp_path):
+    recipe, batches = setting(tmp_path, target=("heads",), sparsity=0.35)
+    report = liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
+    assert report.totals["sparsity"] == 0.25
+    assert any("0.350" in line and "0.250" in line for line in report.warnings)
+
+
+def test_an_ill_conditioned_site_reports_the_raised_ridge(tmp_path):
+    model = FAMILIES["llama-mha"].build()
+    with torch.no_grad():
+        for linear in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            linear.weight[1] = linear.weight[0]
+            linear.weight[2] = linear.weight[0]
+    # magnitude keeps the twins
+    model.model.layers[0].mlp.down_proj.weight.data[:, :3] = 5.0
+    recipe, batches = setting(tmp_path, ridge=0.0, criterion="magnitude")
+    report = liar_ext.prune(model, batches, recipe)
+    first = next(site for site in report.sites if site.layer == 0)
+    assert first.ridge == 0.0
+    assert first.ridge_used > 0.0
+    assert first.steps
+    assert any(first.name in warning for warning in report.warnings)
+
+
+def test_too_few_tokens_are_refused_before_anything_changes(tmp_path):
+    recipe, batches = setting(tmp_path, samples=1)
+    model = FAMILIES["llama-mha"].build()
+    expected = outputs(model)
+    with pytest.raises(InputError, match="24 calibration tokens for 48 columns"):
+        liar_ext.prune(model, batches, recipe)
+    assert torch.equal(outputs(model), expected)
+    liar_ext.prune(model, batches, Recipe.from_json({**recipe.to_json(), "reconstruct": "none"}))
+
+
+def test_a_model_with_its_own_layout_is_not_pruned_twice(tmp_path):
+    recipe, batches = setting(tmp_path, allocation="global", target=("ffn", "heads"))
+    model = FAMILIES["gpt2"].build()
+    liar_ext.prune(model, batches, recipe)
+    with pytest.raises(InputError, match="dense"):
+        liar_ext.prune(model, batches, recipe)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_budget_is_met(allocation, sparsity, tmp_path):
+    recipe, batches = setting(tmp_path, allocation=allocation, sparsity=sparsity)
+    model = FAMILIES["llama-mha"].build()
+    dense = sum(p.numel() for p in model.parameters())
+    report = liar_ext.prune(model, batches, recipe)
+    assert report.totals["sparsity"] == pytest.approx(sparsity, abs=0.011)
+    assert report.totals["parameters_before"] == dense
+    assert report.totals["parameters_after"] == sum(p.numel() for p in model.parameters())
+    assert min(site.units_after for site in report.sites) >= 1
