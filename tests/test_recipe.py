@@ -21,6 +21,10 @@ def test_json_there_and_back_is_the_same_recipe(tmp_path):
     assert recipe.to_json()["version"] == 1
 
 
+def test_a_path_is_a_calibration(tmp_path):
+    assert Recipe(calibration=tmp_path / "a.txt") == Recipe(calibration=str(tmp_path / "a.txt"))
+
+
 def test_it_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().sparsity = 0.9  # type: ignore[misc]
@@ -44,7 +48,15 @@ def test_it_is_frozen_and_hashable():
         ({"batch_size": True}, "--batch-size True"),
         ({"ridge": float("nan")}, "--ridge nan"),
         ({"seed": 2**63}, "--seed"),
+        ({"ridge": True}, "--ridge True"),
+        ({"seed": True}, "--seed True"),
         ({"layers": (3, 3)}, "--layers 3:3"),
+        ({"layers": (0.5, 2)}, "--layers 0.5:2"),
+        ({"layers": (0, 1, 2)}, "--layers 0:1:2"),
+        ({"layers": "01"}, "--layers 0:1"),
+        ({"calibration": 5}, "--calibration 5"),
+        ({"round_to": 0}, "--round-to 0"),
+        ({"seq_len": "128"}, "--seq-len 128"),
         ({"reconstruct": "bias", "bias": "never"}, "--reconstruct bias"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,18 +91,25 @@ class Recipe:
             _check_choice(name, getattr(self, name), choices)
         for name in ("samples", "seq_len", "batch_size", "round_to"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: must be a whole number of at least 0")
-        if not (isinstance(self.ridge, int | float) and 0 <= self.ridge < math.inf):
+        if isinstance(self.calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        if not (self.calibration is None or isinstance(self.calibration, str)):
+            raise InputError(f"--calibration {self.calibration}: must be a file or a data set name")
+        if isinstance(self.ridge, bool) or not (
+            isinstance(self.ridge, int | float) and 0 <= self.ridge < math.inf
+        ):
             raise InputError(f"--ridge {self.ridge}: must be a number of at least 0, e.g. 1e-3")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
-            start, stop = self.layers
-            if not 0 <= start < stop:
+            ends = self.layers
+            if len(ends) != 2 or not all(map(_is_whole, ends)) or not 0 <= ends[0] < ends[1]:
                 raise InputError(
-                    f"--layers {start}:{stop}: must be START:STOP with 0 <= START < STOP"
+                    f"--layers {':'.join(map(str, ends))}: must be START:STOP with "
+                    "0 <= START < STOP"
                 )
         if RECONSTRUCTIONS[self.reconstruct].needs_bias and self.bias == "never":
             raise InputError(
@@ -141,6 +149,10 @@ class Recipe:
         except (OSError, ValueError) as error:
             raise InputError(f"--recipe {path}: cannot be read as JSON ({error})") from error
         return cls.from_json(data, str(path))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _flag(name: str) -> str:

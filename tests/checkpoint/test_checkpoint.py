@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -68,9 +71,24 @@ def test_a_missing_shard_and_a_wrong_index_are_named(dense):
     index.write_text(json.dumps(data))
     with pytest.raises(InputError, match=r"has no tensor extra\.weight"):
         CheckpointReader(dense)
+    data["weight_map"]["extra.weight"] = 5
+    index.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="extra.weight is in 5"):
+        CheckpointReader(dense)
     index.write_text("{}")
     with pytest.raises(InputError, match="no weight_map"):
         CheckpointReader(dense)
+
+
+def test_of_two_sets_of_weights_the_one_that_transformers_takes_is_read(dense):
+    tensors = load_file(dense / "model.safetensors")
+    shard(dense)
+    other = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(other, dense / "model.safetensors", metadata={"format": "pt"})
+    stock = FAMILIES["llama-mha"].auto.from_pretrained(dense).state_dict()
+    mine = liar_ext.load(dense).state_dict()
+    assert torch.equal(stock["lm_head.weight"], other["lm_head.weight"])
+    assert all(torch.equal(tensor, stock[name]) for name, tensor in mine.items())
 
 
 def test_names_without_the_base_prefix_are_found(tmp_path):
@@ -207,6 +225,70 @@ def test_a_rename_that_fails_puts_the_old_output_back(dense, tmp_path, monkeypat
         liar_ext.compress(dense, out, recipe(tmp_path), overwrite=True)
     assert tree_hash(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "small", "t.npy"]
+
+
+def test_an_old_output_that_cannot_be_moved_stays_and_nothing_else(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(16, "Device or resource busy", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="busy"), output_folder(out, None, overwrite=True):
+        pass
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine"]
+
+
+def test_a_full_disk_is_told_even_when_the_error_names_no_file(dense, tmp_path, monkeypatch):
+    """`write` fails without a file name, unlike `open`."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="small: writing failed .No space left"):
+        liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("kilobytes", [40, 100, 132])
+def test_a_disk_that_is_really_full(dense, tmp_path, kilobytes):
+    """40 KiB do not hold the weights (113 KiB), 132 not the report beside them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        for name in ("adapter.json", "tokenizer.json"):
+            (dense / name).write_bytes(b"x" * 30_000)
+        with pytest.raises(InputError, match="No space left"):
+            liar_ext.compress(dense, disk / "small", recipe(tmp_path))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_repaired_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    """A neuron a thousand times its kept neighbour: its repair overflows float16."""
+    model = FAMILIES["llama-mha"].build()
+    with torch.no_grad():
+        mlp = model.model.layers[1].mlp
+        for unit in range(0, 48, 2):
+            mlp.gate_proj.weight[unit + 1] = mlp.gate_proj.weight[unit]
+            mlp.up_proj.weight[unit + 1] = 1e-3 * mlp.up_proj.weight[unit]
+            mlp.down_proj.weight[:, unit] = 100.0
+            mlp.down_proj.weight[:, unit + 1] = 3e4
+    model.half().save_pretrained(tmp_path / "dense")
+    settings = recipe(tmp_path, criterion="magnitude", ridge=0.0)
+    with pytest.raises(InputError, match="layers.1.mlp.down_proj.weight: repaired weights up to"):
+        liar_ext.compress(tmp_path / "dense", tmp_path / "small", settings)
+    wide = Recipe.from_json({**settings.to_json(), "dtype": "bfloat16"})
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", wide)
+    assert outputs(liar_ext.load(tmp_path / "small")).isfinite().all()
 
 
 def test_links_do_not_hide_that_output_and_source_are_one(dense, tmp_path):

@@ -8,7 +8,8 @@ from liar_families import FAMILIES, batches_of, outputs, write_tokens
 
 import liar_ext
 from liar_ext import InputError, Recipe
-from liar_ext.models import adapter_for
+from liar_ext.models import adapter_for, linear
+from liar_ext.ops import residual_reference
 
 
 def setting(tmp_path, **changes):
@@ -198,3 +199,96 @@ def test_the_budget_is_met(allocation, sparsity, tmp_path):
     assert report.totals["parameters_before"] == dense
     assert report.totals["parameters_after"] == sum(p.numel() for p in model.parameters())
     assert min(site.units_after for site in report.sites) >= 1
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "bias", "liar"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama-mha"])
+def test_the_reported_residual_is_the_measured_one(name, reconstruct, tmp_path):
+    recipe, batches = setting(
+        tmp_path, target=("ffn", "heads"), reconstruct=reconstruct, statistics="oneshot"
+    )
+    dense, small = FAMILIES[name].build(), FAMILIES[name].build()
+    report = liar_ext.prune(small, batches, recipe)
+    adapter = adapter_for(dense.config)
+    rows = {site.name: [] for site in report.sites}
+    for path in rows:
+        module = dense.get_submodule(path)
+        module.register_forward_pre_hook(lambda _, args, seen=rows[path]: seen.append(args[0]))
+    for batch in batches:
+        outputs(dense, batch.input_ids)
+    for found in report.sites:
+        (before,) = adapter.sites_of(dense, found.layer, (found.kind,))
+        (after,) = adapter.sites_of(small, found.layer, (found.kind,))
+        x = torch.cat([part.flatten(0, -2) for part in rows[found.name]])
+        keep = kept_units(before, after)
+        old, new = before.bias(), after.bias()
+        shift = None if new is None else new - (0 if old is None else old)
+        expected = residual_reference(x, before.weight(), keep, after.weight(), shift)
+        assert found.relative_residual == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def kept_units(before, after):
+    """Columns that a Site kept, found again by its first producer's rows."""
+    producer = before.spec.producers[-1]
+    wide = linear.weight(before.module.get_submodule(producer.path))
+    narrow = linear.weight(after.module.get_submodule(producer.path))
+    wide, narrow = (
+        w.unflatten(0, (producer.segments, -1))[producer.segment] for w in (wide, narrow)
+    )
+    return torch.cdist(narrow, wide).argmin(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_the_site(value, tmp_path):
+    recipe, batches = setting(tmp_path)
+    model = FAMILIES["llama-mha"].build()
+    model.model.layers[1].mlp.act_fn.forward = lambda x: torch.full_like(x, value)
+    with pytest.raises(InputError, match="model.layers.1.mlp.down_proj: 48 of 48 input columns"):
+        liar_ext.prune(model, batches, recipe)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    recipe, batches = setting(tmp_path)
+    model = FAMILIES["bert"].build()
+    model.encoder.layer[1].output.LayerNorm.bias.data[3] = float("nan")
+    with pytest.raises(InputError, match="encoder.layer.1.output.LayerNorm.bias: has NaN"):
+        liar_ext.prune(model, batches, recipe)
+
+
+def test_sequential_aims_at_the_pruned_path_and_oneshot_at_the_dense_one(tmp_path):
+    """The last Site of the model fits the inputs it will get."""
+    errors = {}
+    for statistics in ("sequential", "oneshot"):
+        recipe, batches = setting(
+            tmp_path, statistics=statistics, target=("ffn", "heads"), criterion="magnitude"
+        )
+        model = FAMILIES["gpt2"].build()
+        last = model.transformer.h[1].mlp.c_proj
+        weight, bias = last.weight.detach().clone(), last.bias.detach().clone()
+        liar_ext.prune(model, batches, recipe)
+        seen = []
+        model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
+        made = []
+        last.register_forward_hook(lambda *call, made=made: made.append(call[2]))
+        dense = FAMILIES["gpt2"].build().transformer.h[1].mlp
+        for batch in batches:
+            outputs(model, batch.input_ids)
+        with torch.no_grad():
+            wanted = torch.cat([dense.act(dense.c_fc(x)) @ weight + bias for x in seen])
+        errors[statistics] = float((torch.cat(made) - wanted).square().mean())
+    assert errors["sequential"] < errors["oneshot"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_memory_is_close_to_float32(dtype, tmp_path):
+    results = []
+    for wanted in (torch.float32, dtype):
+        recipe, batches = setting(tmp_path, target=("ffn", "heads"), bias="always")
+        model = FAMILIES["llama-gqa-biases"].build().to(dtype).to(wanted)
+        liar_ext.prune(model, batches, recipe)
+        assert {p.dtype for p in model.parameters()} == {wanted}
+        results.append(outputs(model))
+    error = (results[1] - results[0]).square().mean().sqrt() / results[0].std()
+    assert float(error) < (0.1 if dtype == torch.bfloat16 else 0.02)

@@ -170,7 +170,16 @@ FAMILIES: dict[str, Family] = {
             **_MIXED,
         ),
         _family("opt", "OPTForCausalLM", _CAUSAL, True, _OPT),
-        _family("opt-post-norm", "OPTForCausalLM", _CAUSAL, True, _OPT, do_layer_norm_before=False),
+        # as OPT-350m: other width of the embeddings, no final norm
+        _family(
+            "opt-post-norm",
+            "OPTForCausalLM",
+            _CAUSAL,
+            True,
+            _OPT,
+            do_layer_norm_before=False,
+            word_embed_proj_dim=16,
+        ),
         _family("gpt2", "GPT2LMHeadModel", _CAUSAL, True, _GPT2),
         _family("bert", "BertModel", transformers.AutoModel, False, _ENCODER),
         _family(

@@ -58,10 +58,11 @@ class CheckpointReader:
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         index = folder / INDEX
-        if index.exists():
-            self._open_index(index)
-        elif (folder / SINGLE).exists():
+        # the order in which transformers looks, for folders that have both
+        if (folder / SINGLE).exists():
             self._where = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        elif index.exists():
+            self._open_index(index)
         else:
             raise InputError(_nothing_to_read(folder))
         self._names: dict[str, str] = {}
@@ -71,6 +72,8 @@ class CheckpointReader:
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: no weight_map; download the index again")
         for name, file in weight_map.items():
+            if not isinstance(file, str):
+                raise InputError(f"{index}: {name} is in {file!r}, which is no file name")
             if file not in self._files and not (self.folder / file).exists():
                 raise InputError(f"{self.folder / file}: missing; {INDEX} names it")
             if name not in self._open(file).keys():  # noqa: SIM118  (safe_open is no mapping)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.writer import CheckpointWriter, storage_dtype
+from liar_ext.errors import InputError
 from liar_ext.models import adapter_for
 
 
@@ -66,7 +67,13 @@ class CheckpointStore:
                 # a bias that was added takes the dtype of its own weight
                 own = full if full in self._stored else full.rpartition(".")[0] + ".weight"
                 dtype = storage_dtype(self._dtype, self._stored[own])
-                self._writer.add(full, parameter.to(dtype))
+                stored = parameter.to(dtype)
+                if not bool(torch.isfinite(stored).all()):
+                    raise InputError(
+                        f"{full}: repaired weights up to {float(parameter.abs().max()):.1e} do not "
+                        f"fit {dtype}; use --dtype bfloat16 or float32, or a larger --ridge"
+                    )
+                self._writer.add(full, stored)
             _set(layer, name, parameter.detach().to("meta"))
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from liar_ext.errors import InputError
 SHARD_BYTES = 2 * 1024**3
 # weights are rewritten, reports of an earlier compression do not describe this one
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 REWRITTEN = ("config.json", INDEX, "README.md", "recipe.json", "liar_report.json")
 
 
@@ -46,7 +48,9 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
             _usual_permissions(temporary)
             _put_in_place(temporary, out)
         except OSError as error:
-            if error.filename is not None and Path(error.filename).is_relative_to(temporary):
+            # a write that fails halfway names no file
+            mine = error.filename is not None and Path(error.filename).is_relative_to(temporary)
+            if mine or error.errno in DISK_IS_FULL:
                 raise InputError(f"--out {out}: writing failed ({error.strerror})") from error
             raise
     finally:
@@ -86,11 +90,12 @@ def _put_in_place(temporary: Path, out: Path) -> None:
         return
     # a folder cannot be replaced in one step: move the old one aside, and back if that fails
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.rename(old / out.name)
     try:
+        out.rename(old / out.name)
         temporary.rename(out)
     except BaseException:
-        (old / out.name).rename(out)
+        if not out.exists():
+            (old / out.name).rename(out)
         raise
     finally:
         if out.exists():

@@ -53,8 +53,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The stock class the checkpoint was saved from (`architectures`), or the family's default."""
     names = getattr(config, "architectures", None) or []
     for name in names:
-        found = getattr(transformers, name, None)
-        if found is not None:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and getattr(found, "config_class", None) is type(config):
             return found
     adapter = adapter_for(config)
     auto = transformers.AutoModelForCausalLM if adapter.decoder else transformers.AutoModel
@@ -115,7 +115,7 @@ def describe(
         text.update(values)
         if _accepted(stock):
             return stock
-        renamed = _aliased(stock, adapter)
+        renamed = _aliased(stock, dense, adapter)
         if renamed is not None and not added_biases and _accepted(renamed):
             return renamed
     new[KEY] = {
@@ -217,13 +217,19 @@ def _accepted(data: dict[str, Any]) -> bool:
     return True
 
 
-def _aliased(data: dict[str, Any], adapter: Adapter) -> dict[str, Any] | None:
+def _aliased(
+    data: dict[str, Any], dense: dict[str, Any], adapter: Adapter
+) -> dict[str, Any] | None:
     """The same model under the alias family, where that is the same function."""
     if adapter.alias is None or _text(data) is not data:
         return None
     if data.get("attention_bias") or data.get("mlp_bias"):
         return None
-    other = copy.deepcopy(data)
+    # what the source leaves to its family's defaults has other defaults here
+    own = config_object(dense).to_dict()
+    theirs = config_object({"model_type": adapter.alias}).to_dict()
+    other = {n: own[n] for n, value in theirs.items() if n in own and own[n] != value}
+    other |= copy.deepcopy(data)
     old = type(config_object({"model_type": adapter.model_type})).__name__.removesuffix("Config")
     new = type(config_object({"model_type": adapter.alias})).__name__.removesuffix("Config")
     other["model_type"] = adapter.alias
