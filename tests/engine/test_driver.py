@@ -292,3 +292,22 @@ def test_half_precision_in_memory_is_close_to_float32(dtype, tmp_path):
         results.append(outputs(model))
     error = (results[1] - results[0]).square().mean().sqrt() / results[0].std()
     assert float(error) < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_random_scores_are_the_same_in_both_passes_of_a_global_allocation(tmp_path):
+    """What a Site keeps depends on how many units it keeps, not on the allocation."""
+    kept = []
+    for allocation in ("uniform", "global"):
+        recipe, batches = setting(tmp_path, criterion="random", allocation=allocation)
+        dense, small = FAMILIES["opt"].build(), FAMILIES["opt"].build()
+        liar_ext.prune(small, batches, recipe)
+        adapter = adapter_for(dense.config)
+        kept.append(
+            [
+                set(kept_units(*(adapter.sites_of(m, i, ("ffn",))[0] for m in (dense, small))))
+                for i in range(2)
+            ]
+        )
+    for first, second in zip(*kept, strict=True):
+        few, many = sorted((set(map(int, first)), set(map(int, second))), key=len)
+        assert few <= many
