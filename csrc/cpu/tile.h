@@ -18,7 +18,7 @@ constexpr int64_t kDepth = 256;
 
 // c[kSliver][kPanel] = or += Σ_k a[k][0..kSliver) b[k][0..kPanel); a and b step by kPanel elements.
 // the sum over k starts at zero even when it is added: rounding errors then grow with the number of
-// visits plus the steps of one, not with their product (2500 bf16 tokens: 1.5e-6 became 1e-7)
+// visits plus the steps of one, not with their product
 using MicroKernel = void (*)(int64_t steps, const float* a, const float* b, float* c, bool fresh);
 
 void micro_generic(int64_t steps, const float* a, const float* b, float* c, bool fresh);

@@ -97,7 +97,7 @@ def compression_flops(
         "forward": passes * tokens.positions * forward,
         "gram": sum(s.columns_before**2 for s in sites) * tokens.tokens,
         "solve": solve,
-        "residual": sum(4 * s.outputs * s.columns_before**2 for s in sites),
+        "residual": sum(2 * s.outputs * s.columns_before**2 for s in sites),
     }
 
 

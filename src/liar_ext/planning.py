@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.calibration.batches import RECOMMENDED_TOKENS_PER_COLUMN, check_enough
+from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import (
     DTYPE_BYTES,
@@ -186,6 +187,8 @@ def _tokens(
     folder: Path, model: PreTrainedModel, recipe: Recipe, complete: bool, notes: list[str]
 ) -> Tokens:
     """Counted from a local calibration file where there is one, else what the recipe allows."""
+    if recipe.calibration is not None:
+        refuse_missing_path(recipe.calibration)
     if complete and recipe.calibration is not None and Path(recipe.calibration).is_file():
         found = load_calibration(folder, model, recipe)
         shapes = [batch.input_ids.shape for batch in found.batches]
@@ -334,7 +337,7 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
     solving = flops["solve"] + flops["residual"]
     cost.add_row("solve and residual", count(solving), duration(seconds["solve"]))
-    cost.add_row("together, at least", "", duration(seconds["total"]))
+    cost.add_row("together, about", "", duration(seconds["total"]))
     memory = _table("memory")
     for key, value in plan["memory"].items():
         memory.add_row(key.replace("_", " "), size(value))

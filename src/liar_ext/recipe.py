@@ -74,7 +74,9 @@ class Recipe:
             raise InputError(
                 f"--sparsity {self.sparsity}: must be a number above 0 and below 1, e.g. 0.3"
             )
-        object.__setattr__(self, "target", tuple(self.target))
+        target: Any = self.target  # JSON and callers may hand over a string or a list
+        kinds = target.split(",") if isinstance(target, str) else target
+        object.__setattr__(self, "target", tuple(kinds))
         unknown = [kind for kind in self.target if kind not in KINDS]
         if unknown or not self.target or len(set(self.target)) != len(self.target):
             raise InputError(
@@ -95,8 +97,9 @@ class Recipe:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: must be a whole number of at least 0")
-        if isinstance(self.calibration, os.PathLike):
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        calibration: Any = self.calibration
+        if isinstance(calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(calibration))
         if not (self.calibration is None or isinstance(self.calibration, str)):
             raise InputError(f"--calibration {self.calibration}: must be a file or a data set name")
         if isinstance(self.ridge, bool) or not (

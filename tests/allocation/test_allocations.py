@@ -94,6 +94,14 @@ def test_global_counts_the_cost_of_a_unit():
     assert kept([cheap, dear], widths) == pytest.approx(505, abs=1)
 
 
+def test_global_wants_the_best_unit_of_a_site_that_is_worst_everywhere():
+    # one good unit lifts the mean: all others of the first Site rank below all of the second
+    lonely = Budget("ffn", 50, 1, torch.cat([torch.zeros(49), torch.ones(1)]))
+    flat = Budget("ffn", 4, 1000, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    least = ALLOCATIONS["global"].wanted([flat, lonely, lonely], 0.99)
+    assert least == [1, 1, 1]
+
+
 def test_standardisation_is_over_columns_and_averaged_over_a_unit():
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 9.0], dtype=torch.float64)
     z = (scores - scores.mean()) / scores.std()

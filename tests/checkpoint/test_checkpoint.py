@@ -230,7 +230,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(dense, tmp_path, monkeypat
 def test_an_old_output_that_cannot_be_moved_stays_and_nothing_else(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine").write_text("x")
+    (out / "liar_report.json").write_text("x")
 
     def refuse(self: Path, target: Path) -> Path:
         raise OSError(16, "Device or resource busy", str(self))
@@ -238,7 +238,10 @@ def test_an_old_output_that_cannot_be_moved_stays_and_nothing_else(tmp_path, mon
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="busy"), output_folder(out, None, overwrite=True):
         pass
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
+        "out",
+        "out/liar_report.json",
+    ]
 
 
 def test_a_full_disk_is_told_even_when_the_error_names_no_file(dense, tmp_path, monkeypatch):

@@ -256,6 +256,8 @@ def test_an_interrupt_in_the_middle_leaves_no_trace(inputs, tmp_path, number):
     # a real process; it stops itself at the second layer, where writing has begun
     script = (
         "import os, signal, sys\n"
+        # a shell that starts tests in the background leaves SIGINT ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from liar_ext.checkpoint.store import CheckpointStore\n"
         "real = CheckpointStore.open\n"
         "def open_(self, index):\n"

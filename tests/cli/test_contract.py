@@ -71,15 +71,18 @@ def test_an_option_wins_over_the_recipe_file(inputs, tmp_path, capsys):
     assert _json(capsys)["recipe"]["sparsity"] == 0.5
 
 
-def test_overwrite_replaces_and_without_it_an_existing_folder_is_kept(inputs, tmp_path, capsys):
+def test_overwrite_replaces_what_prune_wrote_and_nothing_else(inputs, tmp_path, capsys):
     out = tmp_path / "small"
     out.mkdir()
     (out / "precious").write_text("mine")
+    for options in ((), ("--overwrite",)):
+        assert _prune(inputs, out, *options) == 2
+        assert capsys.readouterr().err.startswith("error: --out ")
+        assert (out / "precious").read_text() == "mine"
+    (out / "precious").rename(out / "liar_report.json")
     assert _prune(inputs, out) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert (out / "precious").read_text() == "mine"
+    assert (out / "liar_report.json").read_text() == "mine"
     assert _prune(inputs, out, "--overwrite") == 0
-    assert not (out / "precious").exists()
     assert (out / "model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 

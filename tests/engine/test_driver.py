@@ -311,3 +311,20 @@ def test_random_scores_are_the_same_in_both_passes_of_a_global_allocation(tmp_pa
     for first, second in zip(*kept, strict=True):
         few, many = sorted((set(map(int, first)), set(map(int, second))), key=len)
         assert few <= many
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "liar"])
+@pytest.mark.parametrize("name", ["opt", "llama-gqa-biases", "mistral-gqa"])
+def test_bias_never_touches_and_adds_none(name, reconstruct, tmp_path):
+    recipe, batches = setting(
+        tmp_path, bias="never", reconstruct=reconstruct, target=("ffn", "heads")
+    )
+    dense, small = FAMILIES[name].build(), FAMILIES[name].build()
+    liar_ext.prune(small, batches, recipe)
+    adapter = adapter_for(dense.config)
+    for index in range(2):
+        for before, after in zip(
+            *(adapter.sites_of(m, index, ("heads", "ffn")) for m in (dense, small)), strict=True
+        ):
+            assert (before.bias() is None) == (after.bias() is None)
+            assert before.bias() is None or torch.equal(before.bias(), after.bias())

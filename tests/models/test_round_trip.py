@@ -221,6 +221,18 @@ def test_a_head_count_that_llama_rejects_is_written_as_mistral(tmp_path):
     _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
 
 
+def test_biases_keep_a_model_from_the_mistral_alias(tmp_path):
+    """Mistral has none: stock transformers would drop them with a warning."""
+    family = FAMILIES["llama-gqa-biases"]
+    _save(family, tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("heads",), sparsity=0.25)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert report.layout == "liar_ext"
+    model = family.build()
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
+    _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
+
+
 def test_the_mistral_alias_states_what_llama_left_to_its_defaults(tmp_path):
     """`config.json` written by hand: the families' defaults differ."""
     config = transformers.LlamaConfig(

@@ -136,6 +136,12 @@ def read(spec: str, *, max_characters: int = 50_000_000) -> Corpus:
     return _read_dataset(spec, records, field, max_characters)
 
 
+def refuse_missing_path(spec: str) -> None:
+    """Raise InputError for a spec that is meant as a path and is not there; reads nothing."""
+    if not Path(spec).expanduser().exists() and _looks_like_path(spec):
+        raise InputError(f"{spec}: no such file or folder; check the path")
+
+
 def csv_rows(path: str | Path) -> list[tuple[int, list[str]]]:
     """The rows of a headerless RFC 4180 file as (number of the row's last line, values).
 

@@ -52,8 +52,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a dense or pruned checkpoint as a stock transformers model, in eval mode.
 
-    Folders that stock transformers can load go through it; those with per-layer widths or fewer
-    heads than the family's config can state are built from the `liar_ext` key.
+    The model is of the stock class that the folder names; per-layer widths, or fewer heads than the
+    family's config can state, come from the `liar_ext` key. Every tensor must be there.
 
     Args:
         dtype: of the parameters; None keeps each tensor's own.

@@ -11,6 +11,8 @@ from liar_ext.checkpoint.writer import CheckpointWriter, storage_dtype
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class CheckpointStore:
     """LayerStore over safetensors files.
@@ -84,11 +86,19 @@ class CheckpointStore:
                 tensor = self._reader.get(name)
                 if tensor.is_floating_point():
                     tensor = tensor.to(storage_dtype(self._dtype, tensor.dtype))
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise InputError(
+                            f"{name}: has NaN or infinite weights; the checkpoint is damaged"
+                        )
                 self._writer.add(name, tensor)
         self._writer.finish()
 
     def _load(self, module: nn.Module, name: str, full: str) -> None:
         tensor = self._reader.get(full)
+        if tensor.dtype not in FLOATS:
+            raise InputError(
+                f"{full}: is {tensor.dtype}, quantised; prune the original first, then quantise"
+            )
         self._stored[full] = tensor.dtype
         _set(module, name, tensor.to(self._device, self._compute_dtype or tensor.dtype))
 

@@ -21,9 +21,13 @@ from liar_ext.errors import InputError
 
 SHARD_BYTES = 2 * 1024**3
 # weights are rewritten, reports of an earlier compression do not describe this one
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")
+NOT_COPIED = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx"),
+    *(".onnx_data", ".gguf", ".tflite", ".ot", ".npz"),
+)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-REWRITTEN = ("config.json", INDEX, "README.md", "recipe.json", "liar_report.json")
+REPORT = "liar_report.json"
+REWRITTEN = ("config.json", "README.md", "recipe.json", REPORT, "report.html")
 
 
 @contextmanager
@@ -35,8 +39,9 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
     Raises:
         InputError: `out` exists (without `overwrite`), overlaps the source, or cannot be made.
     """
-    out = Path(os.path.abspath(out))
     check_output(out, source, overwrite=overwrite)
+    out = Path(os.path.abspath(out))
+    made = [p for p in out.parents if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -55,10 +60,18 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not out.exists():
+            for parent in made:
+                parent.rmdir()
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Raise InputError if `out` may not be written; touches nothing."""
+    """Raise InputError if `out` may not be written; touches nothing.
+
+    `overwrite` replaces what this package wrote, and empty folders: never somebody's home.
+    """
+    if str(out) in ("", "."):
+        raise InputError(f"--out {str(out)!r}: is the working folder; give a new folder")
     out = Path(os.path.realpath(out))
     if source is not None:
         origin = Path(os.path.realpath(source))
@@ -68,6 +81,11 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
         raise InputError(f"--out {out}: is a file; give a folder name")
     if out.exists() and not overwrite:
         raise InputError(f"--out {out}: exists; give another folder or --overwrite")
+    if out.exists() and any(out.iterdir()) and not (out / REPORT).exists():
+        raise InputError(
+            f"--out {out}: holds no {REPORT}, so it is not a result of `liar prune`; "
+            "--overwrite does not replace it, give another folder"
+        )
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
@@ -147,7 +165,9 @@ class CheckpointWriter:
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
         except Exception as error:  # safetensors wraps a full disk in its own error type
-            raise InputError(f"{path}: writing failed ({error}); is the disk full?") from error
+            raise InputError(
+                f"--out: writing to {self._folder.parent} failed ({error}); is the disk full?"
+            ) from error
         self._pending, self._pending_bytes = {}, 0
 
     def _path(self, number: int, total: int) -> Path:
@@ -163,7 +183,8 @@ def copy_other_files(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.is_dir() or path.suffix in NOT_COPIED or str(relative) in REWRITTEN:
+        weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
+        if hidden or path.is_dir() or weights or str(relative) in REWRITTEN:
             continue
         (target / relative.parent).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / relative)

@@ -15,6 +15,7 @@ from liar_ext.errors import InputError, LiarError
 
 COMMANDS = (prune, evaluate, plan, bench, demo, report, env)
 USAGE, FAILURE = 2, 1
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser(argv).parse_args(argv)
     _quiet_libraries()
-    # SIGTERM cleans up as Ctrl-C does: temporary folders are removed on the way out
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a closed terminal and SIGTERM clean up as Ctrl-C does: temporary folders are removed
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     try:
         result = arguments.run(arguments)
     except InputError as error:
@@ -60,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         if not _out_of_memory(error):
             raise
         return _fail(FAILURE, "out of memory; lower --batch-size, --samples or --seq-len")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if result is not None and getattr(arguments, "json", False):
         sys.stdout.flush()
         print(json.dumps(result, allow_nan=False), flush=True)

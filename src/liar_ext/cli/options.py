@@ -14,7 +14,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "criterion": (str, "NAME", "what to keep: magnitude, wanda, flap, random"),
     "allocation": (str, "NAME", "how many where: uniform, global"),
     "reconstruct": (str, "NAME", "how to repair: none, bias, liar"),
-    "calibration": (str, "TEXT", ".txt, .jsonl, .csv, token file (.npy), or a datasets name"),
+    "calibration": (str, "TEXT", ".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets name"),
     "samples": (int, "N", "windows (decoders) or sentences (encoders)"),
     "seq_len": (int, "N", "tokens of each at most"),
     "batch_size": (int, "N", "sequences at a time"),
@@ -67,7 +67,7 @@ def _parsed(name: str, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if name == "layers":
         start, colon, stop = value.partition(":")
-        if not (colon and start.isdigit() and stop.isdigit()):
+        if not (colon and start.isdecimal() and stop.isdecimal()):
             raise InputError(f"--layers {value}: must be START:STOP, e.g. 4:28")
         return int(start), int(stop)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from liar_ext.cli.options import add_recipe_options, recipe_of
@@ -26,8 +27,12 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     recipe = recipe_of(arguments)
     if arguments.dry_run:
+        from liar_ext.checkpoint.load import resolve
+        from liar_ext.checkpoint.writer import check_output
         from liar_ext.cli import plan
 
+        source = resolve(arguments.source, config_only=True)
+        check_output(Path(arguments.out), source, overwrite=arguments.overwrite)
         return plan.show(arguments.source, recipe, as_json=arguments.json)
     from liar_ext.cli.output import Watcher, print_table, summary
     from liar_ext.engine.api import compress

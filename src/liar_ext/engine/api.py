@@ -29,6 +29,7 @@ from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.store import InMemory, LayerStore
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
+from liar_ext.evaluation.mode import inference
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
@@ -60,9 +61,13 @@ def prune(
         InputError: an unsupported model, too few tokens, NaN or infinite weights or activations.
             A failure after the first Site leaves the model partly pruned.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"a {type(model).__name__} is no transformers model")
     if hasattr(model.config, layout.KEY):
-        raise InputError("this model has per-layer widths already; prune the dense model instead")
-    prepared = tuple(_batch(batch) for batch in batches)
+        raise InputError("this model has shapes of its own already; prune the dense model instead")
+    adapter_for(model.config)
+    vocabulary = text_config(model.config).vocab_size
+    prepared = tuple(_batch(batch, vocabulary) for batch in batches)
     if not prepared:
         raise InputError("no calibration batches; give at least one")
     calibration = {
@@ -70,13 +75,11 @@ def prune(
         "samples": sum(b.input_ids.shape[0] for b in prepared),
         "tokens": sum(b.tokens for b in prepared),
     }
-    was_training = model.training
-    model.eval()
-    try:
-        job = _Job(InMemory(model), model.config.to_dict(), recipe, model.device, progress)
+    # the class that is here, whatever checkpoint it was made from: the folder is loaded as it
+    dense = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    with inference(model):
+        job = _Job(InMemory(model), dense, recipe, model.device, progress)
         report = job.run(prepared, str(model.name_or_path or type(model).__name__), calibration)
-    finally:
-        model.train(was_training)
     layout.update(model.config, report.config)
     return report
 
@@ -106,10 +109,19 @@ def compress(
     reader = CheckpointReader(folder)
     if layout.KEY in reader.config:
         raise InputError(
-            f"{folder}: pruned already with per-layer widths; start from the dense one"
+            f"{folder}: pruned already, to shapes of its own; start from the dense one"
         )
-    model = layout.empty_model(layout.config_object(reader.config))
+    config = layout.config_object(reader.config)
+    adapter_for(config)  # refuses what is not supported before its names confuse the reader
+    model = layout.empty_model(config)
     left_over = reader.bind(model)
+    layers = adapter_for(config).layer_list(model)[0] + "."
+    beyond = [name for name in left_over if layers in name]
+    if beyond:
+        raise InputError(
+            f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "
+            f"{type(model).__name__}; check num_hidden_layers in config.json"
+        )
     calibration = load_calibration(folder, model, recipe)
     with output_folder(Path(out), folder, overwrite=overwrite) as temporary:
         writer = CheckpointWriter(temporary)
@@ -166,7 +178,7 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
         InputError: no or unusable calibration text, or no tokenizer.
     """
     if recipe.calibration is None:
-        raise InputError("--calibration is missing: give a .txt, .jsonl or token file")
+        raise InputError("--calibration is missing: give a .txt, .jsonl, .csv or token file")
     corpus = read(recipe.calibration)
     text = text_config(model.config)
     adapter = adapter_for(model.config)
@@ -215,14 +227,25 @@ def _write_records(folder: Path, report: Report) -> None:
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
-def _batch(batch: Batch | Mapping[str, Tensor] | Tensor) -> Batch:
-    if isinstance(batch, Batch):
-        return batch
+def _batch(batch: Batch | Mapping[str, Tensor] | Tensor, vocabulary: int) -> Batch:
     if isinstance(batch, Tensor):
-        return Batch(batch.cpu(), torch.ones(batch.shape, dtype=torch.bool))
-    ids = batch["input_ids"].cpu()
-    mask = batch.get("attention_mask")
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool())
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Batch):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor):
+            raise InputError(
+                f"a calibration batch is a {type(batch).__name__}; give a Batch, a tensor of token "
+                "ids, or a mapping with input_ids"
+            )
+        mask = batch.get("attention_mask")
+        ones = torch.ones(ids.shape, dtype=torch.bool)
+        batch = Batch(ids.cpu(), ones if mask is None else mask.cpu().bool())
+    if batch.input_ids.numel() and not 0 <= int(batch.input_ids.max()) < vocabulary:
+        raise InputError(
+            f"token id {int(batch.input_ids.max())} is outside the model's vocabulary of "
+            f"{vocabulary}; use the model's own tokenizer"
+        )
+    return batch
 
 
 class _Job:
@@ -258,7 +281,7 @@ class _Job:
                 for index in targeted_layers(self._store, recipe)
                 for site in adapter.sites_of(model, index, recipe.target)
             ]
-            few = check_enough(int(calibration["tokens"]), max(columns))
+            few = check_enough(int(calibration["tokens"]), max(columns, default=0))
             if few is not None:
                 self.warn(few)
         before = layout.read(model)

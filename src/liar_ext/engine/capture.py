@@ -63,6 +63,8 @@ def record_calls(
             raise _Stop
         return hidden
 
+    # accelerate and others put a forward of their own on the instance: it is put back
+    own = [vars(layer).get("forward") for layer in layers]
     mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
     try:
         for layer in layers:
@@ -71,8 +73,10 @@ def record_calls(
     except _Stop:
         pass
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return first[0], calls
 
 

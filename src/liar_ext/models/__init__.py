@@ -1,7 +1,7 @@
 """The model families this package prunes, by `config.model_type`.
 
 To add one: a file beside this with an `Adapter`, a line in `ADAPTERS`, and a tiny config in
-`tests/models/families.py`; the round-trip tests run on it by themselves.
+`tests/support/liar_families.py`; the round-trip tests run on it by themselves.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def config_object(data: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(data["model_type"], **values)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        # an unknown type would list every one that there is
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"config.json (model_type {data.get('model_type')!r}) is not usable: {reason}"
         ) from error
@@ -181,6 +182,8 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not isinstance(layout, dict) or layout.get("version") != VERSION:
         version = layout.get("version") if isinstance(layout, dict) else layout
         raise InputError(f"config.json: {KEY} version {version!r}; this release reads {VERSION}")
+    if not all(isinstance(layout.get(k), list) for k in ("layers", "added_biases")):
+        raise InputError(f"config.json: {KEY} has no lists of layers and added_biases")
     config = config_object(base_data(data))
     model = empty_model(config)
     adapter = adapter_for(config)
@@ -235,6 +238,8 @@ def _aliased(
     other["model_type"] = adapter.alias
     other["architectures"] = [n.replace(old, new) for n in data.get("architectures") or []]
     other["sliding_window"] = None
+    # without a release of 5 or later, tokenizers take a mistral folder for one with an old mistake
+    other["transformers_version"] = transformers.__version__
     if any(not hasattr(transformers, name) for name in other["architectures"]):
         return None
     return other

@@ -18,8 +18,8 @@ from torch import Tensor
 from liar_ext.ops import _extension, backends
 from liar_ext.ops.moments import Moments
 
-# columns of G per call: at n = 4096, T = 4096 on 2 cores, 256 to 1024 are within 5 % of each other
-# and 2.07x x.T @ x in float32; on a GPU wider panels keep the device full
+# columns of G per call: at n = 4096, T = 4096 on 2 cores, 256 to 1024 are within 5 % of each other;
+# on a GPU wider panels keep the device full
 _PANEL = {"cpu": 512, "cuda": 2048}
 
 # tokens per call: bounds the float32 copy of 16-bit input on a CPU, and on a GPU the length of one
@@ -161,6 +161,22 @@ def _check_out(out: Moments, x: Tensor, keep: Tensor | None) -> None:
         raise ValueError(f"out.gram must be float32 or float64; got {out.gram.dtype}")
     if x.dtype == torch.float64 and out.gram.dtype != torch.float64:
         raise ValueError("x is float64 and out float32: use float64 Moments, or convert x")
+    # the C++ version writes through these pointers
+    for name, value, dtype, shape in (
+        ("sum", out.sum, torch.float64, (columns,)),
+        ("count", out.count, torch.int64, ()),
+    ):
+        if value.dtype != dtype or tuple(value.shape) != shape or value.device != x.device:
+            raise ValueError(
+                f"out.{name} must be {shape} {dtype} on {x.device}; "
+                f"got {tuple(value.shape)} {value.dtype} on {value.device}"
+            )
+    if not out.sum.is_contiguous():
+        raise ValueError("out.sum must be contiguous")
+    if out.order is not None:
+        every = torch.arange(columns, device=x.device)
+        if out.order.device != x.device or not torch.equal(out.order.sort().values, every):
+            raise ValueError("out.order must be a permutation of the columns, on the device of x")
     if out.gram.shape[1] > 1 and out.gram.stride(1) != 1:
         raise ValueError(f"out.gram must have unit column stride; got {out.gram.stride()}")
     panel = out.gram.shape[1]
@@ -262,6 +278,8 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed: pip install 'liar-ext[triton]'"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA tensor, not {device.type} (TRITON_INTERPRET=1 runs it, slowly)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need a GPU of compute capability 8.0 or newer"
     return None
 
 

@@ -46,8 +46,11 @@ def relative_residual(
     if shift is not None:
         shift = shift.double()
         error += float(2 * shift @ (difference @ mean) + shift.square().sum())
-    dense = _second_trace(moments, weight) - float((weight @ mean).square().sum())
-    return max(error, 0.0) / max(dense, torch.finfo(torch.float64).tiny)
+    second = _second_trace(moments, weight)
+    # an output that does not vary has no residual to compare with: its rounding stands in
+    rounding = torch.finfo(moments.gram.dtype).eps * second + torch.finfo(torch.float64).tiny
+    dense = second - float((weight @ mean).square().sum())
+    return max(error, 0.0) / max(dense, rounding)
 
 
 def _second_trace(moments: Moments, matrix: Tensor) -> float:
