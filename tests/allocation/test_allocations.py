@@ -95,11 +95,11 @@ def test_global_counts_the_cost_of_a_unit():
 
 
 def test_global_wants_the_best_unit_of_a_site_that_is_worst_everywhere():
-    # one good unit lifts the mean: all others of the first Site rank below all of the second
-    lonely = Budget("ffn", 50, 1, torch.cat([torch.zeros(49), torch.ones(1)]))
-    flat = Budget("ffn", 4, 1000, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    least = ALLOCATIONS["global"].wanted([flat, lonely, lonely], 0.99)
-    assert least == [1, 1, 1]
+    # two units far above 48 have a higher z than the best of four even ones
+    peaked = Budget("ffn", 50, 1, torch.cat([torch.zeros(48), torch.ones(2)]))
+    even = Budget("ffn", 4, 1, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert float(standardised(even).max()) < float(standardised(peaked)[-1])
+    assert ALLOCATIONS["global"].wanted([even, peaked, peaked], 0.98) == [1, 1, 1]
 
 
 def test_standardisation_is_over_columns_and_averaged_over_a_unit():

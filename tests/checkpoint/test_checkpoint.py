@@ -356,3 +356,59 @@ def test_the_source_may_be_read_only(dense, tmp_path):
         dense.chmod(0o755)
     shutil.rmtree(dense)
     assert outputs(liar_ext.load(tmp_path / "small")).isfinite().all()
+
+
+def test_mixed_dtypes_run_in_the_main_one_and_are_written_each_in_its_own(tmp_path):
+    model = FAMILIES["llama-mha"].build().to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.input_layernorm.float()
+    model.save_pretrained(tmp_path / "dense")
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe(tmp_path))
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    assert stored["model.layers.0.input_layernorm.weight"].dtype == torch.float32
+    assert stored["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+    loaded = liar_ext.load(tmp_path / "small")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert outputs(loaded).isfinite().all()
+
+
+def test_tensors_of_integers_are_refused_as_quantised(dense, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite(dense, lambda t: t | {name: t[name].to(torch.int8)})
+    with pytest.raises(InputError, match=f"{name}: is torch.int8, quantised"):
+        liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+
+
+def test_nan_outside_the_layers_is_found_as_well(dense, tmp_path):
+    def damage(tensors):
+        tensors["model.norm.weight"][3] = float("nan")
+        return tensors
+
+    rewrite(dense, damage)
+    with pytest.raises(InputError, match="model.norm.weight: has NaN"):
+        liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+    assert not (tmp_path / "small").exists()
+
+
+def test_layers_that_the_config_does_not_count_are_an_error(dense, tmp_path):
+    path = dense / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(InputError, match="model.layers.1.*num_hidden_layers"):
+        liar_ext.compress(dense, tmp_path / "small", recipe(tmp_path))
+
+
+def test_overwrite_spares_what_prune_did_not_write(dense, tmp_path):
+    out = tmp_path / "documents"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years")
+    with pytest.raises(InputError, match="not a result of `liar prune`"):
+        liar_ext.compress(dense, out, recipe(tmp_path), overwrite=True)
+    assert (out / "thesis.txt").read_text() == "years"
+
+
+def test_parents_made_for_a_run_that_fails_go_again(dense, tmp_path):
+    config = json.loads((dense / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    with pytest.raises(InputError, match="0:2"):
+        liar_ext.compress(dense, tmp_path / "a" / "b" / "out", recipe(tmp_path, layers=(0, 9)))
+    assert not (tmp_path / "a").exists()

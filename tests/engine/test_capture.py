@@ -125,6 +125,21 @@ def test_oneshot_sees_what_a_plain_forward_of_the_dense_model_sees(name, tmp_pat
         check(moments, expected[site])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["mistral-sliding", "qwen3-mixed", "opt", "gpt2", "roberta"])
+def test_padded_batches_are_seen_as_a_plain_forward_sees_them(name, side, tmp_path, moments_seen):
+    """OPT and RoBERTa count positions by the mask, sliding windows cross the padding."""
+    recipe, _ = calibration(name, tmp_path)
+    batches = padded(probe_tokens(40, 24))
+    if side == "left":
+        batches = tuple(Batch(b.input_ids.flip(1), b.attention_mask.flip(1)) for b in batches)
+    expected = hooked(FAMILIES[name].build(), batches)
+    recipe = Recipe.from_json({**recipe.to_json(), "statistics": "oneshot"})
+    liar_ext.prune(FAMILIES[name].build(), batches, recipe)
+    for site, moments in moments_seen.items():
+        check(moments, expected[site])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sequential_sees_what_the_pruned_model_computes(name, tmp_path, moments_seen, kept_columns):
     recipe, batches = calibration(name, tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import transformers
 from liar_families import FAMILIES, batches_of, outputs, write_tokens
 
 import liar_ext
@@ -328,3 +331,80 @@ def test_bias_never_touches_and_adds_none(name, reconstruct, tmp_path):
         ):
             assert (before.bias() is None) == (after.bias() is None)
             assert before.bias() is None or torch.equal(before.bias(), after.bias())
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_means_far_above_the_deviations_move_the_statistics_to_float64(shift, tmp_path):
+    """Centred in float32, G of such columns is rounding, and so is the residual reported."""
+    recipe, batches = setting(tmp_path, reconstruct="liar", bias="always", criterion="magnitude")
+    model = FAMILIES["opt"].build()
+    layer = model.model.decoder.layers[1]
+    layer.fc1.weight.data *= 0.1
+    layer.fc1.bias.data = 0.1 * layer.fc1.bias.data + shift
+    report = liar_ext.prune(model, batches, recipe)
+    site = report.sites[-1]
+    assert any("float64" in step for step in site.steps) == (shift > 0)
+    assert any("float64" in line for line in report.warnings) == (shift > 0)
+    if shift:
+        # relu never bends here: the columns are affine in 32 inputs, and 24 of them predict well
+        assert 0 < site.relative_residual < 1
+
+
+def test_a_head_made_from_a_headless_checkpoint_is_saved_as_what_it_is(tmp_path):
+    source = FAMILIES["bert"].build()
+    source.save_pretrained(tmp_path / "headless")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "headless")
+    assert model.config.architectures == ["BertModel"]
+    recipe, batches = setting(tmp_path)
+    report = liar_ext.prune(model.eval(), batches, recipe)
+    liar_ext.save(model, tmp_path / "small", report)
+    loaded = liar_ext.load(tmp_path / "small")
+    assert type(loaded) is transformers.BertForSequenceClassification
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_repaired_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, monkeypatch):
+    from liar_ext.engine import driver
+
+    real = driver.Driver._solve
+
+    def huge(self, *args):
+        repaired = real(self, *args)
+        return dataclasses.replace(repaired, weight=repaired.weight * 1e6)
+
+    monkeypatch.setattr(driver.Driver, "_solve", huge)
+    recipe, batches = setting(tmp_path)
+    with pytest.raises(InputError, match="do not fit torch.float16"):
+        liar_ext.prune(FAMILIES["llama-mha"].build().half(), batches, recipe)
+
+
+def test_a_grid_that_removes_nothing_is_refused(tmp_path):
+    recipe, batches = setting(tmp_path, sparsity=0.3, round_to=64)
+    with pytest.raises(InputError, match="removes nothing"):
+        liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [("text", "is a str"), ({"ids": 1}, "is a dict"), (torch.full((1, 60), 97), "token id 97")],
+)
+def test_batches_that_are_none_are_named(batch, says, tmp_path):
+    recipe, _ = setting(tmp_path)
+    with pytest.raises(InputError, match=says):
+        liar_ext.prune(FAMILIES["llama-mha"].build(), [batch], recipe)
+
+
+def test_a_forward_of_the_layers_own_is_used_and_kept(tmp_path):
+    recipe, batches = setting(tmp_path)
+    model = FAMILIES["llama-mha"].build()
+    layer, calls = model.model.layers[0], []
+    inner = layer.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    layer.forward = wrapped
+    liar_ext.prune(model, batches, recipe)
+    assert layer.forward is wrapped
+    assert len(calls) == len(batches)

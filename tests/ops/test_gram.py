@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import sys
 
@@ -316,3 +317,42 @@ def test_matches_the_definition_on_a_gpu(backend, name, dtype, tokens, columns, 
     # the last place of the sum for each step of 16 tokens, and at most 16384 tokens between flushes
     bound = rounding(tokens) + 2.0**-23 * min(tokens, 16384) / 16
     assert_moments(gram(x, valid, keep=kept), gram_reference(x, valid, kept), bound)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sum": torch.zeros(8)}, "out.sum must be"),
+        ({"sum": torch.zeros(9, dtype=torch.float64)}, "columns"),
+        ({"sum": torch.zeros(16, dtype=torch.float64)[::2]}, "contiguous"),
+        ({"count": torch.zeros(())}, "out.count must be"),
+        ({"order": torch.arange(8) + 1}, "permutation"),
+    ],
+    ids=["float32 sum", "long sum", "strided sum", "float count", "order"],
+)
+def test_moments_made_by_hand_are_checked_before_anything_is_written(change, says):
+    out = dataclasses.replace(Moments.zeros(8), **change)
+    with pytest.raises(ValueError, match=says):
+        gram(torch.ones(10, 8), out=out)
+
+
+@pytest.mark.parametrize("api", ["legacy", "per backend"])
+def test_reduced_float32_products_are_switched_off_and_on_again(api, backend):
+    backend("torch")
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        if api == "legacy":
+            torch.set_float32_matmul_precision("high")
+        else:
+            for place in places:
+                place.fp32_precision = "tf32"
+        x = torch.randn(300, 70)
+        found = gram(x).gram.tril()
+        assert [place.fp32_precision for place in places] == ["tf32", "tf32"]
+        assert_close_rms(found, gram_reference(x).gram.tril(), 1e-6)
+    finally:
+        if api == "legacy":
+            torch.set_float32_matmul_precision("highest")
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

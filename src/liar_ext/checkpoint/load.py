@@ -56,7 +56,7 @@ def load(
     family's config can state, come from the `liar_ext` key. Every tensor must be there.
 
     Args:
-        dtype: of the parameters; None keeps each tensor's own.
+        dtype: of the parameters; None is the checkpoint's, where it is mixed the most frequent one.
     Raises:
         InputError: the folder is missing, incomplete, or of another release.
     """
@@ -69,10 +69,11 @@ def load(
         else layout.empty_model(layout.config_object(reader.config))
     )
     reader.bind(model)
+    dtype = dtype or reader.main_dtype()
     for name, parameter in list(model.named_parameters()):
         if name in reader:
-            tensor = reader.get(name)
-            _assign(model, name, tensor.to(device, dtype or tensor.dtype), parameter.requires_grad)
+            tensor = reader.get(name).to(device, dtype)
+            _assign(model, name, tensor, parameter.requires_grad)
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         value = reader.get(name) if name in reader else buffer

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +24,12 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
     "BOOL": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
 }
 # names that only old checkpoints use, and the ones modules have had since
 LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
@@ -146,6 +154,19 @@ class CheckpointReader:
     def dtypes(self) -> dict[str, str]:
         """The dtype of each model parameter as safetensors names it (`BF16`)."""
         return {name: self._slice(own).get_dtype() for name, own in self._names.items()}
+
+    def main_dtype(self) -> torch.dtype:
+        """The floating dtype most parameters have: layers run in one dtype.
+
+        Raises:
+            InputError: none is a float, so the weights are quantised.
+        """
+        counts = Counter(DTYPES[name] for name in self.dtypes().values() if name in DTYPES)
+        if not counts:
+            raise InputError(
+                f"{self.folder}: no float tensors; quantised weights are not supported"
+            )
+        return counts.most_common(1)[0][0]
 
     def bytes(self) -> int:
         """Bytes of the tensors that belong to the model."""

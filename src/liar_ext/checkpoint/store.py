@@ -35,7 +35,7 @@ class CheckpointStore:
         self._reader = reader
         self._writer = writer
         self._device = device
-        self._compute_dtype = compute_dtype
+        self._compute_dtype = compute_dtype or reader.main_dtype()
         self._dtype = dtype
         self._stored: dict[str, torch.dtype] = {}
         adapter = adapter_for(model.config)
@@ -100,7 +100,7 @@ class CheckpointStore:
                 f"{full}: is {tensor.dtype}, quantised; prune the original first, then quantise"
             )
         self._stored[full] = tensor.dtype
-        _set(module, name, tensor.to(self._device, self._compute_dtype or tensor.dtype))
+        _set(module, name, tensor.to(self._device, self._compute_dtype))
 
 
 def _set(module: nn.Module, name: str, value: Tensor, *, parameter: bool = True) -> None:

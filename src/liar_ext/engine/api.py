@@ -214,7 +214,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """None keeps the checkpoint's. On a CPU `auto` is float32: exact for what bf16 files hold."""
+    """None is the checkpoint's main one. On a CPU `auto` is float32, exact for bf16 files."""
     if name != "auto":
         return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else None

@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,16 +237,23 @@ def _gram_torch(
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 products in float32: a process that allows TF32 or bfloat16 ones loses 1e-3 here."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
+    """float32 products in float32: a process that allows TF32 or bfloat16 ones loses 1e-3 here.
+
+    Read per backend: the older, global getter raises once the newer settings were used.
+    """
+    backend: Any = torch.backends  # mkldnn.matmul is not in torch's own type hints
+    places = (backend.cuda.matmul, backend.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    if all(value in ("none", "ieee") for value in before):
         yield
         return
-    torch.set_float32_matmul_precision("highest")
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def _no_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
