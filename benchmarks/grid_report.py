@@ -15,7 +15,7 @@ plt.rcParams["svg.hashsalt"] = "liar-ext"
 COLOURS = {"none": "#b0b0b0", "bias": "#e0a030", "liar never": "#7fb0e0", "liar": "#1f5fbf"}
 METRIC = {
     "minilm": ("STS-B dev, Spearman × 100 (higher is better)", "Spearman"),
-    "demo": ("held-out perplexity (lower is better)", "perplexity"),
+    "demo": ("perplexity on 128 held-out windows of 256 (lower is better)", "perplexity"),
 }
 
 
@@ -79,8 +79,10 @@ def markdown(data: dict[str, Any]) -> str:
                 f"{by_name[n]['value']:.2f} ({by_name[n]['residual']:.3f})" if n in by_name else ""
                 for n in names
             ]
+            reached = group[0]["achieved"]
+            note = f" ({reached:.0%} reached)" if abs(reached - sparsity) > 0.01 else ""
             lines.append(
-                f"| {heading(target, sparsity)} | {criterion} | " + " | ".join(shown) + " |"
+                f"| {heading(target, sparsity)}{note} | {criterion} | " + " | ".join(shown) + " |"
             )
     lines += ["", "## Other statistics and allocations (`liar`)", ""]
     lines += [

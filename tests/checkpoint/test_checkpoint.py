@@ -412,3 +412,19 @@ def test_parents_made_for_a_run_that_fails_go_again(dense, tmp_path):
     with pytest.raises(InputError, match="0:2"):
         liar_ext.compress(dense, tmp_path / "a" / "b" / "out", recipe(tmp_path, layers=(0, 9)))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("neighbour", [False, True], ids=["alone", "with a neighbour"])
+def test_a_failure_removes_the_parents_it_made_unless_they_are_in_use(neighbour, tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+
+    def fail() -> None:
+        with output_folder(out, None, overwrite=False):
+            if neighbour:
+                (tmp_path / "a" / "other").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))]
+    assert left == (["a", "a/other"] if neighbour else [])

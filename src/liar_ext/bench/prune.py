@@ -64,7 +64,8 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         "compression_seconds": _spread(compression),
         "ratio": _spread(ratios),
         "phases": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
-        "recipe": recipe.to_json(),
+        # names, not this machine's folders
+        "recipe": recipe.to_json() | {"calibration": Path(str(recipe.calibration)).name},
         "environment": environment(device),
     }
     print(

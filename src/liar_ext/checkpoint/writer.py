@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if not out.exists():
-            for parent in made:
-                parent.rmdir()
+            # somebody else may have put something there; that must not hide the first error
+            with suppress(OSError):
+                for parent in made:
+                    parent.rmdir()
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
