@@ -80,10 +80,10 @@ def test_liar_restores_twins_exactly(bias, tmp_path):
     assert error < 0.2 * float((outputs(broken) - expected).abs().max())
 
 
-@pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "flap", "random"])
-def test_liar_has_the_lowest_residual_for_every_criterion(criterion, statistics, tmp_path):
+def test_liar_has_the_lowest_residual_for_every_criterion(criterion, tmp_path):
     residuals = {}
+    # oneshot: only then do the three repairs of a Site see the same inputs
     for name in ("none", "bias", "liar"):
         recipe, batches = setting(
             tmp_path,
