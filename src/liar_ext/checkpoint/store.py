@@ -43,18 +43,14 @@ class CheckpointStore:
         self._backbone_path, self._backbone = adapter.backbone(model)
 
     def open_outside(self) -> None:
-        for name, _ in list(self._backbone.named_parameters()):
-            full = f"{self._backbone_path}.{name}".lstrip(".")
-            if not full.startswith(f"{self._layers_path}."):
-                self._load(self._backbone, name, full)
+        for name, full, _ in self._outside():
+            self._load(self._backbone, name, full)
         for name, buffer in self.model.named_buffers():
             _set(self.model, name, buffer.to(self._device), parameter=False)
 
     def close_outside(self) -> None:
-        for name, parameter in list(self._backbone.named_parameters()):
-            full = f"{self._backbone_path}.{name}".lstrip(".")
-            if not full.startswith(f"{self._layers_path}."):
-                _set(self._backbone, name, parameter.detach().to("meta"))
+        for name, _, parameter in self._outside():
+            _set(self._backbone, name, parameter.detach().to("meta"))
 
     def open(self, index: int) -> None:
         layer = self._layers[index]
@@ -92,6 +88,14 @@ class CheckpointStore:
                         )
                 self._writer.add(name, tensor)
         self._writer.finish()
+
+    def _outside(self) -> list[tuple[str, str, nn.Parameter]]:
+        """The backbone's parameters outside its layers: name in it, name in the model, itself."""
+        named = [
+            (name, f"{self._backbone_path}.{name}".lstrip("."), parameter)
+            for name, parameter in self._backbone.named_parameters()
+        ]
+        return [entry for entry in named if not entry[1].startswith(f"{self._layers_path}.")]
 
     def _load(self, module: nn.Module, name: str, full: str) -> None:
         tensor = self._reader.get(full)

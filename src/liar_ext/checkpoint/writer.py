@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from liar_ext.checkpoint.reader import INDEX, SINGLE
 from liar_ext.errors import InputError
+from liar_ext.report.schema import FILE as REPORT
 
 SHARD_BYTES = 2 * 1024**3
 # weights are rewritten, reports of an earlier compression do not describe this one
@@ -26,7 +28,6 @@ NOT_COPIED = (
     *(".onnx_data", ".gguf", ".tflite", ".ot", ".npz"),
 )
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-REPORT = "liar_report.json"
 REWRITTEN = ("config.json", "README.md", "recipe.json", REPORT, "report.html")
 
 
@@ -166,7 +167,7 @@ class CheckpointWriter:
         path = self._path(len(self._shards), 0)
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
-        except Exception as error:  # safetensors wraps a full disk in its own error type
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
             raise InputError(
                 f"--out: writing to {self._folder.parent} failed ({error}); is the disk full?"
             ) from error

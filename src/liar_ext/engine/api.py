@@ -112,10 +112,10 @@ def compress(
             f"{folder}: pruned already, to shapes of its own; start from the dense one"
         )
     config = layout.config_object(reader.config)
-    adapter_for(config)  # refuses what is not supported before its names confuse the reader
+    adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
     model = layout.empty_model(config)
     left_over = reader.bind(model)
-    layers = adapter_for(config).layer_list(model)[0] + "."
+    layers = adapter.layer_list(model)[0] + "."
     beyond = [name for name in left_over if layers in name]
     if beyond:
         raise InputError(

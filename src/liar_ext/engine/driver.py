@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -100,9 +100,7 @@ class Driver:
         self.progress.begin(len(self._layers), "pruning")
         self._generator.manual_seed(self.recipe.seed)
         for index in range(len(self._layers)):
-            with self.clock.phase("load"):
-                self.store.open(index)
-                self._refuse_bad_weights(index)
+            self._open(index)
             if index < self.targets.stop:
                 later = self._shrink_layer(index, widths, hidden, calls)
                 if later is not None:
@@ -112,13 +110,17 @@ class Driver:
                 self.store.close(index, final=True)
             self.progress.layer(index)
 
-    def _refuse_bad_weights(self, index: int) -> None:
-        for name, parameter in self._layers[index].named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                path = self.adapter.layer_list(self.store.model)[0]
-                raise InputError(
-                    f"{path}.{index}.{name}: has NaN or infinite weights; the checkpoint is damaged"
-                )
+    def _open(self, index: int) -> None:
+        """Make a layer available; InputError names a tensor with NaN or infinite weights."""
+        with self.clock.phase("load"):
+            self.store.open(index)
+            for name, parameter in self._layers[index].named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    path = self.adapter.layer_list(self.store.model)[0]
+                    raise InputError(
+                        f"{path}.{index}.{name}: has NaN or infinite weights; "
+                        "the checkpoint is damaged"
+                    )
 
     def _may_shift(self, has_bias: bool) -> bool:
         if self.reconstruction.needs_bias or self.recipe.bias == "always":
@@ -142,7 +144,7 @@ class Driver:
         known = budgets(self.store, self.recipe)
         if allocation.needs_scores:
             scores = self._score_all(hidden, calls)
-            known = {k: Budget(b.kind, b.units, b.cost, scores[k]) for k, b in known.items()}
+            known = {key: replace(known[key], scores=scores[key]) for key in known}
         kept = allocation.widths(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
         if all(k == b.units for k, b in zip(kept, known.values(), strict=True)):
             raise InputError(
@@ -169,9 +171,7 @@ class Driver:
 
         self.progress.begin(self.targets.stop, "scoring")
         for index in range(self.targets.stop):
-            with self.clock.phase("load"):
-                self.store.open(index)
-                self._refuse_bad_weights(index)
+            self._open(index)
             later = self._forward(index, hidden, calls, visit)
             hidden = later if later is not None else hidden
             self.store.close(index, final=False)
