@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, NumericalError
 from liar_ext.ops import (
     Moments,
     gram,
     gram_reference,
     interpolate,
     interpolate_reference,
+    inverse_moments,
     relative_residual,
     repair,
     residual_reference,
 )
-from liar_ext.ops.interpolate import solve_interpolation
+from liar_ext.ops.interpolate import cheapest, costs, solve_interpolation
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -71,6 +72,67 @@ def test_repair_folds_the_interpolation_whatever_the_cheaper_side(columns, kept,
     folded = repair(gram_reference(x), weight, keep, drop, ridge=1e-3, center=center)
     assert error(folded.weight, weight[:, keep].double() + dropped @ q.T) <= 1e-9
     assert error(folded.shift, dropped @ p) <= 1e-9 if center else not folded.shift.any()
+
+
+@pytest.mark.parametrize("outputs", [3, 200], ids=["few outputs", "many outputs"])
+@pytest.mark.parametrize("center", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(("columns", "kept"), [(7, 6), (65, 60), (130, 110)])
+def test_an_inverse_at_hand_gives_the_same_repair(columns, kept, outputs, center):
+    x = activations(columns)
+    x[:, [1, 4]] = 0.0  # dead columns may be on either side
+    keep, drop = split(columns, kept)
+    weight, moments = torch.randn(outputs, columns), gram_reference(x)
+    inverse = inverse_moments(moments, ridge=1e-3, center=center)
+    assert cheapest(kept, columns - kept, outputs, True).startswith("inverse")
+    direct = repair(moments, weight, keep, drop, ridge=1e-3, center=center)
+    found = repair(moments, weight, keep, drop, ridge=1e-3, center=center, inverse=inverse)
+    assert error(found.weight, direct.weight) <= 1e-10
+    assert error(found.shift, direct.shift) <= 1e-10 if center else not found.shift.any()
+    assert found.diagnostics.ridge_used == 1e-3
+    assert found.diagnostics.steps == ()
+
+
+def test_an_inverse_that_would_not_help_is_not_used():
+    x, weight = activations(40), torch.randn(5, 40)
+    keep, drop = split(40, 4)
+    wrong = torch.full((40, 40), float("nan"), dtype=torch.float64)
+    moments = gram_reference(x)
+    found = repair(moments, weight, keep, drop, ridge=1e-3, inverse=wrong)
+    assert torch.equal(found.weight, repair(moments, weight, keep, drop, ridge=1e-3).weight)
+
+
+def test_an_inverse_that_cannot_be_solved_is_reported_and_replaced():
+    x, weight = activations(40), torch.randn(50, 40)
+    keep, drop = split(40, 36)
+    moments = gram_reference(x)
+    singular = torch.ones(40, 40, dtype=torch.float64)
+    found = repair(moments, weight, keep, drop, ridge=1e-3, inverse=singular)
+    assert found.diagnostics.steps[0].startswith("inverse: ")
+    assert found.diagnostics.steps[0].endswith("solved from the Moments")
+    assert torch.equal(found.weight, repair(moments, weight, keep, drop, ridge=1e-3).weight)
+
+
+def test_moments_without_an_inverse_are_refused():
+    x = activations(12, 400)
+    x[:, 1] = x[:, 0]
+    with pytest.raises(NumericalError, match=r"the inverse of the Moments: ridge 0\.0e\+00"):
+        inverse_moments(gram(x), ridge=0.0)
+
+
+@pytest.mark.parametrize(
+    ("kept", "dropped", "outputs", "inverse", "way"),
+    [
+        (5504, 5504, 4096, False, "fold first"),
+        (5504, 5504, 11008, False, "direct"),
+        (9907, 1101, 4096, False, "direct"),
+        (9907, 1101, 4096, True, "inverse, fold first"),
+        (9907, 1101, 20000, True, "inverse"),
+        (1101, 9907, 4096, True, "fold first"),
+    ],
+)
+def test_the_cheapest_way_is_taken(kept, dropped, outputs, inverse, way):
+    assert cheapest(kept, dropped, outputs, inverse) == way
+    assert costs(kept, dropped, outputs, inverse)[way] > 0
 
 
 @pytest.mark.parametrize("center", [True, False], ids=["affine", "plain"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,12 @@ def assert_close_rms(actual: Tensor, expected: Tensor, ratio: float) -> None:
     assert error <= ratio * scale, (
         f"rms error ratio {error / max(scale, 1e-300):.3g} > {ratio:.3g}; {worst}"
     )
+
+
+def covariance(size: int, condition: float, seed: int = 0) -> Tensor:
+    """Symmetric (size, size) float64 with a log-spaced spectrum from 1 down to 1/condition."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    spectrum = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
+    made = (basis * spectrum) @ basis.T
+    return (made + made.T) / 2

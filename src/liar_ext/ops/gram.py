@@ -220,7 +220,7 @@ def _gram_torch(
     tokens, width = _TOKENS.get(x.device.type, 4096), _PANEL.get(x.device.type, 512)
     # products of 16-bit values are exact in float32, and CUDA can also add them up there
     native = x.is_cuda and x.element_size() == 2 and gram.dtype == torch.float32
-    with _full_precision():
+    with full_precision():
         for part in rows.split(tokens):
             sum.add_(part.sum(0, dtype=torch.float64))
             chunk = part if native else part.to(gram.dtype)
@@ -236,7 +236,7 @@ def _gram_torch(
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """float32 products in float32: a process that allows TF32 or bfloat16 ones loses 1e-3 here.
 
     Read per backend: the older, global getter raises once the newer settings were used.
@@ -279,7 +279,7 @@ def _gram_cpu(
     _extension.gram(x, rows, order, gram, sum, path="auto")
 
 
-def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "it accumulates in float32, not in torch.float64"
     if find_spec("triton") is None:
@@ -291,7 +291,7 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@backends.register("gram", "triton", _no_triton)
+@backends.register("gram", "triton", no_triton)
 def _gram_triton(
     x: Tensor,
     token_mask: Tensor | None,

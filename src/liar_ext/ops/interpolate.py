@@ -10,14 +10,17 @@ fit would leave a bias of `W_M P`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, NumericalError
+from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
 from liar_ext.ops.moments import Moments
-from liar_ext.ops.solve import RECORD_BYTES, Diagnostics, Precision, ridge_solve
+from liar_ext.ops.solve import Precision, Solved, solve
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def interpolate(
         keep, drop: int64 column indices S and M; together a partition of the columns.
         ridge: λ relative to the mean variance (mean square without `center`); ≥ 0.
         center: fit the intercept P.
-        precision: see `ridge_solve`.
+        precision: see `solve`.
     Raises:
         ValueError: keep and drop are not a partition.
         InputError: NaN or infinite Moments.
@@ -115,17 +118,10 @@ def solve_interpolation(
     """
     moments = Moments(count, sum, gram, order, mirrored)
     system = _system(moments, keep, drop, ridge, center)
-    solution, diagnostics = ridge_solve(
-        system.kept,
-        system.cross,
-        system.strength(ridge),
-        ridge,
-        moments_dtype=gram.dtype,
-        precision=precision,
-    )
-    mean = moments.mean()
+    solved = system.solve(system.cross, ridge, gram.dtype, cast(Precision, precision))
+    solution, mean = solved.solution[0], moments.mean()
     p = mean[drop] - solution.T @ mean[keep] if center else torch.zeros_like(mean[drop])
-    return solution, p, diagnostics.encode()
+    return solution, p, solved.diagnostics[0].encode()
 
 
 @solve_interpolation.register_fake
@@ -157,28 +153,125 @@ def repair(
     ridge: float,
     center: bool = True,
     precision: Precision = "auto",
+    inverse: Tensor | None = None,
 ) -> Repair:
     """Fold the Interpolation into a consumer weight (out, n): `W' = W_S + W_M Qᵀ`, `W_M P`.
 
-    Only `Q W_Mᵀ` is wanted, so the right-hand side is `C_SM W_Mᵀ` (out columns) when that is
-    narrower than `C_SM` (|M| columns): the same result, for less.
+    Of the equivalent systems the cheapest is solved (`cheapest`).
+
+    Args:
+        weight: (out, n) of any floating dtype.
+        inverse: (n, n) float64, `inverse_moments` of the same Moments, ridge and center, if it is
+            there already; it makes small removals cheap.
+    Raises:
+        as `interpolate`.
     """
-    system = _system(moments, keep, drop, ridge, center)
     kept_weight, dropped_weight = weight[:, keep].double(), weight[:, drop].double()
-    fold_first = weight.shape[0] < drop.numel()
-    right = system.cross @ dropped_weight.T if fold_first else system.cross
-    solution, diagnostics = ridge_solve(
-        system.kept,
-        right,
-        system.strength(ridge),
-        ridge,
-        moments_dtype=moments.gram.dtype,
-        precision=precision,
-    )
-    carried = solution.T if fold_first else dropped_weight @ solution.T
+    route = cheapest(keep.numel(), drop.numel(), weight.shape[0], inverse is not None)
+    carried = diagnostics = None
+    steps: tuple[str, ...] = ()
+    if inverse is not None and route.startswith("inverse"):
+        _check_partition(moments, keep, drop)
+        try:
+            carried, diagnostics = _carry_by_inverse(
+                inverse, dropped_weight, keep, drop, ridge, moments.gram.dtype, precision
+            )
+        except NumericalError as error:
+            # a ridge on the dropped block would be another definition
+            steps = (f"inverse: {error}; solved from the Moments",)
+            route = cheapest(keep.numel(), drop.numel(), weight.shape[0], False)
+    if carried is None or diagnostics is None:
+        system = _system(moments, keep, drop, ridge, center)
+        fold_first = route == "fold first"
+        right = system.cross @ dropped_weight.T if fold_first else system.cross
+        solved = system.solve(right, ridge, moments.gram.dtype, precision)
+        z = solved.solution[0]
+        carried = z.T if fold_first else dropped_weight @ z.T
+        diagnostics = solved.diagnostics[0]
+        diagnostics = dataclasses.replace(diagnostics, steps=steps + diagnostics.steps)
     mean = moments.mean()
     shift = dropped_weight @ mean[drop] - carried @ mean[keep]
     return Repair(kept_weight + carried, shift if center else torch.zeros_like(shift), diagnostics)
+
+
+def costs(kept: int, dropped: int, outputs: int, inverse: bool) -> dict[str, float]:
+    """Floating-point operations of each way to `W_M Qᵀ`, cheapest need not be first.
+
+    Args:
+        kept, dropped, outputs: s, m and rows of W. inverse: `(C+λI)⁻¹` is there already.
+    Returns:
+        by name: `direct` solves for Q, `fold first` for `C_SM W_Mᵀ` (out columns instead of m);
+        with Θ = (C+λI)⁻¹, `Qᵀ = −Θ_MM⁻¹ Θ_MS` needs a system of m columns only: `inverse` solves
+        it for Θ_MS, `inverse, fold first` for W_Mᵀ.
+    """
+    s, m, out = float(kept), float(dropped), float(outputs)
+    ways = {
+        "direct": s**3 / 3 + 2 * s * s * m + 2 * out * m * s,
+        "fold first": s**3 / 3 + 2 * s * m * out + 2 * s * s * out,
+    }
+    if inverse:
+        ways["inverse"] = m**3 / 3 + 2 * m * m * s + 2 * out * m * s
+        ways["inverse, fold first"] = m**3 / 3 + 2 * m * m * out + 2 * out * m * s
+    return ways
+
+
+def cheapest(kept: int, dropped: int, outputs: int, inverse: bool = False) -> str:
+    """The name of the least of `costs`; the earlier one where they are equal."""
+    ways = costs(kept, dropped, outputs, inverse)
+    return min(ways, key=ways.__getitem__)
+
+
+def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> Tensor:
+    """`Θ = (C + λI)⁻¹`, (n, n) float64, rows and columns of dead columns those of the identity.
+
+    Worth its n³ operations where several Selections of one Site are tried: each then costs a
+    system of its dropped columns only.
+
+    Args:
+        moments: the whole triangle; ridge, center: as in `interpolate`.
+    Raises:
+        ValueError: the triangle is incomplete.
+        NumericalError: `C + λI` has no usable inverse: a larger ridge is the caller's decision,
+            since Θ of another ridge is another Θ.
+    """
+    every = torch.arange(moments.columns, device=moments.sum.device)
+    system = _system(moments, every, every[:0], ridge, center)
+    eye = torch.eye(moments.columns, dtype=torch.float64, device=every.device)
+    solved = system.solve(eye, ridge, moments.gram.dtype, "auto")
+    if solved.diagnostics[0].ridge_used != ridge:
+        raise NumericalError("the inverse of the Moments: " + solved.diagnostics[0].steps[0])
+    inverse = solved.solution[0]
+    inverse = (inverse + inverse.T) / 2
+    dead = system.kept.diagonal() <= 0
+    inverse[dead, dead] = 1.0
+    return inverse
+
+
+def _carry_by_inverse(
+    inverse: Tensor,
+    dropped_weight: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    ridge: float,
+    moments_dtype: torch.dtype,
+    precision: Precision,
+) -> tuple[Tensor, Diagnostics]:
+    """`W_M Qᵀ = −W_M Θ_MM⁻¹ Θ_MS`, whichever product comes first.
+
+    Raises:
+        NumericalError: `Θ_MM` cannot be solved without a ridge of its own.
+    """
+    block, side = inverse[drop][:, drop], inverse[drop][:, keep]
+    fold_first = dropped_weight.shape[0] < keep.numel()
+    right = dropped_weight.T if fold_first else side
+    solved = solve(block[None], right[None], 0.0, moments_dtype=moments_dtype, precision=precision)
+    found = solved.diagnostics[0]
+    if found.ridge_used != 0.0:
+        raise NumericalError(found.steps[0])
+    z = solved.solution[0]
+    carried = -(z.T @ side) if fold_first else -(dropped_weight @ z)
+    # the ridge is inside Θ
+    return carried, dataclasses.replace(found, ridge=ridge, ridge_used=ridge)
 
 
 @dataclass(frozen=True)
@@ -187,8 +280,17 @@ class _System:
     cross: Tensor
     mean_diagonal: float
 
-    def strength(self, ridge: float) -> float:
-        return ridge * self.mean_diagonal
+    def solve(
+        self, right: Tensor, ridge: float, moments_dtype: torch.dtype, precision: Precision
+    ) -> Solved:
+        return solve(
+            self.kept[None],
+            right[None],
+            ridge,
+            unit=[self.mean_diagonal],
+            moments_dtype=moments_dtype,
+            precision=precision,
+        )
 
 
 def _system(moments: Moments, keep: Tensor, drop: Tensor, ridge: float, center: bool) -> _System:
@@ -206,8 +308,8 @@ def _system(moments: Moments, keep: Tensor, drop: Tensor, ridge: float, center: 
     squares = kept.diagonal().clone()
     if center:
         mean = moments.mean()
-        kept = kept - mean[keep, None] * mean[None, keep]
-        cross = cross - mean[keep, None] * mean[None, drop]
+        kept.addr_(mean[keep], mean[keep], alpha=-1)
+        cross.addr_(mean[keep], mean[drop], alpha=-1)
     # a centred variance below the rounding of its own mean square is not a variance: constant
     # columns came out at up to 30 eps after 20000 tokens in float32
     noise = 64 * torch.finfo(moments.gram.dtype).eps * squares

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# rows of G that are gathered at a time: 100 MB of float32 at 28672 columns
+GATHER_ROWS = 1024
+
 
 @dataclass
 class Moments:
@@ -104,10 +107,23 @@ class Moments:
         panel = self.gram.shape[1]
         count = self.count.clamp(min=1)
         if self.complete or not bool((cols >= panel).any()):
-            return self.gram[rows][:, cols].double() / count
+            return self._gather(rows, cols).div_(count)
         if not bool((rows >= panel).any()):
-            return self.gram[cols][:, rows].T.double() / count
+            return self._gather(cols, rows).div_(count).T
         raise ValueError("this block needs dropped × dropped entries, which are not there")
+
+    def _gather(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """`gram[rows][:, cols]` in float64 by blocks of rows.
+
+        At the widths of a 70B model a gather of all rows first would be 1.6 GB of float32.
+        """
+        block = torch.empty(
+            rows.numel(), cols.numel(), dtype=torch.float64, device=self.gram.device
+        )
+        for start in range(0, rows.numel(), GATHER_ROWS):
+            part = rows[start : start + GATHER_ROWS]
+            block[start : start + GATHER_ROWS] = self.gram[part][:, cols]
+        return block
 
     def second_panel(self, start: int, stop: int) -> Tensor:
         """Columns `start:stop` of `G/N`, (n, stop − start) float64, natural order, no gather.

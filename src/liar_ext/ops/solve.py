@@ -1,204 +1,190 @@
-"""Ridge solve with a check on its own accuracy and a ladder of larger ridges, never silent."""
+"""Ridge solve of a batch, with a check on its own accuracy and a ladder that is never silent."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from liar_ext.errors import NumericalError
+from liar_ext.ops.attempt import attempt
+from liar_ext.ops.diagnostics import Diagnostics
 
 Precision = Literal["auto", "float64", "float32"]
 LADDER_STEPS = 8
-# a line of the ladder is about 100 characters
-RECORD_BYTES = 4096
 # normwise backward error accepted from a float64 factorisation: 1e-16 · n with n ≤ 3e4, and slack
 BACKWARD_TOLERANCE = 1e-10
-REFINEMENT_STEPS = 5
+# times the condition it bounds the forward error of Z, which is to stay below this; float64 keeps
+# it there up to conditions of about 1e10
+FORWARD_TOLERANCE = 1e-6
 # data-centre parts whose float64 rate is half of float32 or better; elsewhere it is 1/32 to 1/64
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True)
-class Diagnostics:
-    """How one system was solved.
+class Solved:
+    """Attributes:
 
-    Attributes:
-        ridge: relative ridge asked for; `ridge_used`: the one that held.
-        strength: absolute λ that was added to the diagonal.
-        condition: 2-norm condition of the Jacobi-scaled, ridged matrix, by power iteration.
-        backward_error: `‖AZ−B‖ / (‖A‖‖Z‖+‖B‖)` on random combinations of the columns.
-        dead: kept columns without variance, excluded with `Q = 0`.
-        precision: of the factorisation that was used.
-        steps: one line for each thing that had to be raised or repeated; empty when none.
+    solution: (b, s, r) float64, Z with zero rows for dead columns.
+    shift: (b, r) float64, `P = μ_M − Zᵀ μ_S`; zeros where no means were given.
+    diagnostics: one for each system.
     """
 
+    solution: Tensor
+    shift: Tensor
+    diagnostics: tuple[Diagnostics, ...]
+
+
+@dataclass
+class _State:
+    """Where one system stands on the ladder."""
+
     ridge: float
-    ridge_used: float
-    strength: float
-    condition: float
-    backward_error: float
-    dead: int
-    precision: str
-    steps: tuple[str, ...] = ()
-
-    def encode(self) -> Tensor:
-        """As a CPU uint8 tensor of fixed length: what a torch operator can return."""
-        text = json.dumps(dataclasses.asdict(self)).encode()
-        if len(text) > RECORD_BYTES:
-            raise RuntimeError(f"diagnostics of {len(text)} bytes, the record holds {RECORD_BYTES}")
-        return torch.tensor(list(text.ljust(RECORD_BYTES)), dtype=torch.uint8)
-
-    @classmethod
-    def decode(cls, record: Tensor) -> Diagnostics:
-        """What `encode` made."""
-        data = json.loads(bytes(record.tolist()))
-        return cls(**{**data, "steps": tuple(data["steps"])})
+    unit: float
+    working: torch.dtype
+    used: float = 0.0
+    steps: list[str] = field(default_factory=list)
 
 
-def ridge_solve(
+def solve(
     matrix: Tensor,
     right: Tensor,
-    strength: float,
     ridge: float,
     *,
+    unit: Sequence[float] | None = None,
+    mean_kept: Tensor | None = None,
+    mean_dropped: Tensor | None = None,
     moments_dtype: torch.dtype = torch.float32,
-    precision: str = "auto",
-) -> tuple[Tensor, Diagnostics]:
-    """Solve `(A + λI) Z = B` for symmetric positive semidefinite A.
+    precision: Precision = "auto",
+) -> Solved:
+    """Solve `(A + λI) Z = B`, `λ = ridge · unit`, for a batch of positive semidefinite A.
 
-    λ is added before the Jacobi scaling, so it is the ridge of the definition. A result is used
-    only if the factorisation exists, the smallest eigenvalue of the scaled matrix is above the
-    rounding of the moments, and the backward error is small; else float32 goes to float64, and
-    float64 raises λ tenfold.
+    λ is added before the Jacobi scaling, so it is the ridge of the definition (`attempt`). A result
+    is used only if the factorisation exists, the smallest eigenvalue of the scaled matrix is above
+    the rounding of the moments, and the backward error is small, also when the condition magnifies
+    it; else float32 goes to float64, and float64 raises the ridge, at least tenfold. Each such step
+    is a line of that system's Diagnostics; the other systems of the batch are not touched by it.
 
     Args:
-        matrix: (s, s) float64; rows and columns that are zero on the diagonal are dead.
-        right: (s, r) float64.
-        strength: λ, absolute; ridge: the same relative to the mean diagonal, for the report.
+        matrix: (b, s, s) float64, both triangles; a column with a diagonal of 0 is dead.
+        right: (b, s, r) float64.
+        ridge: relative to `unit`; ≥ 0.
+        unit: for each system what the ridge is relative to, the mean diagonal of its live columns
+            when None or 0.
+        mean_kept, mean_dropped: (b, s) and (b, r) float64, for P.
         moments_dtype: precision the matrix was accumulated in; sets the rounding floor.
         precision: `float64`; `float32` with refinement by float64 residuals (falls back to
             float64); `auto` is float64 except on GPUs where float64 is slow.
-    Returns:
-        Z (s, r) float64 with zero rows for dead columns, and the Diagnostics.
     Raises:
-        NumericalError: after `LADDER_STEPS` steps.
+        ValueError: shapes or dtypes do not fit together.
+        NumericalError: one of the systems failed after `LADDER_STEPS` steps.
+
+    Example:
+        >>> matrix = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]], dtype=torch.float64)
+        >>> right = torch.tensor([[[3.0], [4.0]]], dtype=torch.float64)
+        >>> solve(matrix, right, 0.0).solution.flatten()
+        tensor([1., 1.], dtype=torch.float64)
     """
-    live = matrix.diagonal() > 0
-    dead = int((~live).sum())
-    solution = torch.zeros_like(right)
-    if dead == matrix.shape[0]:
-        return solution, Diagnostics(ridge, ridge, strength, 1.0, 0.0, dead, "float64")
-    if dead:
-        matrix, right = matrix[live][:, live], right[live]
-    unit = float(matrix.diagonal().mean()) if strength == 0 else strength / ridge
     floor = torch.finfo(moments_dtype).eps
-    working = _resolve(precision, matrix)
-    steps: list[str] = []
-    used = ridge
-    while len(steps) < LADDER_STEPS:
-        attempt = _attempt(matrix, right, used * unit, floor, working)
-        if attempt.reason is None:
-            solution[live] = attempt.solution
-            return solution, Diagnostics(
-                ridge,
-                used,
-                used * unit,
-                attempt.condition,
-                attempt.backward_error,
-                dead,
-                str(working).removeprefix("torch."),
-                tuple(steps),
-            )
-        if working == torch.float32:
-            steps.append(f"float32: {attempt.reason}; repeated in float64")
-            working = torch.float64
-        else:
-            raised = max(used * 10, floor)
-            steps.append(f"ridge {used:.1e}: {attempt.reason}; raised to {raised:.1e}")
-            used = raised
-    raise NumericalError(
-        f"no usable factorisation of a {matrix.shape[0]}² system after {LADDER_STEPS} steps: "
-        + " | ".join(steps)
-    )
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    reason: str | None
-    solution: Tensor
-    condition: float = float("inf")
-    backward_error: float = float("inf")
-
-
-def _attempt(
-    matrix: Tensor, right: Tensor, strength: float, floor: float, working: torch.dtype
-) -> _Attempt:
-    scale = (matrix.diagonal() + strength).rsqrt()
-    scaled = matrix * scale[:, None] * scale
-    scaled.diagonal().fill_(1.0)
-    scaled_right = right * scale[:, None]
-    factor, info = torch.linalg.cholesky_ex(scaled.to(working))
-    if int(info) != 0:
-        return _Attempt(f"not positive definite at pivot {int(info)}", right)
-    largest, smallest = _extreme_eigenvalues(scaled, factor)
-    if not smallest > floor:
-        return _Attempt(
-            f"smallest eigenvalue {smallest:.1e} is below the rounding {floor:.1e} of the moments",
-            right,
+    working = working_dtype(precision, matrix.device)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    live = diagonal > 0
+    own = diagonal.where(live, 0.0).sum(-1) / live.sum(-1).clamp(min=1)
+    dead, means = (~live).sum(-1).tolist(), own.tolist()
+    states = [
+        _State(ridge, (unit[i] if unit is not None else 0.0) or means[i], working, ridge)
+        for i in range(matrix.shape[0])
+    ]
+    solution = shift = None
+    done: list[Diagnostics | None] = [None] * len(states)
+    while pending := [i for i, found in enumerate(done) if found is None]:
+        # one precision at a time: after a float32 failure a batch is in both
+        same = [i for i in pending if states[i].working == states[pending[0]].working]
+        every = len(same) == len(states)
+        tried = attempt(
+            matrix if every else matrix[same],
+            right if every else right[same],
+            matrix.new_tensor([states[i].used * states[i].unit for i in same]),
+            mean_kept if every or mean_kept is None else mean_kept[same],
+            mean_dropped if every or mean_dropped is None else mean_dropped[same],
+            states[same[0]].working,
         )
-    solution = _substitute(factor, scaled_right)
-    error = _backward_error(scaled, solution, scaled_right, largest)
-    if working == torch.float32:
-        for _ in range(REFINEMENT_STEPS):
-            if error <= BACKWARD_TOLERANCE:
-                break
-            solution = solution + _substitute(factor, scaled_right - scaled @ solution)
-            previous, error = error, _backward_error(scaled, solution, scaled_right, largest)
-            if not error < previous:
-                break
+        if solution is None or shift is None:
+            # the first attempt holds all systems, so its tensors are the result unless some fail
+            solution, shift = tried.solution, tried.shift
+        numbers = zip(
+            tried.info.tolist(),
+            *(v.tolist() for v in (tried.pivot, tried.largest, tried.smallest, tried.error)),
+            strict=True,
+        )
+        for at, (i, (info, pivot, largest, smallest, error)) in enumerate(
+            zip(same, numbers, strict=True)
+        ):
+            state = states[i]
+            condition = max(largest / smallest, 1.0) if smallest else float("inf")
+            reason = _reason(info, smallest, condition, error, floor)
+            if reason is not None:
+                # the smallest ridge that can help: it lifts the eigenvalues of the scaled matrix
+                enough = error * largest / FORWARD_TOLERANCE
+                least = max(floor, enough) if condition < float("inf") and info == 0 else floor
+                _climb(state, reason, least, matrix.shape[1])
+                continue
+            if tried.solution is not solution:
+                solution[i], shift[i] = tried.solution[at], tried.shift[at]
+            done[i] = Diagnostics(
+                ridge,
+                state.used,
+                state.used * state.unit,
+                condition,
+                error,
+                dead[i],
+                str(state.working).removeprefix("torch."),
+                tuple(state.steps),
+                pivot,
+            )
+    if solution is None or shift is None:
+        raise ValueError("matrix holds no system: its batch is empty")
+    return Solved(solution, shift, tuple(d for d in done if d is not None))
+
+
+def _reason(info: int, smallest: float, condition: float, error: float, floor: float) -> str | None:
+    """Why an attempt is not good enough, or None. Written so that a NaN is a reason."""
+    if info != 0:
+        return f"not positive definite at pivot {info}"
+    if not smallest > floor:
+        return (
+            f"smallest eigenvalue {smallest:.1e} is below the rounding {floor:.1e} of the moments"
+        )
     if not error <= BACKWARD_TOLERANCE:
-        return _Attempt(f"backward error {error:.1e} above {BACKWARD_TOLERANCE:.0e}", right)
-    return _Attempt(None, solution * scale[:, None], largest / smallest, error)
+        return f"backward error {error:.1e} above {BACKWARD_TOLERANCE:.0e}"
+    if not error * condition <= FORWARD_TOLERANCE:
+        return f"backward error {error:.1e} at a condition of {condition:.1e}"
+    return None
 
 
-def _substitute(factor: Tensor, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.to(factor.dtype), factor).double()
+def _climb(state: _State, reason: str, least: float, size: int) -> None:
+    if state.working == torch.float32:
+        state.steps.append(f"float32: {reason}; repeated in float64")
+        state.working = torch.float64
+    else:
+        raised = max(state.used * 10, least)
+        state.steps.append(f"ridge {state.used:.1e}: {reason}; raised to {raised:.1e}")
+        state.used = raised
+    if len(state.steps) == LADDER_STEPS:
+        raise NumericalError(
+            f"no usable factorisation of a {size}² system after {LADDER_STEPS} steps: "
+            + " | ".join(state.steps)
+        )
 
 
-def _extreme_eigenvalues(
-    matrix: Tensor, factor: Tensor, iterations: int = 12
-) -> tuple[float, float]:
-    """Power iteration on A and, through its factor, on A⁻¹: O(s²) each step, so free."""
-    vector = _probes(matrix, 1)
-    low = vector
-    for _ in range(iterations):
-        vector = matrix @ (vector / vector.norm())
-        low = _substitute(factor, low / low.norm())
-    return float(vector.norm()), 1.0 / float(low.norm())
-
-
-def _backward_error(matrix: Tensor, solution: Tensor, right: Tensor, norm: float) -> float:
-    mix = _probes(right.T, 4)
-    mixed, target = solution @ mix, right @ mix
-    residual = (matrix @ mixed - target).norm()
-    return float(residual / (norm * mixed.norm() + target.norm()).clamp(min=1e-300))
-
-
-def _probes(like: Tensor, count: int) -> Tensor:
-    # fixed seed: the same input gives the same diagnostics
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape[0], count, generator=generator, dtype=like.dtype).to(like.device)
-
-
-def _resolve(precision: str, matrix: Tensor) -> torch.dtype:
+def working_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The precision of the factorisation that `precision` means on `device`."""
     if precision != "auto":
         return {"float64": torch.float64, "float32": torch.float32}[precision]
-    if matrix.device.type == "cuda":
-        slow = torch.cuda.get_device_capability(matrix.device) not in FULL_RATE_FLOAT64
+    if device.type == "cuda":
+        slow = torch.cuda.get_device_capability(device) not in FULL_RATE_FLOAT64
         return torch.float32 if slow else torch.float64
     return torch.float64

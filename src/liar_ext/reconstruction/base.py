@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from liar_ext.ops.moments import Moments
-from liar_ext.ops.solve import Diagnostics
+from liar_ext.ops.diagnostics import Diagnostics
 
 
 @dataclass(frozen=True)

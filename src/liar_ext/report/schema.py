@@ -22,7 +22,7 @@ class SiteReport:
         relative_residual: mean squared error of the repaired consumer's output over the variance
             of the dense one's, on the calibration tokens.
         ridge, ridge_used: relative λ asked for and used; steps: what was raised or repeated.
-        condition, backward_error, dead_columns, precision: see `ops.solve.Diagnostics`.
+        condition, backward_error, dead_columns, precision: see `ops.diagnostics.Diagnostics`.
         seconds: by phase.
     """
 

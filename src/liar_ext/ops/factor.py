@@ -1,0 +1,220 @@
+"""A scaled system, its factor, and what follows from them: solution, eigenvalues, residual.
+
+The factor comes from a library or from the project's own blocked Cholesky; the rest is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from liar_ext.ops import backends
+from liar_ext.ops.attempt import Attempt
+
+# refinement of a float32 factorisation stops when residual times condition, a bound of the forward
+# error, is below this, or when the residual no longer falls
+REFINED = 1e-8
+REFINEMENT_STEPS = 5
+# the eigenvalues are compared with the rounding of the moments, so a factor of two is enough;
+# tests/ops holds them to three
+POWER_STEPS = 6
+PROBES = 8
+# with more right-hand sides than this the residual is taken of that many random combinations
+RESIDUAL_COLUMNS = 8
+# columns of a diagonal block that is inverted for substitutions with few right-hand sides
+BLOCK = 512
+
+
+class Factor(Protocol):
+    """`L` of `Ã = L Lᵀ` for a batch."""
+
+    info: Tensor
+    pivot: Tensor
+
+    def substitute(self, right: Tensor) -> Tensor:
+        """`Ã⁻¹ right` for (b, s, r), in the dtype of the factor."""
+
+    def substitute_few(self, right: Tensor) -> Tensor:
+        """The same for a handful of columns."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`Ã = d (A + λI) d` with a unit diagonal; dead columns become columns of the identity.
+
+    Attributes:
+        matrix: (b, s, s) float64, A as given. scale: (b, s, 1), d, 0 for dead columns.
+        rest: (b, s, 1): what `d A d` lacks on the diagonal.
+    """
+
+    matrix: Tensor
+    scale: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, strength: Tensor) -> Scaled:
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        scale = torch.where(diagonal > 0, (diagonal + strength[:, None]).rsqrt(), 0.0)
+        return cls(matrix, scale[..., None], (1.0 - scale.square() * diagonal)[..., None])
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        """Ã itself, (b, s, s)."""
+        scaled = self.matrix * self.scale
+        scaled *= self.scale.mT
+        scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return scaled.to(dtype)
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """`Ã v` for (b, s, k) without a copy of Ã."""
+        return self.scale * (self.matrix @ (self.scale * vectors)) + self.rest * vectors
+
+
+@dataclass
+class LibraryFactor:
+    """Cholesky and substitution by `torch.linalg`: MKL, or cuSOLVER and cuBLAS."""
+
+    lower: Tensor
+    info: Tensor
+    pivot: Tensor
+    _inverses: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, scaled: Tensor) -> LibraryFactor:
+        lower, info = torch.linalg.cholesky_ex(scaled)
+        pivot = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1).double()
+        return cls(lower, info, pivot)
+
+    def substitute(self, right: Tensor) -> Tensor:
+        # from the right, on the transpose: rows of `right` are columns to the library, no copies
+        half = torch.linalg.solve_triangular(self.lower.mT, right.mT, upper=True, left=False)
+        return torch.linalg.solve_triangular(self.lower, half, upper=False, left=False).mT
+
+    def substitute_few(self, right: Tensor) -> Tensor:
+        """By inverted diagonal blocks: a library spends as long on 8 columns as on hundreds."""
+        size = self.lower.shape[-1]
+        if size <= BLOCK:
+            return self.substitute(right)
+        spans = [(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK)]
+        if not self._inverses:
+            for start, stop in spans:
+                corner = self.lower[:, start:stop, start:stop]
+                eye = torch.eye(stop - start, dtype=corner.dtype, device=corner.device)
+                inverse = torch.linalg.solve_triangular(corner, eye.expand_as(corner), upper=False)
+                self._inverses.append(inverse)
+        z = right.clone()
+        for (start, stop), inverse in zip(spans, self._inverses, strict=True):
+            part = inverse @ z[:, start:stop]
+            z[:, start:stop] = part
+            z[:, stop:] -= self.lower[:, stop:, start:stop] @ part
+        for (start, stop), inverse in zip(spans[::-1], self._inverses[::-1], strict=True):
+            part = inverse.mT @ z[:, start:stop]
+            z[:, start:stop] = part
+            z[:, :start] -= self.lower[:, start:stop, :start].mT @ part
+        return z
+
+
+def finish(
+    system: Scaled,
+    factor: Factor,
+    right: Tensor,
+    mean_kept: Tensor | None,
+    mean_dropped: Tensor | None,
+    working: torch.dtype,
+) -> Attempt:
+    """Substitution, refinement of a float32 factor, P and the diagnostics."""
+    target = right * system.scale
+    start = probes(right.shape[1], PROBES, right)
+    largest = _largest(system.times, start)
+    smallest = 1.0 / _largest(lambda v: factor.substitute_few(v.to(working)).double(), start)
+    inner = factor.substitute(target.to(working)).double()
+    if working == torch.float32:
+        inner, error = _refine(system, factor, inner, target, largest, smallest)
+    else:
+        error = _error(system, inner, target, largest)
+    solution = (inner * system.scale).contiguous()
+    if mean_kept is None or mean_dropped is None:
+        shift = right.new_zeros(right.shape[0], right.shape[2])
+    else:
+        shift = mean_dropped - (solution.mT @ mean_kept[..., None])[..., 0]
+    return Attempt(solution, shift, factor.info, factor.pivot, largest, smallest, error)
+
+
+def probes(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(1, rows, columns) of pseudo-random numbers in ±½: the same on every device and every call.
+
+    A hash by sines and not a generator: filling from a CPU generator would wait for the device.
+    """
+    row = torch.arange(1, rows + 1, dtype=like.dtype, device=like.device)[:, None]
+    column = torch.arange(1, columns + 1, dtype=like.dtype, device=like.device)
+    return (
+        ((row * 12.9898 + column * 78.233).sin() * 43758.5453)
+        .remainder(1.0)
+        .sub(0.5)[None]
+        .contiguous()
+    )
+
+
+def _largest(apply: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Largest eigenvalue, (b,), of a batch of symmetric operators: power iteration from below."""
+    vectors = start
+    for _ in range(POWER_STEPS):
+        vectors = apply(vectors / vectors.norm(dim=1, keepdim=True))
+    return vectors.norm(dim=1).amax(-1)
+
+
+def _error(system: Scaled, inner: Tensor, target: Tensor, largest: Tensor) -> Tensor:
+    if target.shape[2] > RESIDUAL_COLUMNS:
+        mix = probes(target.shape[2], RESIDUAL_COLUMNS, target)
+        inner, target = inner @ mix, target @ mix
+    return _relative(system.times(inner) - target, inner, target, largest)
+
+
+def _relative(residual: Tensor, inner: Tensor, target: Tensor, largest: Tensor) -> Tensor:
+    norm = [value.flatten(1).norm(dim=1) for value in (residual, inner, target)]
+    return norm[0] / (largest * norm[1] + norm[2]).clamp(min=1e-300)
+
+
+def _refine(
+    system: Scaled,
+    factor: Factor,
+    inner: Tensor,
+    target: Tensor,
+    largest: Tensor,
+    smallest: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Iterative refinement: a step is kept, system by system, only if the residual fell."""
+    enough = REFINED * smallest / largest
+    residual = target - system.times(inner)
+    error = _relative(residual, inner, target, largest)
+    for _ in range(REFINEMENT_STEPS):
+        moved = inner + factor.substitute(residual.float()).double()
+        rest = target - system.times(moved)
+        found = _relative(rest, moved, target, largest)
+        fell = found < error
+        inner = torch.where(fell[:, None, None], moved, inner)
+        residual = torch.where(fell[:, None, None], rest, residual)
+        error = torch.where(fell, found, error)
+        # the one place that waits for the device; a graph under capture cannot, and takes all steps
+        capturing = inner.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not capturing and not bool((fell & (error > enough)).any()):
+            break
+    return inner, error
+
+
+@backends.register("solve", "torch")
+def _torch(
+    matrix: Tensor,
+    right: Tensor,
+    strength: Tensor,
+    mean_kept: Tensor | None,
+    mean_dropped: Tensor | None,
+    working: torch.dtype,
+) -> Attempt:
+    """The libraries behind `torch.linalg`: any size, any device."""
+    system = Scaled.of(matrix, strength)
+    factor = LibraryFactor.of(system.tensor(working))
+    return finish(system, factor, right, mean_kept, mean_dropped, working)
