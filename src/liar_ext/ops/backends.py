@@ -3,11 +3,17 @@
 An op registers its implementations with the reason why each cannot run somewhere. `select` takes
 the first usable one of `PREFERENCE`; `LIAR_BACKEND` forces one, and a forced backend that cannot
 run is an error that says why.
+
+On a GPU an implementation of this package is used only after it has passed its self-test there: a
+small case against float64, once for each device and dtype. A driver, a compiler or a device that
+it was never run on is then a reason in `liar env`, not a wrong checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +30,25 @@ PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 # why a backend cannot run on this device with this dtype, or None when it can
 Obstacle = Callable[[torch.device, torch.dtype], str | None]
 
+# relative error of an implementation on a small case, on this device with this dtype, and its bound
+SelfTest = Callable[[Callable[..., Any], torch.device, torch.dtype], tuple[float, float]]
+
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of one op. `run` has the op's own signature."""
+    """One implementation of one op.
+
+    Attributes:
+        run: has the op's own signature.
+        automatic: `select` may take it unasked; False for what was never timed on a device.
+    """
 
     op: str
     backend: str
     run: Callable[..., Any]
     unavailable: Obstacle
+    self_test: SelfTest | None = None
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,14 +70,20 @@ def anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def register(
-    op: str, backend: str, unavailable: Obstacle = anywhere
+    op: str,
+    backend: str,
+    unavailable: Obstacle = anywhere,
+    *,
+    self_test: SelfTest | None = None,
+    automatic: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function is the `backend` implementation of `op`."""
+    """Decorator: the function is the `backend` implementation of `op` (see Implementation)."""
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(NAMES)}")
 
     def add(run: Callable[..., Any]) -> Callable[..., Any]:
-        _REGISTRY.setdefault(op, {})[backend] = Implementation(op, backend, run, unavailable)
+        made = Implementation(op, backend, run, unavailable, self_test, automatic)
+        _REGISTRY.setdefault(op, {})[backend] = made
         return run
 
     return add
@@ -92,6 +114,9 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> Implementation:
         return _REGISTRY[op][name]
     reasons = []
     for candidate in PREFERENCE.get(device.type, ("torch",)):
+        implementation = _REGISTRY.get(op, {}).get(candidate)
+        if implementation is not None and not implementation.automatic:
+            continue
         reason = obstacle(op, candidate, device, dtype)
         if reason is None:
             return _REGISTRY[op][candidate]
@@ -104,7 +129,41 @@ def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     implementation = _REGISTRY.get(op, {}).get(backend)
     if implementation is None:
         return f"{op} has no {backend} implementation"
-    return implementation.unavailable(device, dtype)
+    reason = implementation.unavailable(device, dtype)
+    if reason is None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reason = _failed_self_test(implementation, torch.device("cuda", index), dtype)
+    return reason
+
+
+def _failed_self_test(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    # a graph under capture cannot wait for a result; what it captures has run before
+    if implementation.self_test is None or torch.cuda.is_current_stream_capturing():
+        return None
+    return _self_test(implementation, device, dtype)
+
+
+@functools.cache
+def _self_test(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    if implementation.self_test is None:
+        return None
+    name = f"{implementation.backend} {implementation.op} on {device} {dtype}"
+    try:
+        error, bound = implementation.self_test(implementation.run, device, dtype)
+    except Exception as problem:
+        # whatever a compiler or a driver raises: the next backend is there for it
+        first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        reason = f"its self-test failed: {first}"
+    else:
+        if error <= bound:
+            return None
+        reason = f"its self-test is wrong: relative error {error:.1e}, bound {bound:.0e}"
+    warnings.warn(f"{name}: {reason}; the next backend is used", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 def describe(

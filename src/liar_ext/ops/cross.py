@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liar_ext.ops import backends
+from liar_ext.ops import backends, self_test
 from liar_ext.ops.gram import full_precision, no_triton
 
 # tokens per call: bounds the float32 copies of 16-bit input
@@ -210,7 +210,7 @@ def _torch(
                 cross.addmm_(left.to(cross.dtype).T, right.to(cross.dtype))
 
 
-@backends.register("cross", "triton", no_triton)
+@backends.register("cross", "triton", no_triton, self_test=self_test.cross_error)
 def _triton(
     x: Tensor,
     y: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Moments:
     gram: Tensor
     order: Tensor | None = None
     mirrored: bool = False
+    # the order that was found to be a permutation; looking again would wait for the device
+    checked: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def zeros(

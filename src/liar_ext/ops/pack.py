@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext.ops import backends
+from liar_ext.ops import backends, self_test
+from liar_ext.ops.gram import no_triton
 
 
 def pack_reference(
@@ -79,3 +80,11 @@ def _torch(x: Tensor, token_mask: Tensor | None, columns: Tensor | None) -> Tens
         return gathered.clone() if gathered.data_ptr() == x.data_ptr() else gathered
     # a select, because 0 · NaN is NaN
     return torch.where(token_mask[:, None], gathered, 0)
+
+
+@backends.register("pack", "triton", no_triton, self_test=self_test.pack_error)
+def _triton(x: Tensor, token_mask: Tensor | None, columns: Tensor | None) -> Tensor:
+    """The Triton version: kernels/pack.py."""
+    from liar_ext.kernels import pack as kernel
+
+    return kernel.pack(x, token_mask, columns)
