@@ -2,6 +2,8 @@
 
 A module has `add_arguments(parser)` and `execute(arguments) -> dict`, which also prints. It checks
 correctness before speed, measures its baseline in the same run, and reports medians with spread.
+What is wrong or failed is named in `problems` of the result: the command writes the figures of the
+others and then fails.
 """
 
 from __future__ import annotations
@@ -29,5 +31,9 @@ class Benchmark:
 
 BENCHMARKS = {
     "gram": Benchmark("liar_ext.bench.gram", "Gram accumulation beside x.T @ x"),
+    "solve": Benchmark("liar_ext.bench.solve", "batched ridge solves beside torch.linalg"),
+    "tune": Benchmark(
+        "liar_ext.bench.tune", "launch parameters of the Triton kernels for this GPU"
+    ),
     "prune": Benchmark("liar_ext.bench.prune", "a whole compression beside one plain forward"),
 }

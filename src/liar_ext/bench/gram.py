@@ -4,204 +4,369 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from liar_ext.bench.measure import interleave, machine_state, spread
+from liar_ext.bench import goals
+from liar_ext.bench.gram_checks import (
+    Case,
+    bound,
+    diagonal_bias,
+    gram_error,
+    moments_error,
+)
+from liar_ext.bench.gram_variants import BASELINE, QUACK, Variant, product_only, quack, usable
+from liar_ext.bench.measure import (
+    copy_rate,
+    ieee_float32,
+    interleave,
+    machine_state,
+    matmul_rate,
+    peak_bytes,
+    resolve_device,
+    spread,
+    times_as_fast,
+)
 from liar_ext.environment import environment
-from liar_ext.errors import InputError, NumericalError
-from liar_ext.ops import Moments, _extension, backends, gram
+from liar_ext.errors import InputError
+from liar_ext.ops import Moments, _extension, backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BASELINE = "x.T @ x"
-# columns of the square that is compared with float64: the whole would take longer than the rest
-CHECKED = 384
+TRIANGLE = Case()
+# a backend that is absent for this reason is broken, not missing
+SELF_TEST = "self-test"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured where nothing is asked for."""
+
+    tokens: int
+    sizes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    repeats: int
+
+
+# one flush of tokens on a CPU, a calibration batch on a GPU; the widths of LLaMA-like FFNs
+DEFAULTS = {
+    "cpu": Scale(4096, (4096, 11008), ("float32", "bfloat16"), 5),
+    "cuda": Scale(
+        32768, (4096, 11008, 14336, 28672), ("bfloat16", "float16:11008", "float32:11008"), 15
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `liar bench gram`."""
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 11008], metavar="N")
-    parser.add_argument("--tokens", type=int, default=4096, metavar="T")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="columns")
+    parser.add_argument("--tokens", type=int, metavar="T", help="default 4096, on a GPU 32768")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"]
+        "--dtypes",
+        nargs="+",
+        metavar="D[:N,N]",
+        help=f"of {', '.join(DTYPES)}; with sizes of its own after a colon",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="*",
+        default=[0.5, 0.8],
+        metavar="F",
+        help="extraction of these fractions of the columns; default 0.5 0.8, none with no value",
     )
     parser.add_argument(
         "--backends", nargs="+", choices=backends.NAMES, help="default: all that run here"
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="default 5, on a GPU 15")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--note", default="", help="a remark kept in the result")
 
 
 def execute(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print.
+    """Measure and print; `problems` of the result names what is wrong or failed.
 
     Raises:
-        InputError: a device or a backend that is not there, or a size that makes no sense.
-        NumericalError: a variant is outside its error bound.
+        InputError: a device or a backend that is not there, or a value that makes no sense.
     """
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device")
-    device = torch.device(name)
+    device = resolve_device(args.device)
+    scale = DEFAULTS[device.type]
+    tokens, repeats = args.tokens or scale.tokens, args.repeats or scale.repeats
+    work = _work(args.dtypes or scale.dtypes, args.sizes or scale.sizes)
+    _check(tokens, repeats, args.keep, work)
+    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in work}
     before = machine_state()
-    rows = run(args.sizes, args.tokens, args.dtypes, args.backends, args.repeats, device)
+    ceilings: dict[str, Any] = {
+        "matmul_gflops": {n: matmul_rate(DTYPES[n], device) / 1e9 for n in dict(work)},
+        "copy_gbytes": copy_rate(device) / 1e9,
+    }
+    rows, lost = [], []
+    for name, columns in ((name, columns) for name, sizes in work for columns in sizes):
+        try:
+            found = run(columns, tokens, name, plans[name][0], repeats, device, args.keep)
+        except RuntimeError as failure:
+            # out of memory, or a kernel that took the device with it: what was measured stays
+            lost.append(f"{name} n={columns} failed: {' '.join(str(failure).split())[:300]}")
+            continue
+        rows += with_share(found, ceilings["matmul_gflops"][name])
     result = {
         "benchmark": "gram",
+        "device": device.type,
         "date": datetime.date.today().isoformat(),
         "environment": environment(device),
+        "multiprocessors": _multiprocessors(device),
         "extension": _paths() if device.type == "cpu" else None,
         "machine": {"before": before, "after": machine_state()},
         "note": args.note,
+        "ceilings": ceilings,
+        "absent": {name: absent for name, (_, absent) in plans.items()},
         "rows": rows,
+        "problems": [
+            *lost,
+            *(_problem(row) for row in rows if not row["ok"]),
+            *(
+                f"{backend} for {dtype}: {reason}"
+                for dtype, (_, absent) in plans.items()
+                for backend, reason in absent.items()
+                if SELF_TEST in reason
+            ),
+        ],
     }
-    print(_table(rows))
-    if wrong := [row["variant"] for row in rows if not row["ok"]]:
-        raise NumericalError(f"gram is wrong on {', '.join(wrong)}: nothing else here counts")
+    print(_table(result))
+    print(goals.table(result))
     return result
 
 
 def run(
-    sizes: Sequence[int],
+    columns: int,
     tokens: int,
-    dtypes: Sequence[str],
-    names: Sequence[str] | None = None,
-    repeats: int = 7,
-    device: torch.device | str = "cpu",
+    dtype: str,
+    variants: Sequence[Variant],
+    repeats: int,
+    device: torch.device,
+    keep: Sequence[float] = (),
 ) -> list[dict[str, Any]]:
-    """One row for each size, dtype and variant.
+    """One row for each variant and case of one shape.
 
     Args:
-        sizes: columns n. tokens: rows T. dtypes: keys of `DTYPES`.
-        names: backends, or None for those that run on `device` by themselves.
-        repeats: timed rounds; each round runs every variant once.
+        columns: n. tokens: T. dtype: key of `DTYPES`. repeats: timed rounds.
+        keep: fractions of the columns to extract, in cases of their own.
     Returns:
-        rows with `ms` (median), `p20_ms`, `p80_ms`, `gflops` (useful: n²T, so that twice the
-        baseline's figure means half its time), `ratio` to the baseline, and `error` with its
-        `bound`. A variant outside the bound has no speed.
-    Raises:
-        InputError: a backend that cannot run here, or a size below 1.
+        rows with `ms` (median), `p20_ms`, `p80_ms`, `gflops` of useful work (n²T for the triangle,
+        so that twice the baseline's figure means half its time), `error` with its `bound`; the
+        triangle with `ratio` to the baseline, `bias` and `peak_bytes`; the other cases with what
+        they cost beside the triangle. What is outside its bound or raised has no speed.
     """
-    device = torch.device(device)
+    torch.manual_seed(0)
+    x = (torch.randn(tokens, columns, device=device) + 0.1).to(DTYPES[dtype])
+    shape = {"n": columns, "tokens": tokens, "dtype": dtype}
+    rows: list[dict[str, Any]] = []
+    calls: dict[int, Callable[[], Any]] = {}
+
+    def add(call: Callable[[], Any], row: dict[str, Any]) -> None:
+        if row["ok"]:
+            calls[len(rows)] = call
+        rows.append({**shape, **row})
+
+    with ieee_float32():
+        add(lambda: x.T @ x, _baseline_row(x))
+        rival = quack(device, x.dtype)
+        if not isinstance(rival, str):
+            add(partial(rival, x), _rival_row(x, rival))
+        # one for each case, whatever the version: 28672² float32 numbers are 3 GB
+        made = {case: (case.token_mask(x), case.moments(x)) for case in _all_cases(keep)}
+        for variant in variants:
+            for case in _cases(variant, keep):
+                mask, out = made[case]
+                add(partial(_call, x, variant, case, mask, out), _checked(x, variant, case, mask))
+        named = {str(at): call for at, call in calls.items()}
+        seconds = {int(at): s for at, s in interleave(named, repeats, device).items()}
+    if isinstance(rival, str) and device.type == "cuda":
+        rows.append({**shape, "variant": QUACK, "case": "triangle", "ok": True, "reason": rival})
+    _add_times(rows, seconds)
+    return rows
+
+
+def _work(dtypes: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
+    work = []
+    for spec in dtypes:
+        name, _, own = spec.partition(":")
+        if name not in DTYPES or not all(part.isdigit() for part in own.split(",") if own):
+            raise InputError(
+                f"--dtypes {spec}: give one of {', '.join(DTYPES)}, "
+                "with sizes after a colon if it has its own, as in float32:4096,11008"
+            )
+        work.append((name, tuple(int(n) for n in own.split(",")) if own else tuple(sizes)))
+    return work
+
+
+def _check(tokens: int, repeats: int, keep: Sequence[float], work: Sequence[Any]) -> None:
+    sizes = [n for _, own in work for n in own]
     if min([tokens, repeats, *sizes]) < 1:
         raise InputError(
             f"sizes, tokens and repeats must be positive: {sizes}, {tokens}, {repeats}"
         )
-    rows = []
-    for dtype_name in dtypes:
-        dtype = DTYPES[dtype_name]
-        chosen = _usable(names, device, dtype)
-        for columns in sizes:
-            torch.manual_seed(0)
-            x = (torch.randn(tokens, columns, device=device) + 0.1).to(dtype)
-            rows += _measure(
-                x, chosen, repeats, {"n": columns, "tokens": tokens, "dtype": dtype_name}
-            )
+    if not all(0 < fraction < 1 for fraction in keep):
+        raise InputError(f"--keep {' '.join(map(str, keep))}: fractions lie between 0 and 1")
+
+
+def _all_cases(keep: Sequence[float]) -> list[Case]:
+    panels = [Case("keep", f, order) for f in keep for order in ("prefix", "scattered")]
+    return [TRIANGLE, Case("mask"), Case("product"), *panels]
+
+
+def _cases(variant: Variant, keep: Sequence[float]) -> list[Case]:
+    # the portable version in plain torch is a second baseline unless it is all there is
+    if variant.backend in ("torch", "reference") and not variant.chosen:
+        return [TRIANGLE]
+    # only the Triton version can leave the sums out
+    triton = variant.backend == "triton"
+    return [case for case in _all_cases(keep) if triton or case.kind != "product"]
+
+
+def _call(x: Tensor, variant: Variant, case: Case, mask: Tensor | None, out: Moments) -> Moments:
+    if case.kind != "product":
+        return variant.accumulate(x, mask, out)
+    with variant.forced():
+        product_only(x, out.gram)
+    return out
+
+
+def _baseline_row(x: Tensor) -> dict[str, Any]:
+    return {
+        "variant": BASELINE,
+        "case": "triangle",
+        "ours": False,
+        "ok": True,
+        "error": gram_error(x, x.T @ x),
+        "peak_bytes": peak_bytes(lambda: x.T @ x, x.device),
+    }
+
+
+def _rival_row(x: Tensor, product: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": QUACK, "case": "triangle", "ours": False}
+    try:
+        error = gram_error(x, product(x))
+    except Exception as failure:
+        # not ours to fix: the row says why it has no speed, and the run goes on
+        return row | {"ok": True, "reason": f"{type(failure).__name__}: {failure}"}
+    row |= {"ok": error <= bound(x.shape[0]), "error": error, "bound": bound(x.shape[0])}
+    return row | {"peak_bytes": peak_bytes(lambda: product(x), x.device)}
+
+
+def _checked(x: Tensor, variant: Variant, case: Case, mask: Tensor | None) -> dict[str, Any]:
+    """A row with the errors of a first call; `ok` only if they are within the bound."""
+    row: dict[str, Any] = {
+        "variant": variant.name,
+        "case": case.name,
+        "ours": True,
+        "chosen": variant.chosen,
+    }
+    try:
+        made = _call(x, variant, case, mask, case.moments(x))
+        error = gram_error(x, made.gram) if case.kind == "product" else moments_error(x, mask, made)
+        row |= {"ok": error <= bound(x.shape[0]), "error": error, "bound": bound(x.shape[0])}
+        if row["ok"] and case == TRIANGLE:
+            row["bias"] = diagonal_bias(x, lambda y: variant.accumulate(y).gram)
+            row["peak_bytes"] = peak_bytes(lambda: variant.accumulate(x), x.device)
+    except Exception as failure:
+        # one kernel that does not launch must not cost the figures of the others
+        return row | {"ok": False, "failed": f"{type(failure).__name__}: {failure}"}
+    return row
+
+
+def _add_times(rows: list[dict[str, Any]], seconds: dict[int, list[float]]) -> None:
+    """Times and what follows from them, in place; row 0 is the baseline."""
+    triangles = {rows[at]["variant"]: s for at, s in seconds.items() if _case(rows[at]) == TRIANGLE}
+    for at, times in seconds.items():
+        row, case = rows[at], _case(rows[at])
+        row |= spread(times)
+        useful = case.flops(row["tokens"], row["n"])
+        row["gflops"] = float(f"{useful / row['ms'] / 1e6:.5g}")
+        if case == TRIANGLE:
+            row["ratio"] = round(times_as_fast(times, seconds[0]), 3)
+        elif row["variant"] in triangles:
+            whole = triangles[row["variant"]]
+            if case.kind == "keep":
+                beside = times_as_fast(whole, times)
+                row["extraction"] = round(beside / case.tile_share(row["n"]), 3)
+            elif case.kind == "product":
+                # the sums are what the triangle takes on top of it
+                row["overhead"] = round(times_as_fast(times, whole) - 1, 4)
+            else:
+                row["overhead"] = round(times_as_fast(whole, times) - 1, 4)
+
+
+def _case(row: dict[str, Any]) -> Case:
+    kind, *rest = row["case"].split()
+    return Case(kind, float(rest[0]), rest[1]) if rest else Case(kind)
+
+
+def with_share(rows: list[dict[str, Any]], ceiling: float) -> list[dict[str, Any]]:
+    """The rows with `share`: useful rate over the measured rate of a large product."""
+    timed = [row for row in rows if "gflops" in row]
+    for row in timed:
+        row["share"] = round(row["gflops"] / ceiling, 4)
     return rows
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = f"{'n':>6} {'dtype':9} {'variant':10} {'ms':>10} {'p20':>10} {'p80':>10}"
-    lines = [f"{head} {'GFLOP/s':>8} {'ratio':>6}"]
-    for row in rows:
-        start = f"{row['n']:>6} {row['dtype']:9} {row['variant']:10}"
-        if row["ok"]:
-            lines.append(
-                f"{start} {row['ms']:>10.2f} {row['p20_ms']:>10.2f} {row['p80_ms']:>10.2f} "
-                f"{row['gflops']:>8.0f} {row['ratio']:>6.2f}"
-            )
+def _problem(row: dict[str, Any]) -> str:
+    where = f"{row['variant']} {row['case']} {row['dtype']} n={row['n']}"
+    if "failed" in row:
+        return f"{where} failed: {' '.join(row['failed'].split())[:300]}"
+    return f"{where} is wrong: error {row['error']:.2e}, bound {row['bound']:.2e}"
+
+
+def _table(result: dict[str, Any]) -> str:
+    rates = result["ceilings"]
+    lines = [
+        "matmul "
+        + ", ".join(f"{n} {v / 1e3:.3g} TFLOP/s" for n, v in rates["matmul_gflops"].items())
+        + f"; copy {rates['copy_gbytes']:.3g} GB/s",
+        f"{'n':>6} {'dtype':9} {'variant':18} {'case':19} {'ms':>10} {'p20':>10} {'p80':>10} "
+        f"{'TFLOP/s':>8} {'share':>6} {'ratio':>6} {'beside':>7} "
+        f"{'error':>8} {'bias':>9} {'MiB':>7}",
+    ]
+    for row in result["rows"]:
+        start = f"{row['n']:>6} {row['dtype']:9} {row['variant']:18} {row['case']:19}"
+        if not row["ok"]:
+            lines.append(f"{start} {'FAILED' if 'failed' in row else 'WRONG'}: {_problem(row)}")
+        elif "reason" in row:
+            lines.append(f"{start} not run: {row['reason']}")
         else:
-            lines.append(f"{start} WRONG: error {row['error']:.2e}, bound {row['bound']:.2e}")
+            lines.append(f"{start} {_figures(row)}".rstrip())
+    for dtype, absent in result["absent"].items():
+        lines += [f"{dtype} not on {name}: {reason}" for name, reason in absent.items()]
     return "\n".join(lines)
 
 
-def _usable(names: Sequence[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
-    obstacles = {b: backends.obstacle("gram", b, device, dtype) for b in names or backends.NAMES}
-    if names is None:
-        # neither the float64 definition nor an interpreted kernel says anything about speed
-        slow = {"reference"} if device.type == "cuda" else {"reference", "triton"}
-        return [b for b, reason in obstacles.items() if reason is None and b not in slow]
-    for backend, reason in obstacles.items():
-        if reason is not None:
-            raise InputError(f"--backends {backend} cannot run gram on {device} {dtype}: {reason}")
-    return list(names)
+def _figures(row: dict[str, Any]) -> str:
+    beside = row.get("extraction", row.get("overhead"))
+    peak = row.get("peak_bytes")
+    cells = [
+        f"{row['ms']:>10.4g} {row['p20_ms']:>10.4g} {row['p80_ms']:>10.4g}",
+        f"{row['gflops'] / 1e3:>8.3g} {row['share']:>6.2f}",
+        _cell(row.get("ratio"), "6.2f"),
+        _cell(beside, "7.3f"),
+        _cell(row.get("error"), "8.1e"),
+        _cell(row.get("bias"), "9.1e"),
+        _cell(None if peak is None else peak / 2**20, "7.0f"),
+    ]
+    return " ".join(cells)
 
 
-def _measure(
-    x: Tensor, names: Sequence[str], repeats: int, case: dict[str, Any]
-) -> list[dict[str, Any]]:
-    tokens, columns = x.shape
-    bound = _bound(tokens)
-    errors = {name: _error(x, name) for name in names}
-    out = Moments.zeros(columns, device=x.device)
-    variants: dict[str, Callable[[], Any]] = {BASELINE: lambda: x.T @ x}
-    for name, error in errors.items():
-        if error <= bound:
-            variants[name] = partial(_accumulate, x, out, name)
-    seconds = interleave(variants, repeats, x.device)
-    baseline = spread(seconds[BASELINE])["ms"]
-
-    rows = []
-    for name in (BASELINE, *names):
-        row: dict[str, Any] = {**case, "variant": name, "ok": name in seconds}
-        if name != BASELINE:
-            row |= {"error": errors[name], "bound": bound}
-        if row["ok"]:
-            times = spread(seconds[name])
-            useful = columns * columns * tokens / times["ms"] / 1e6
-            row |= {**times, "gflops": round(useful, 1), "ratio": round(baseline / times["ms"], 3)}
-        rows.append(row)
-    return rows
+def _cell(value: float | None, form: str) -> str:
+    return " " * int(form.split(".")[0]) if value is None else f"{value:>{form}}"
 
 
-def _accumulate(x: Tensor, out: Moments, name: str) -> None:
-    with _forced(name):
-        gram(x, out=out)
-
-
-def _error(x: Tensor, name: str) -> float:
-    """Relative rms error of a square of G and of the sums, against float64."""
-    with _forced(name):
-        moments = gram(x)
-    chosen = torch.randperm(x.shape[1], device=x.device)[:CHECKED].sort().values
-    part = x[:, chosen].double()
-    expected = (part.T @ part).tril()
-    actual = moments.gram[chosen][:, chosen].tril().double()
-    sums = part.sum(0)
-    worst = max(
-        ((actual - expected).norm() / expected.norm()).item(),
-        ((moments.sum[chosen] - sums).norm() / sums.norm()).item(),
-    )
-    return worst if worst == worst else float("inf")
-
-
-def _bound(tokens: int) -> float:
-    """A float32 sum of T products errs by about √T roundings of 2^-24; four times that is wrong.
-
-    Sums have a mean of a tenth of a standard deviation here, which magnifies their relative error.
-    """
-    return 4 * 2.0**-24 * (2 + tokens**0.5)
-
-
-@contextmanager
-def _forced(name: str) -> Iterator[None]:
-    before = os.environ.get("LIAR_BACKEND")
-    os.environ["LIAR_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LIAR_BACKEND"]
-        else:
-            os.environ["LIAR_BACKEND"] = before
+def _multiprocessors(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _paths() -> dict[str, str] | None:

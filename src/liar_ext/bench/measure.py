@@ -1,45 +1,167 @@
-"""Timing that survives a shared machine: variants interleaved, medians with their spread."""
+"""Timing that survives a shared machine: variants interleaved, medians with their spread.
+
+Caches are as the last call left them, for every variant alike: nothing is flushed between calls.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
+
+from liar_ext.errors import InputError
+
+# one sample lasts about this long: below it, launches and timers are what is measured
+SAMPLE_SECONDS = 0.02
+MOST_CALLS = 100
+# a first call of this length is no start-up cost, and is not repeated to find out
+LONG_SECONDS = 0.5
+
+# side of the square product that measures the device's matmul rate, and bytes of the copy that
+# measures its memory: well past the caches, and past 10 ms of work on either kind of device
+CEILING_SIDE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one.
+
+    Raises:
+        InputError: `cuda` where torch sees no device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def interleave(
     variants: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call, one list for each variant.
+    """Seconds of a call, one list of samples for each variant.
 
-    Every round runs each variant once, so that a slow minute of the machine hits all of them; one
-    round before the first is not timed.
+    Every round samples each variant once, so that a slow minute of the machine hits all of them.
+    Calls before the first round are not timed; they tell how many calls make a sample. On a GPU the
+    time is between two CUDA events around those calls.
     """
+    calls = {}
+    for name, call in variants.items():
+        estimate = _sample(call, 1, device)
+        if estimate < LONG_SECONDS:
+            # the first call may have compiled or allocated
+            estimate = _sample(call, 1, device)
+        calls[name] = max(1, min(MOST_CALLS, round(SAMPLE_SECONDS / max(estimate, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in variants.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_sample(call, calls[name], device))
     return seconds
+
+
+def _sample(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                call()
+            stop.record()
+            stop.synchronize()
+            return start.elapsed_time(stop) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile, in milliseconds."""
     values = torch.tensor(seconds, dtype=torch.float64) * 1e3
     p20, p50, p80 = torch.quantile(values, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    # four significant digits: a solve of microseconds stands beside one of seconds
     return {
-        "ms": round(p50.item(), 3),
-        "p20_ms": round(p20.item(), 3),
-        "p80_ms": round(p80.item(), 3),
+        "ms": float(f"{p50.item():.4g}"),
+        "p20_ms": float(f"{p20.item():.4g}"),
+        "p80_ms": float(f"{p80.item():.4g}"),
     }
+
+
+def times_as_fast(seconds: list[float], baseline: list[float]) -> float:
+    """Median over the rounds of the baseline's time over this one's, which were taken together."""
+    return median(b / s for s, b in zip(seconds, baseline, strict=True))
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory that `call` had allocated at once, its result included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def matmul_rate(
+    dtype: torch.dtype, device: torch.device, repeats: int = 5, side: int | None = None
+) -> float:
+    """FLOP/s of a large square product of random values: the ceiling of this run.
+
+    Zeros would run faster, for a GPU lowers its clock by what the bits switch; float32 is IEEE.
+    """
+    side = side or CEILING_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    with ieee_float32():
+        seconds = interleave({"mm": lambda: a @ b}, repeats, device)["mm"]
+    return 2.0 * side**3 * 1e3 / spread(seconds)["ms"]
+
+
+def copy_rate(device: torch.device, repeats: int = 5, size: int | None = None) -> float:
+    """Bytes/s of a large copy, read and written bytes both counted."""
+    size = size or COPY_BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = interleave({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
+    return 2.0 * size * 1e3 / spread(seconds)["ms"]
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """float32 products in full precision: with TF32 the float32 baseline would be another one."""
+    place: Any = torch.backends.cuda.matmul
+    before = place.fp32_precision
+    place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        place.fp32_precision = before
+
+
+@contextmanager
+def variable(name: str, value: str | None) -> Iterator[None]:
+    """An environment variable for the time of the block; None leaves it unset."""
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def machine_state() -> dict[str, Any]:
@@ -55,8 +177,3 @@ def machine_state() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError) as error:
             state["gpu"] = f"nvidia-smi: {error}"
     return state
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import functools
 import statistics
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from liar_ext.bench.measure import machine_state
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
@@ -28,6 +30,7 @@ from liar_ext.report import Report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--name", help="what to call the model in the result; default its folder")
     add_recipe_options(parser)
 
 
@@ -57,7 +60,9 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(batch.tokens for batch in batches)
     result = {
         "benchmark": "prune",
-        "source": Path(arguments.source).name,
+        "device": device.type,
+        "date": datetime.date.today().isoformat(),
+        "source": arguments.name or Path(arguments.source).name,
         "tokens": tokens,
         "repeats": arguments.repeats,
         "forward_seconds": _spread(forward),
@@ -67,6 +72,9 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         # names, not this machine's folders
         "recipe": recipe.to_json() | {"calibration": Path(str(recipe.calibration)).name},
         "environment": environment(device),
+        "machine": machine_state(),
+        # the dense model, which every repeat starts from, is there beside the copy being pruned
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
     print(
         f"{tokens} tokens: forward {result['forward_seconds']['median']:.2f} s, compression "

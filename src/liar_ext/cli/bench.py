@@ -1,4 +1,4 @@
-"""`liar bench gram|prune`: measure, with a baseline in the same run."""
+"""`liar bench NAME`: measure, with a baseline in the same run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, NumericalError
 
 
 def add_parser(commands: Any, *, wanted: bool = True) -> None:
@@ -25,6 +25,14 @@ def add_parser(commands: Any, *, wanted: bool = True) -> None:
 
 
 def run(benchmark: Any, arguments: argparse.Namespace) -> None:
+    """Measure, write, and only then complain.
+
+    A wrong variant costs no other its figures.
+
+    Raises:
+        InputError: nowhere to write, or options that cannot be used.
+        NumericalError: something that was measured is wrong or did not run.
+    """
     file = arguments.json_file
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise InputError(f"--json {file}: {Path(file).parent} is not a folder")
@@ -34,3 +42,5 @@ def run(benchmark: Any, arguments: argparse.Namespace) -> None:
             json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )
         print(f"written: {file}")
+    if problems := result.get("problems"):
+        raise NumericalError("; ".join(problems))

@@ -1,0 +1,122 @@
+"""What `liar bench gram` compares: our backends and kernels, and what a user has without us."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liar_ext.bench.measure import variable
+from liar_ext.errors import InputError
+from liar_ext.ops import Moments, backends, gram
+from liar_ext.ops.gram import gram_accumulate
+
+BASELINE = "x.T @ x"
+QUACK = "quack"
+# what LIAR_GRAM_KERNEL can force inside the triton backend
+KERNELS = ("pointer", "descriptor")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of our implementations.
+
+    Attributes:
+        backend: what LIAR_BACKEND forces. kernel: value of LIAR_GRAM_KERNEL, or None.
+        chosen: a user who forces nothing gets this one.
+    """
+
+    backend: str
+    kernel: str | None = None
+    chosen: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.backend if self.kernel is None else f"{self.backend}:{self.kernel}"
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        with (
+            variable("LIAR_BACKEND", f"gram={self.backend}"),
+            variable("LIAR_GRAM_KERNEL", self.kernel),
+        ):
+            yield
+
+    def accumulate(
+        self, x: Tensor, token_mask: Tensor | None = None, out: Moments | None = None
+    ) -> Moments:
+        with self.forced():
+            if out is None or out.complete or out.order is not None:
+                return gram(x, token_mask, out)
+            # the kept columns of x come first, which Moments cannot say: the operator underneath
+            gram_accumulate(x, token_mask, None, out.gram, out.sum, out.count)
+            return out
+
+
+def usable(
+    names: Sequence[str] | None, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Variant], dict[str, str]]:
+    """The variants that run on `device` with `dtype`, and why the others do not.
+
+    Args:
+        names: backends, or None for all that run and can be fast.
+    Raises:
+        InputError: a backend of `names` cannot run here.
+    """
+    reasons = {b: backends.obstacle("gram", b, device, dtype) for b in names or backends.NAMES}
+    if names is None:
+        # neither the float64 definition nor an interpreted kernel says anything about speed
+        reasons.pop("reference", None)
+        if device.type == "cpu" and reasons["triton"] is None:
+            reasons["triton"] = "it would be interpreted"
+    absent = {name: reason for name, reason in reasons.items() if reason is not None}
+    if names is not None and absent:
+        backend, reason = next(iter(absent.items()))
+        raise InputError(f"--backends {backend} cannot run gram on {device} {dtype}: {reason}")
+    automatic = _automatic(device, dtype)
+    found = [Variant(b, chosen=b == automatic) for b in reasons if b not in absent]
+    if "triton" in reasons and "triton" not in absent:
+        found += [Variant("triton", kernel) for kernel in KERNELS]
+    return found, absent
+
+
+def _automatic(device: torch.device, dtype: torch.dtype) -> str:
+    with variable("LIAR_BACKEND", None):
+        return backends.select("gram", device, dtype).backend
+
+
+def product_only(x: Tensor, gram: Tensor) -> None:
+    """`gram += XᵀX` (n, n) by the Triton kernels without column sums: to see what these cost."""
+    from liar_ext.kernels import products, runtime
+    from liar_ext.kernels.pack import pack_padded
+
+    with runtime.on_device(x.device):
+        chosen = products.plan([x], masked=False, ordered=False)
+        for part in x.split(chosen.tokens):
+            operand = pack_padded(part, planes=chosen.planes) if chosen.packs else part[None]
+            products.launch(chosen, operand, operand, None, gram, triangle=True)
+
+
+def quack(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | str:
+    """The symmetric product of `quack-kernels` on x (T, n), or why it cannot be called."""
+    if device.type != "cuda":
+        return "its kernels need a GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it multiplies 16-bit values, not {dtype}"
+    try:
+        product = importlib.import_module("quack.gemm_interface").gemm_symmetric
+    except ModuleNotFoundError:
+        return "quack-kernels is not installed"
+    except Exception as error:
+        # it registers operators and compiles on import: any failure there is its own
+        return f"quack-kernels does not load: {type(error).__name__}: {error}"
+
+    def symmetric(x: Tensor) -> Tensor:
+        result: Tensor = product(x.T, x, out_dtype=torch.float32)
+        return result
+
+    return symmetric

@@ -1,0 +1,140 @@
+"""`benchmarks/gpu.sh` on a machine without a GPU: a pretended python, and the refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+BASH = shutil.which("bash")
+
+pytestmark = pytest.mark.skipif(BASH is None, reason="no bash")
+
+# answers like a python on a GPU machine: what fails and what hangs is in FAIL and HANG
+PRETENDED = """\
+#!/usr/bin/env bash
+for word in $HANG; do [[ " $* " == *" $word "* ]] && exec sleep 30; done
+for word in $FAIL; do [[ " $* " == *" $word "* ]] && { echo "$word fails"; exit 3; }; done
+[[ " $* " == *" env --json "* ]] && printf '%s\\n' '{"device": "pretended"}' 'a warning'
+[[ " $* " == *" pytest "* ]] && echo "$TESTS in 1.00s"
+echo "$*" >>"$CALLS"
+exit 0
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """`run(**environment)`: the script with the pretended python; `calls`, what it was asked."""
+    python = tmp_path / "python"
+    python.write_text(PRETENDED)
+    python.chmod(0o755)
+    calls, out = tmp_path / "calls", tmp_path / "out"
+
+    def run(**environment: str):
+        # PATH without compute-sanitizer, whatever this machine has
+        bare = {"FAIL": "", "HANG": "", "TESTS": "9 passed"}
+        bare |= {"PATH": "/usr/bin:/bin", "CUDA_HOME": "/nonexistent"}
+        env = {**os.environ, **bare, "PYTHON": str(python), "OUT": str(out), "CALLS": str(calls)}
+        done = subprocess.run(
+            [BASH, str(SCRIPT)],
+            env={**env, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        summary = json.loads((out / "summary-gpu.json").read_text())
+        return done, {step["step"]: step for step in summary["steps"]}, summary
+
+    run.calls, run.out = calls, out
+    return run
+
+
+def test_the_syntax_is_good():
+    assert subprocess.run([BASH, "-n", str(SCRIPT)]).returncode == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_refuses_in_one_line(tmp_path):
+    out = tmp_path / "out"
+    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(out)}
+    done = subprocess.run([BASH, str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable} has no torch that sees a CUDA device")
+    assert not out.exists()
+
+
+def test_everything_runs_in_order_and_is_recorded(machine):
+    done, steps, summary = machine()
+    assert done.returncode == 0, done.stdout
+    assert list(steps) == [
+        *("build", "environment", "pytest", "gram", "solve", "model", "prune-llama"),
+        *("memcheck", "racecheck", "tune", "prune-demo"),
+    ]
+    assert summary["environment"] == {"device": "pretended"}
+    for name, step in steps.items():
+        if name in ("memcheck", "racecheck"):
+            assert step["rc"] is None
+            assert "compute-sanitizer is neither" in step["reason"]
+        else:
+            assert (step["rc"], step["reason"]) == (0, "")
+    calls = machine.calls.read_text()
+    assert "bench gram --device cuda --json" in calls
+    assert "-m pytest -m gpu" in calls
+    files = [path.name for path in machine.out.iterdir()]
+    assert len(files) <= 8
+
+
+def test_a_failing_step_stops_nothing_and_shows_in_the_exit_code(machine):
+    done, steps, _ = machine(FAIL="pytest-fails solve")
+    assert done.returncode == 1
+    assert steps["solve"]["rc"] == 3
+    assert "solve fails" in (machine.out / "gpu.log").read_text()
+    assert steps["tune"]["rc"] == 0
+
+
+def test_tests_that_were_all_skipped_are_a_failure(machine):
+    done, steps, _ = machine(TESTS="9 skipped")
+    assert done.returncode == 1
+    assert (steps["pytest"]["rc"], steps["gram"]["rc"]) == (1, 0)
+    assert steps["pytest"]["reason"] == "no ' passed' in the output"
+
+
+def test_a_failed_build_falls_back_to_pure_python(machine):
+    done, steps, _ = machine(FAIL="pip")
+    assert done.returncode == 1
+    assert steps["build"]["rc"] == steps["build-python"]["rc"] == 3
+    assert steps["gram"]["rc"] == 0
+
+
+def test_a_step_that_hangs_is_ended_and_what_has_no_time_left_is_named(machine):
+    done, steps, _ = machine(HANG="gpu", BUDGET="5")
+    assert done.returncode == 1
+    assert steps["pytest"]["rc"] == 124
+    assert steps["pytest"]["reason"].startswith("limit of")
+    assert steps["gram"]["rc"] is None
+    assert "no time left of 5 s" in steps["gram"]["reason"]
+
+
+def test_the_sanitizer_is_used_where_there_is_one(machine, tmp_path):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/usr/bin/env bash\necho "sanitizer $*" >>"$CALLS"; echo "9 passed"\n')
+    tool.chmod(0o755)
+    done, steps, _ = machine(PATH=f"{tool.parent}:/usr/bin:/bin")
+    assert done.returncode == 0
+    assert steps["memcheck"]["rc"] == steps["racecheck"]["rc"] == 0
+    calls = machine.calls.read_text()
+    for name in ("memcheck", "racecheck"):
+        assert f"sanitizer --tool {name} --error-exitcode 9" in calls
+    assert (ROOT / "tests" / "bench" / "test_sanitized.py").is_file()
+    assert "tests/bench/test_sanitized.py" in calls
