@@ -134,7 +134,7 @@ def extension(mode: str, optional: bool) -> Extension:
     ext = Extension(
         "liar_ext.ops._native",
         sources(".cpp"),
-        depends=[*sources(".h"), *sources(".cu")],
+        depends=[*sources(".h"), *sources(".cu"), *sources(".cuh")],
         extra_compile_args=[*CXX_FLAGS, *OPENMP],
         extra_link_args=OPENMP,
         libraries=["dl"] if sys.platform == "linux" else [],

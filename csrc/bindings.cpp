@@ -70,6 +70,107 @@ py::object cuda_info() {
 #endif
 }
 
+#ifdef LIAR_CUDA
+// a CUDA status as an exception; the launch itself reports nothing later than this
+void check_cuda(int error, const char* op) {
+  if (error != 0) throw std::runtime_error(std::string(op) + ": " + liar_cuda_error(error));
+}
+
+void solve_small(uintptr_t matrix, int64_t matrix_batch, int64_t matrix_row, uintptr_t right,
+                 int64_t right_batch, int64_t right_row, uintptr_t strength, uintptr_t mean_kept,
+                 uintptr_t mean_dropped, uintptr_t solution, uintptr_t shift, uintptr_t info,
+                 uintptr_t pivot, uintptr_t largest, uintptr_t smallest, uintptr_t error,
+                 uintptr_t workspace, int64_t batch, int32_t size, int64_t columns, int32_t single,
+                 uintptr_t stream) {
+  const LiarSolveSmall args{pointer<const double>(matrix),
+                            matrix_batch,
+                            matrix_row,
+                            pointer<const double>(right),
+                            right_batch,
+                            right_row,
+                            pointer<const double>(strength),
+                            pointer<const double>(mean_kept),
+                            pointer<const double>(mean_dropped),
+                            pointer<double>(solution),
+                            pointer<double>(shift),
+                            pointer<int32_t>(info),
+                            pointer<double>(pivot),
+                            pointer<double>(largest),
+                            pointer<double>(smallest),
+                            pointer<double>(error),
+                            pointer<double>(workspace),
+                            batch,
+                            size,
+                            columns,
+                            single,
+                            pointer<void>(stream)};
+  check_cuda(liar_solve_small(&args), "solve_small");
+}
+
+void solve_panel(uintptr_t matrix, int64_t matrix_batch, int64_t matrix_row, uintptr_t inverse,
+                 int64_t inverse_batch, int64_t inverse_row, uintptr_t info, uintptr_t pivot,
+                 int64_t batch, int32_t size, int64_t first, int32_t single, uintptr_t stream) {
+  const LiarPanel args{pointer<void>(matrix),
+                       matrix_batch,
+                       matrix_row,
+                       pointer<void>(inverse),
+                       inverse_batch,
+                       inverse_row,
+                       pointer<int32_t>(info),
+                       pointer<double>(pivot),
+                       batch,
+                       size,
+                       first,
+                       single,
+                       pointer<void>(stream)};
+  check_cuda(liar_solve_panel(&args), "solve_panel");
+}
+
+LiarGramSm90 gram_sm90_shape(int dtype, int planes, int64_t tokens, int64_t columns,
+                             int64_t row_stride, int64_t plane_stride, int64_t panel, int tile,
+                             int blocks, int cluster) {
+  LiarGramSm90 args{};
+  args.dtype = dtype;
+  args.planes = planes;
+  args.tokens = tokens;
+  args.columns = columns;
+  args.row_stride = row_stride;
+  args.plane_stride = plane_stride;
+  args.panel = panel;
+  args.tile = tile;
+  args.blocks = blocks;
+  args.cluster = cluster;
+  return args;
+}
+
+int64_t gram_sm90_workspace(int dtype, int planes, int64_t tokens, int64_t columns,
+                            int64_t row_stride, int64_t plane_stride, int64_t panel, int tile,
+                            int blocks, int cluster) {
+  const LiarGramSm90 args = gram_sm90_shape(dtype, planes, tokens, columns, row_stride,
+                                            plane_stride, panel, tile, blocks, cluster);
+  int64_t bytes = 0;
+  check_cuda(liar_gram_sm90_workspace(&args, &bytes), "gram_sm90");
+  return bytes;
+}
+
+void gram_sm90(int dtype, int planes, int64_t tokens, int64_t columns, int64_t row_stride,
+               int64_t plane_stride, int64_t panel, int tile, int blocks, int cluster, uintptr_t x,
+               uintptr_t gram, int64_t gram_stride, uintptr_t sum, uintptr_t workspace,
+               int64_t workspace_bytes, int period, uintptr_t stream) {
+  LiarGramSm90 args = gram_sm90_shape(dtype, planes, tokens, columns, row_stride, plane_stride,
+                                      panel, tile, blocks, cluster);
+  args.x = pointer<const void>(x);
+  args.gram = pointer<float>(gram);
+  args.gram_stride = gram_stride;
+  args.sum = pointer<double>(sum);
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.period = period;
+  args.stream = pointer<void>(stream);
+  check_cuda(liar_gram_sm90(&args), "gram_sm90");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -88,4 +189,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("gram_cpu_can", &liar_gram_cpu_can);
   m.def("gram_cpu_path", &liar_gram_cpu_path);
   m.def("cuda_info", &cuda_info);
+#ifdef LIAR_CUDA
+  m.def("solve_small", &solve_small);
+  m.def("solve_small_workspace", &liar_solve_small_workspace);
+  m.def("solve_small_shared", &liar_solve_small_shared);
+  m.def("solve_shared_limit", &liar_solve_shared_limit);
+  m.def("solve_panel", &solve_panel);
+  m.def("solve_panel_shared", &liar_solve_panel_shared);
+  m.def("gram_sm90", &gram_sm90);
+  m.def("gram_sm90_workspace", &gram_sm90_workspace);
+#endif
 }

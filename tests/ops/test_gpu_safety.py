@@ -116,7 +116,7 @@ def test_the_device_of_the_tensors_counts_and_not_the_current_one():
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_truncation_is_bounded_on_sums_of_one_sign(backend, name, dtype):
-    """Tensor cores truncate their running sum, and every product of a diagonal entry is positive."""
+    """Tensor cores truncate their running sum, and every term of a diagonal entry is positive."""
     backend(name)
     x = torch.rand(65536, 256, device="cuda").to(dtype)
     found, expected = gram(x), gram_reference(x)

@@ -27,7 +27,7 @@ SIZES = {
 MASKS = ("unmasked", "masked", "nothing-valid")
 KEEPS = ("whole", "some-kept", "all-but-one-kept")
 PAIRS = [(MASKS[0], KEEPS[0]), (MASKS[1], KEEPS[0]), (MASKS[0], KEEPS[1])]
-PAIRS += [(MASKS[1], KEEPS[2]), (MASKS[2], KEEPS[1])]
+PAIRS += [(MASKS[1], KEEPS[2]), (MASKS[2], KEEPS[1]), (MASKS[1], "first-kept")]
 
 needs_extension = pytest.mark.skipif(
     _extension.unavailable() is not None, reason=str(_extension.unavailable())
@@ -61,8 +61,8 @@ def mask_of(kind: str, tokens: int):
 def keep_of(kind: str, columns: int):
     if kind == "whole":
         return None
-    count = (columns + 2) // 3 if kind == "some-kept" else columns - 1
-    return torch.randperm(columns)[:count]
+    count = columns - 1 if kind == "all-but-one-kept" else (columns + 2) // 3
+    return torch.arange(count) if kind == "first-kept" else torch.randperm(columns)[:count]
 
 
 def rounding(tokens: int) -> float:
@@ -89,7 +89,9 @@ def test_matches_the_definition(backend, name, dtype, tokens, columns, mask, kee
         mask_of(mask, tokens),
         keep_of(keep, columns),
     )
-    assert_moments(gram(x, valid, keep=kept), gram_reference(x, valid, kept), rounding(tokens))
+    # a float32 product is six of bfloat16 planes there, added up one after the other
+    terms = 6 * tokens if name == "triton" and dtype == torch.float32 else tokens
+    assert_moments(gram(x, valid, keep=kept), gram_reference(x, valid, kept), rounding(terms))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -257,6 +259,16 @@ def test_the_docstring_example_holds():
     assert (result.attempted > 0, result.failed) == (True, 0)
 
 
+def test_kept_columns_that_come_first_are_read_where_they_are():
+    assert Moments.zeros(9, keep=torch.arange(4)).order is None
+    assert Moments.zeros(9, keep=torch.tensor([0, 2, 1])).order is not None
+    x = activations(50, 9)
+    out = gram(x, keep=torch.arange(4))
+    assert out.gram.shape == (9, 4)
+    with pytest.raises(ValueError, match="keep differs"):
+        gram(x, out=out, keep=torch.tensor([1, 0, 2, 3]))
+
+
 @needs_extension
 class TestCompiled:
     @pytest.mark.parametrize("keep", KEEPS[:2])
@@ -314,8 +326,10 @@ def test_matches_the_definition_on_a_gpu(backend, name, dtype, tokens, columns, 
     valid = None if valid is None else valid.cuda()
     kept = None if kept is None else kept.cuda()
     # tensor cores truncate their running sum instead of rounding it: one-sided, up to one unit in
-    # the last place of the sum for each step of 16 tokens, and at most 16384 tokens between flushes
-    bound = rounding(tokens) + 2.0**-23 * min(tokens, 16384) / 16
+    # the last place of the sum for each step of 16 tokens, between flushes: ours are 512 tokens
+    # apart, those of cuBLAS one call
+    flush = 512 if name == "triton" else 16384
+    bound = rounding(6 * tokens) + 2.0**-23 * min(tokens, flush) / 16
     assert_moments(gram(x, valid, keep=kept), gram_reference(x, valid, kept), bound)
 
 

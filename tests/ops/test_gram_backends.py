@@ -47,10 +47,44 @@ def test_a_forced_backend_that_is_not_built_is_an_error(backend, no_extension):
         gram(X)
 
 
-def test_a_forced_backend_that_does_not_exist_yet_is_an_error(backend):
+def test_a_forced_backend_of_another_device_is_an_error(backend):
     backend("cuda")
-    with pytest.raises(BackendError, match="gram has no cuda implementation"):
+    with pytest.raises(
+        BackendError, match=r"LIAR_BACKEND=cuda cannot run gram.*needs a CUDA tensor, not cpu"
+    ):
         gram(X)
+
+
+@pytest.mark.parametrize(
+    ("setting", "gram_backend", "solve_backend"),
+    [
+        ("triton", "triton", "torch"),
+        ("reference", "reference", "reference"),
+        ("gram=torch", "torch", "torch"),
+        ("solve=reference, gram=torch", "torch", "reference"),
+        ("solve=reference,torch", "torch", "reference"),
+    ],
+)
+def test_a_backend_can_be_forced_on_all_ops_that_have_it_or_on_one(
+    backend, setting, gram_backend, solve_backend
+):
+    backend(setting)
+    assert backends.select("gram", CPU, torch.float32).backend == gram_backend
+    assert backends.select("solve", CPU, torch.float64).backend == solve_backend
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("solve=triton", "LIAR_BACKEND=solve=triton cannot run solve.*no triton implementation"),
+        ("grahm=torch", "grahm is no op; use one of cross, gram, pack, solve"),
+        ("gram=numpy", "not a backend; use one of reference"),
+    ],
+)
+def test_a_wrong_setting_is_named(backend, setting, message):
+    backend(setting)
+    with pytest.raises(BackendError, match=message):
+        backends.select("solve", CPU, torch.float64)
 
 
 def test_triton_without_a_gpu_or_its_interpreter_is_an_error(backend, monkeypatch):

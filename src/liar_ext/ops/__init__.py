@@ -1,7 +1,9 @@
 """The ops: Gram and cross moments, packing, ridge solves, interpolation and its residual."""
 
-# registers the implementations of `solve`
-import liar_ext.ops.factor  # noqa: F401
+# these register implementations
+import liar_ext.ops.factor
+import liar_ext.ops.gram_cuda
+import liar_ext.ops.solve_cuda  # noqa: F401
 from liar_ext.ops.attempt import Attempt, attempt, attempt_reference
 from liar_ext.ops.cross import CrossMoments, cross, cross_reference
 from liar_ext.ops.diagnostics import Diagnostics

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: a registry, one environment variable, no silent fallback.
 
 An op registers its implementations with the reason why each cannot run somewhere. `select` takes
-the first usable one of `PREFERENCE`; `LIAR_BACKEND` forces one, and a forced backend that cannot
-run is an error that says why.
+the first usable one of `PREFERENCE`; `LIAR_BACKEND` forces one (`forced`), and a forced backend
+that cannot run is an error that says why.
 
 On a GPU an implementation of this package is used only after it has passed its self-test there: a
 small case against float64, once for each device and dtype. A driver, a compiler or a device that
@@ -89,16 +89,31 @@ def register(
     return add
 
 
-def forced() -> str | None:
-    """The backend that `LIAR_BACKEND` names, or None.
+def forced(op: str) -> str | None:
+    """The backend that `LIAR_BACKEND` forces on `op`, or None.
+
+    `LIAR_BACKEND=triton` forces it on every op that has it, and leaves the others to `PREFERENCE`;
+    `LIAR_BACKEND=gram=triton,solve=torch` says it op by op.
 
     Raises:
-        BackendError: it names no backend.
+        BackendError: it names no backend, or an op that does not have it.
     """
-    name = os.environ.get("LIAR_BACKEND", "").strip()
-    if name and name not in NAMES:
-        raise BackendError(f"LIAR_BACKEND={name}: not a backend; use one of {', '.join(NAMES)}")
-    return name or None
+    text = os.environ.get("LIAR_BACKEND", "").strip()
+    if not text:
+        return None
+    for part in text.split(","):
+        name, known = part.strip(), op
+        if "=" in name:
+            known, name = (word.strip() for word in name.split("=", 1))
+        if name not in NAMES:
+            raise BackendError(f"LIAR_BACKEND={text}: not a backend; use one of {', '.join(NAMES)}")
+        if known not in _REGISTRY:
+            raise BackendError(
+                f"LIAR_BACKEND={text}: {known} is no op; use one of {', '.join(sorted(_REGISTRY))}"
+            )
+        if known == op and ("=" in part or name in _REGISTRY[op]):
+            return name
+    return None
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype) -> Implementation:
@@ -107,10 +122,13 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> Implementation:
     Raises:
         BackendError: the backend that `LIAR_BACKEND` forces cannot run here, or none can.
     """
-    name = forced()
+    name = forced(op)
     if name is not None:
         if reason := obstacle(op, name, device, dtype):
-            raise BackendError(f"LIAR_BACKEND={name} cannot run {op} on {device} {dtype}: {reason}")
+            setting = os.environ["LIAR_BACKEND"]
+            raise BackendError(
+                f"LIAR_BACKEND={setting} cannot run {op} on {device} {dtype}: {reason}"
+            )
         return _REGISTRY[op][name]
     reasons = []
     for candidate in PREFERENCE.get(device.type, ("torch",)):

@@ -32,8 +32,11 @@ BLOCK = 512
 class Factor(Protocol):
     """`L` of `Ã = L Lᵀ` for a batch."""
 
-    info: Tensor
-    pivot: Tensor
+    @property
+    def info(self) -> Tensor: ...
+
+    @property
+    def pivot(self) -> Tensor: ...
 
     def substitute(self, right: Tensor) -> Tensor:
         """`Ã⁻¹ right` for (b, s, r), in the dtype of the factor."""
@@ -127,7 +130,7 @@ def finish(
 ) -> Attempt:
     """Substitution, refinement of a float32 factor, P and the diagnostics."""
     target = right * system.scale
-    start = probes(right.shape[1], PROBES, right)
+    start = probes(right.shape[1], PROBES, right).expand(right.shape[0], -1, -1)
     largest = _largest(system.times, start)
     smallest = 1.0 / _largest(lambda v: factor.substitute_few(v.to(working)).double(), start)
     inner = factor.substitute(target.to(working)).double()

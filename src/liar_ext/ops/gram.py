@@ -184,11 +184,11 @@ def _check_out(out: Moments, x: Tensor, keep: Tensor | None) -> None:
     if out.gram.shape[1] > 1 and out.gram.stride(1) != 1:
         raise ValueError(f"out.gram must have unit column stride; got {out.gram.stride()}")
     panel = out.gram.shape[1]
-    if out.order is None and panel != columns:
-        raise ValueError(f"out keeps {panel} of {columns} columns and has no order")
+    if panel > columns:
+        raise ValueError(f"out.gram has {panel} columns, x only {columns}")
     if keep is not None:
-        own = None if out.order is None else out.order[:panel]
-        if own is None or not torch.equal(own, keep):
+        first = torch.arange(panel, device=x.device) if out.order is None else out.order[:panel]
+        if not torch.equal(first, keep):
             raise ValueError("keep differs from the columns that out was made with")
 
 
@@ -201,7 +201,8 @@ def _gram_reference(
     sum: Tensor,
     count: Tensor,
 ) -> None:
-    keep = None if order is None else order[: gram.shape[1]]
+    panel = gram.shape[1]
+    keep = torch.arange(panel, device=x.device) if order is None else order[:panel]
     moments = gram_reference(x, token_mask, keep)
     count.add_(moments.count)
     sum.add_(moments.sum)

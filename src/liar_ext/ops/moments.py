@@ -26,8 +26,9 @@ class Moments:
             the column order `order`: entries with row ≥ column are defined, the rest is
             unspecified. `s = n` is the whole triangle; `s < n` leaves out the dropped × dropped
             block, which no repair needs.
-        order: (n,) int64 permutation `[S | M]`, or None for the natural order. Row `i` of `gram`
-            belongs to column `order[i]` of `X`; `sum` stays in the natural order.
+        order: (n,) int64 permutation `[S | M]`, or None for the natural order, also where the kept
+            columns are the first ones: nothing has to be gathered then. Row `i` of `gram` belongs
+            to column `order[i]` of `X`; `sum` stays in the natural order.
         mirrored: the upper triangle holds a copy of the lower one. Whatever accumulates into
             `gram` sets it to False.
     """
@@ -54,10 +55,11 @@ class Moments:
         panel = columns
         if keep is not None:
             keep = keep.to(device=device, dtype=torch.int64)
-            dropped = torch.ones(columns, dtype=torch.bool, device=device)
-            dropped[keep] = False
-            order = torch.cat([keep, dropped.nonzero().flatten()])
             panel = keep.numel()
+            if not torch.equal(keep, torch.arange(panel, device=device)):
+                dropped = torch.ones(columns, dtype=torch.bool, device=device)
+                dropped[keep] = False
+                order = torch.cat([keep, dropped.nonzero().flatten()])
         return cls(
             count=torch.zeros((), dtype=torch.int64, device=device),
             sum=torch.zeros(columns, dtype=torch.float64, device=device),
