@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch comes first and alone: with it in place, nothing else pulls in the CUDA wheels
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' requirements-dev.txt)
 NATIVE := $(shell find csrc -type f)
-CXX_FILES := $(filter %.cpp %.h %.cu,$(NATIVE))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
 .PHONY: help venv demo test lint fmt bench docs clean
 

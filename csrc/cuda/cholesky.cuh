@@ -47,10 +47,10 @@ __device__ __forceinline__ void factor_block(Real* block, Real* column, int inde
   Real row[kBlock], inverse[kBlock];
 #pragma unroll
   for (int c = 0; c < kBlock; ++c) {
-    row[c] = block[c * kPitch + lane];  // by symmetry, without bank conflicts
+    // by symmetry, without bank conflicts; the lane also writes this column and no other
+    row[c] = block[c * kPitch + lane];
     inverse[c] = c == lane ? Real(1) : Real(0);
   }
-  __syncwarp();  // the block is in registers: from here on it receives the inverse, row by row
   int failed = pivots->info;
   Real smallest = Real(pivots->smallest);
 #pragma unroll
@@ -84,7 +84,6 @@ __device__ __forceinline__ void factor_block(Real* block, Real* column, int inde
       }
     }
   }
-  __syncwarp();
   if (lane == 0) pivots->info = failed, pivots->smallest = double(smallest);
 }
 
@@ -167,12 +166,15 @@ struct Columns {
     multiply<kARow, kAK, kTilePitch, 1>(sum, a, data + kBlock * k * kTilePitch, step);
   }
 
-  // x_i = M (x_i - sum), M at inverse[row * kRow + k * kK]
-  template <int kRow, int kK>
-  __device__ __forceinline__ void finish(Strip<Real> (&sum)[kCount], const Real* inverse,
-                                         int i) const {
+  // x_i -= sum
+  __device__ __forceinline__ void subtract(Strip<Real> (&sum)[kCount], int i) const {
     each(sum, i, [](Real& x, Real& v) { x -= v; });
     __syncwarp();
+  }
+
+  // x_i = M x_i, M at inverse[row * kRow + k * kK]
+  template <int kRow, int kK>
+  __device__ __forceinline__ void apply(const Real* inverse, int i) const {
     Strip<Real> solved[kCount];
     add_product<kRow, kK>(solved, inverse, i);
     __syncwarp();
@@ -182,19 +184,23 @@ struct Columns {
 
   // x = L⁻¹ x, for x whose rows above block `first` are zero
   __device__ __forceinline__ void forward(Blocks<Real> l, int blocks, int first = 0) const {
-    for (int i = first; i < blocks; ++i) {
+    apply<kPitch, 1>(l.at(first, first), first);
+    for (int i = first + 1; i < blocks; ++i) {
       Strip<Real> sum[kCount];
       for (int k = first; k < i; ++k) add_product<kPitch, 1>(sum, l.at(i, k), k);
-      finish<kPitch, 1>(sum, l.at(i, i), i);
+      subtract(sum, i);
+      apply<kPitch, 1>(l.at(i, i), i);
     }
   }
 
   // x = L⁻ᵀ x
   __device__ __forceinline__ void backward(Blocks<Real> l, int blocks) const {
-    for (int i = blocks - 1; i >= 0; --i) {
+    apply<1, kPitch>(l.at(blocks - 1, blocks - 1), blocks - 1);
+    for (int i = blocks - 2; i >= 0; --i) {
       Strip<Real> sum[kCount];
       for (int k = i + 1; k < blocks; ++k) add_product<1, kPitch>(sum, l.at(k, i), k);
-      finish<1, kPitch>(sum, l.at(i, i), i);
+      subtract(sum, i);
+      apply<1, kPitch>(l.at(i, i), i);
     }
   }
 };

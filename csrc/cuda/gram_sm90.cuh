@@ -8,18 +8,6 @@
 // tile each. Both operands are read from shared memory as they lie in x, tokens outermost: the
 // transposed form of wgmma, so nothing is transposed or packed.
 //
-// Long sums: a tensor core truncates its running sum, an error of one sign, about 2e-8 of the sum
-// per 16 tokens where all products are positive, as on the diagonal. So every 384 tokens (24 wgmmas
-// deep, 5e-7) the sum moves into a second accumulator by additions that round to nearest. There is
-// no room for a second float per element: 64 × 256 of a warpgroup are 128 registers a thread, and
-// 256 is more than a thread can have. The second accumulator is a bfloat16, two to a register:
-//     t = high + low;  high' = bfloat16(t);  low' = low + (high - high')
-// high - high' is a float, so nothing but the last bit of low' is rounded, and high + low together
-// are worth 32 bits. low' lies within ±2⁻⁹ of the sum, with either sign, and the tensor core goes
-// on from there. 128 + 64 registers, 11 instructions for two elements every 384 tokens; the two
-// warpgroups do it half a period apart, so that the tensor cores always have work from one of them.
-// A sum that overflows ends as NaN.
-//
 // Two blocks can work as a cluster, one row of tiles each: both need the same 256 columns of x, so
 // each loads half of them for both, which takes a third off what is read from the L2 cache. A stage
 // is then free when the readers of both blocks have given it back.
@@ -27,95 +15,13 @@
 // With three planes x is the split h + m + l of float32 data into bfloat16, and the six products
 // that matter are added, the small ones first: hh, hm, mh, hl, lh, mm.
 #pragma once
-#include "gram_tiles.cuh"
-#include "hopper.cuh"
+#include "gram_sums.cuh"
 #include "launch.cuh"
 
 namespace liar::gram {
 namespace {
 
-using hopper::Element;
-
-constexpr int kThreads = 384;  // one warpgroup that loads, two that multiply
-constexpr int kWarpgroup = 128;
-constexpr int kMultiplyThreads = 2 * kWarpgroup;
-// per thread; multipliers hold 192 of them in accumulators
-constexpr int kLoaderRegisters = 72;
-constexpr int kMultiplierRegisters = 216;
-static_assert(kWarpgroup * kLoaderRegisters + kMultiplyThreads * kMultiplierRegisters <= 65536,
-              "the registers of a multiprocessor");
-constexpr int kRingBytes = 216 * 1024;
-// warps that give a stage back: 8 that multiply, 2 that add up columns
-constexpr int kReaders = 10;
-
-template <int kTileColumns, int kPlanes>
-struct Shape {
-  static constexpr int kDepth = kPlanes == 1 ? 64 : 32;      // tokens of a stage
-  static constexpr int kChunk = kDepth * hopper::kRowBytes;  // 64 columns of one plane
-  static constexpr int kLeft = kTileRows / 64 * kChunk;
-  static constexpr int kRight = kTileColumns / 64 * kChunk;
-  static constexpr int kStage = kPlanes * (kLeft + kRight);
-  static constexpr int kStages = kRingBytes / kStage;
-  static constexpr int kAccumulators = 64 * kTileColumns / kWarpgroup;
-  // stages between two moves of the sum: 24 wgmmas, or 36 of which 30 add small products
-  static constexpr int kPeriod = kPlanes == 1 ? 6 : 3;
-  static constexpr int kShared = kStages * kStage + hopper::kSwizzleBytes + 16 * kStages;
-};
-
-// the planes of the i-th product: only hh, or mm, lh, hl, mh, hm, hh
-__host__ __device__ constexpr int products(int planes) { return planes == 1 ? 1 : 6; }
-__host__ __device__ constexpr int left_plane(int planes, int i) {
-  return planes == 1 ? 0 : i == 0 || i == 3 ? 1 : i == 1 ? 2 : 0;
-}
-__host__ __device__ constexpr int right_plane(int planes, int i) {
-  return planes == 1 ? 0 : i == 0 || i == 4 ? 1 : i == 2 ? 2 : 0;
-}
-
-struct Parameters {
-  Plan plan;
-  int columns, panel;
-  int period;   // stages between two moves of the sum
-  bool paired;  // rows of G are 8-byte aligned
-  float* gram;
-  int64_t gram_stride;
-  double* sum;          // or NULL
-  int cluster;          // blocks
-  float* partial;       // (parts, rest, cluster) tiles as the multiplying threads hold them
-  double* partial_sum;  // (parts, rest, cluster, 128)
-};
-
-// what a block does in one turn
-struct Work {
-  Tile tile;       // of the block
-  int begin, end;  // stages
-  int slot;        // of the workspace, or -1
-};
-
-// a block's place: which turns are its cluster's, and which rows of a tile its own
-struct Place {
-  int first, stride, rank;
-};
-
-__host__ __device__ inline int work_count(const Plan& plan) {
-  return plan.whole + plan.rest * plan.parts;
-}
-
 #if defined(LIAR_HOPPER_CODE)
-
-template <int kCluster>
-__device__ inline Work work_at(const Plan& plan, int index, int rank) {
-  Work work = {{}, 0, plan.steps, -1};
-  if (index < plan.whole) {
-    work.tile = tile_at(plan, index);
-  } else {
-    const int split = index - plan.whole, part = split / plan.rest;
-    work = {tile_at(plan, plan.whole + split % plan.rest),
-            int(int64_t(plan.steps) * part / plan.parts),
-            int(int64_t(plan.steps) * (part + 1) / plan.parts), split * kCluster + rank};
-  }
-  work.tile.row = work.tile.row * kCluster + rank;
-  return work;
-}
 
 // stages are used in turn; a barrier's phase flips once per round
 template <int kStages>
@@ -160,7 +66,7 @@ __device__ inline void load_tiles(const Parameters& p, const Place place,
       const uint32_t right = left + kPlanes * S::kLeft + place.rank * (kShare / 64) * S::kChunk;
       const int row = work.tile.row * kTileRows, token = step * S::kDepth;
       const int column = work.tile.column * kTileColumns + place.rank * kShare;
-      hopper::barrier_wait<kCluster>(pipe.empty(ring.stage), ring.phase ^ 1);
+      hopper::barrier_wait(pipe.empty(ring.stage), ring.phase ^ 1);
       hopper::barrier_expect(full, S::kStage);
       for (int plane = 0; plane < kPlanes; ++plane)
         for (int c = 0; c < kTileRows / 64; ++c)
@@ -229,82 +135,6 @@ __device__ inline void add_columns(const Parameters& p, const Place place, const
         p.partial_sum[int64_t(work.slot) * kTileRows + row + i] = total[i];
       else if (column + i < p.columns)
         p.sum[column + i] += total[i];
-    }
-  }
-}
-
-// moves the sum into `high`, as the head of this file says
-template <int kCount>
-__device__ __forceinline__ void promote(float (&low)[kCount], uint32_t (&high)[kCount / 2]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    const float2 old = hopper::unpack<Element::bf16>(high[i]);
-    high[i] = hopper::pack_bf16(low[2 * i] + old.x, low[2 * i + 1] + old.y);
-    const float2 now = hopper::unpack<Element::bf16>(high[i]);
-    low[2 * i] += old.x - now.x;
-    low[2 * i + 1] += old.y - now.y;
-  }
-}
-
-// where in the tile a thread's accumulators lie: hopper::wgmma says how
-struct Fragment {
-  int row, column;
-  __device__ __forceinline__ explicit Fragment(int thread)
-      : row(thread / kWarpgroup * 64 + thread % kWarpgroup / 32 * 16 + thread % 32 / 4),
-        column(thread % 4 * 2) {}
-};
-
-// entries (row, column), (row, column + 1) of G, where they exist on or below the diagonal
-__device__ __forceinline__ void add_pair(const Parameters& p, int row, int column, float first,
-                                         float second) {
-  if (row >= p.columns) return;
-  float* const to = p.gram + row * p.gram_stride + column;
-  if (column < p.panel && column <= row) hopper::add(to, first);
-  if (column + 1 < p.panel && column + 1 <= row) hopper::add(to + 1, second);
-}
-
-// the values of accumulators i to i + 3: a pair in one row, and the pair 8 rows below
-template <int kCount>
-__device__ __forceinline__ float4 whole(const float (&low)[kCount],
-                                        const uint32_t (&high)[kCount / 2], int i) {
-  const float2 a = hopper::unpack<Element::bf16>(high[i / 2]);
-  const float2 b = hopper::unpack<Element::bf16>(high[i / 2 + 1]);
-  return make_float4(low[i] + a.x, low[i + 1] + a.y, low[i + 2] + b.x, low[i + 3] + b.y);
-}
-
-template <int kCount>
-__device__ __forceinline__ void store_tile(const Parameters& p, const Work& work, int thread,
-                                           const float (&low)[kCount],
-                                           const uint32_t (&high)[kCount / 2]) {
-  constexpr int kTileColumns = 2 * kCount;
-  if (work.slot >= 0) {
-    float* const to = p.partial + (int64_t(work.slot) * kMultiplyThreads * kCount + 4 * thread);
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4)
-      *reinterpret_cast<float4*>(to + i * kMultiplyThreads) = whole(low, high, i);
-    return;
-  }
-  const Fragment at(thread);
-  const int row = work.tile.row * kTileRows + at.row;
-  const int column = work.tile.column * kTileColumns + at.column;
-  const int last_column = (work.tile.column + 1) * kTileColumns - 1;
-  const bool inside = p.paired && (work.tile.row + 1) * kTileRows <= p.columns &&
-                      last_column < p.panel && last_column <= work.tile.row * kTileRows;
-  if (inside) {
-    float* const top = p.gram + row * p.gram_stride + column;
-    float* const bottom = top + 8 * p.gram_stride;
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float4 value = whole(low, high, i);
-      hopper::add(top + 2 * i, value.x, value.y);
-      hopper::add(bottom + 2 * i, value.z, value.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float4 value = whole(low, high, i);
-      add_pair(p, row, column + 2 * i, value.x, value.y);
-      add_pair(p, row + 8, column + 2 * i, value.z, value.w);
     }
   }
 }
@@ -394,39 +224,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   // a block that has exited has no shared memory for the others to write to
   if constexpr (kCluster > 1) hopper::cluster_sync<kCluster>();
-#endif
-}
-
-// adds the parts of the split tiles to G, first part first; one block per tile of a block and 4
-// accumulators
-template <int kTileColumns>
-__global__ void __launch_bounds__(kMultiplyThreads) add_parts_kernel(const Parameters p) {
-#if defined(LIAR_HOPPER_CODE)
-  constexpr int kCount = Shape<kTileColumns, 1>::kAccumulators;
-  const int thread = threadIdx.x, i = 4 * blockIdx.x, slot = blockIdx.y;
-  const int slots = p.plan.rest * p.cluster;  // of one part
-  Tile tile = tile_at(p.plan, p.plan.whole + slot / p.cluster);
-  tile.row = tile.row * p.cluster + slot % p.cluster;
-  const float* from =
-      p.partial + int64_t(slot) * kMultiplyThreads * kCount + i * kMultiplyThreads + 4 * thread;
-  float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-  for (int part = 0; part < p.plan.parts; ++part) {
-    const float4 more = *reinterpret_cast<const float4*>(from);
-    total = make_float4(total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w);
-    from += int64_t(slots) * kMultiplyThreads * kCount;
-  }
-  const Fragment at(thread);
-  const int row = tile.row * kTileRows + at.row;
-  const int column = tile.column * kTileColumns + at.column + 2 * i;
-  add_pair(p, row, column, total.x, total.y);
-  add_pair(p, row + 8, column, total.z, total.w);
-  const int feature = tile.row * kTileRows + thread;
-  if (i > 0 || tile.column > 0 || p.sum == nullptr || thread >= kTileRows || feature >= p.columns)
-    return;
-  double sum = 0.0;
-  for (int part = 0; part < p.plan.parts; ++part)
-    sum += p.partial_sum[(int64_t(part) * slots + slot) * kTileRows + thread];
-  p.sum[feature] += sum;
 #endif
 }
 

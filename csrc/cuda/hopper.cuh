@@ -129,23 +129,20 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                : "memory");
 }
 
-// until the phase of this parity has ended; on a fresh barrier parity 1 has. kBlocks: of the
-// cluster whose threads arrive
-template <int kBlocks = 1>
+// until the phase of this parity has ended; on a fresh barrier parity 1 has
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-#define LIAR_TRY_WAIT(scope)                                               \
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire." scope \
-               ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"   \
-               : "=r"(done)                                                \
-               : "r"(barrier), "r"(parity)                                 \
-               : "memory")
-  for (uint32_t done = 0; !done;) {
-    if constexpr (kBlocks == 1)
-      LIAR_TRY_WAIT("cta");
-    else
-      LIAR_TRY_WAIT("cluster");
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
   }
-#undef LIAR_TRY_WAIT
 }
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) {
@@ -172,13 +169,16 @@ __device__ __forceinline__ void load_all(uint32_t to, const TensorMap* map, uint
       : "memory");
 }
 
-// arrives at a barrier of another block of the cluster, by its address in this block
+// arrives at a barrier of another block of the cluster, by its address in this block. A release at
+// the scope of the cluster would be a fence for all of memory (MEMBAR.ALL.GPU) and is not needed:
+// what the arrival tells is that reads of shared memory are over, and their results are in
+// registers
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");

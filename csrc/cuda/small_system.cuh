@@ -62,20 +62,40 @@ struct Layout {
     return {tile + threadIdx.x / 32 * kStripColumns, kStep};
   }
 
-  // f(row, column, tile&, exact&) for the elements of them that this lane looks after
+  // the elements of them that a lane looks after: column lane % 8 of a strip, rows lane / 8 + 4 m
+
+  // tile = f(row, column), and exact = 0 where it is another
   template <typename F>
-  __device__ __forceinline__ void each_own(int blocks, F f) const {
+  __device__ __forceinline__ void fill(int blocks, F f) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
       const int column = threadIdx.x / 32 * kStripColumns + n * kStep + lane % 8;
-#pragma unroll 8
-      for (int row = lane / 8; row < kBlock * blocks; row += 4) {
-        const int place = row * kTilePitch + column;
-        f(row, column, tile[place], exact[place]);
+      for (int first = lane / 8; first < kBlock * blocks; first += kBlock) {
+        // all loads before the first store: the compiler would wait for each in turn
+        double value[8];
+#pragma unroll
+        for (int m = 0; m < 8; ++m) value[m] = f(first + 4 * m, column);
+#pragma unroll
+        for (int m = 0; m < 8; ++m) {
+          const int place = (first + 4 * m) * kTilePitch + column;
+          tile[place] = Real(value[m]);
+          if (kSingle) exact[place] = 0;
+        }
       }
     }
     __syncwarp();
+  }
+
+  // exact += tile where they differ
+  __device__ __forceinline__ void add_correction(int blocks) const {
+    if (!kSingle) return;
+    const int lane = threadIdx.x % 32;
+    for (int n = 0; n < kOwn; ++n)
+      for (int row = lane / 8; row < kBlock * blocks; row += 4) {
+        const int column = threadIdx.x / 32 * kStripColumns + n * kStep + lane % 8;
+        exact[row * kTilePitch + column] += double(tile[row * kTilePitch + column]);
+      }
   }
 
   // smallest eigenvalue of Ã, from above
@@ -139,6 +159,7 @@ __device__ __forceinline__ void load_system(const Layout<Real, kStrips, kWarps>&
       if (++j > i) ++i, j = 0;
     }
     if (start == 0) {
+#pragma unroll 1
       for (int row = threadIdx.x; row < kBlock * blocks; row += kThreads) {
         const double own = row < size ? matrix[row * (row_stride + 1)] : 0, sum = own + strength;
         // NaN is not dead: it has to reach the factorisation
@@ -206,7 +227,6 @@ __device__ __forceinline__ void estimate_largest(const Layout<Real, kStrips, kWa
     const double growth = warp_max(sqrt(after / reference));
     if (threadIdx.x == 0) at.shared->largest = growth;
   }
-  __syncthreads();
 }
 
 // one warp: shared->growth: the largest eigenvalue of Ã⁻¹ by power iteration, from below, in the
@@ -217,7 +237,7 @@ __device__ __forceinline__ void estimate_inverse(const Layout<Real, kStrips, kWa
   constexpr int kTilePitch = Layout<Real, kStrips, kWarps>::kTilePitch;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = kBlock * blocks;
   const Columns<Real, 1, kTilePitch> probes{at.tile + warp * kStripColumns, 0};
-  // f(row, x&) for the elements of column lane % 8 that this lane looks after
+  // f(row, x&) for the elements of column lane % 8 that this lane looks after, in norm() too
   const auto each = [&](auto f) {
     for (int row = lane / 8; row < rows; row += 4) f(row, probes.data[row * kTilePitch + lane % 8]);
   };
@@ -230,7 +250,6 @@ __device__ __forceinline__ void estimate_inverse(const Layout<Real, kStrips, kWa
   each([&](int row, Real& x) {
     x = row < size ? Real(probe(row, warp * kStripColumns + lane % 8)) : Real(0);
   });
-  __syncwarp();
   for (int step = 0; step < kInverseSteps; ++step) {
     const Real shrink = Real(1 / norm());
     each([&](int, Real& x) { x *= shrink; });
@@ -240,7 +259,6 @@ __device__ __forceinline__ void estimate_inverse(const Layout<Real, kStrips, kWa
   }
   const double growth = warp_max(norm());
   if (lane == 0) at.shared->growth[warp] = growth;
-  __syncwarp();
 }
 
 // the tile's columns of B̃, zero beyond B and in dead rows

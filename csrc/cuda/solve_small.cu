@@ -13,7 +13,7 @@ constexpr int kRefinements = 5;
 constexpr double kAccepted = 1e-10, kForward = 1e-8;
 
 template <typename Real, int kStrips, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, LIAR_RESIDENT) solve(const LiarSolveSmall args) {
+__device__ __forceinline__ void solve_system(const LiarSolveSmall& args) {
   using At = Layout<Real, kStrips, kWarps>;
   constexpr int kThreads = 32 * kWarps, kTilePitch = At::kTilePitch;
   constexpr int kTileColumns = kStrips * kStripColumns;
@@ -38,18 +38,12 @@ __global__ void __launch_bounds__(32 * kWarps, LIAR_RESIDENT) solve(const LiarSo
   for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
     const int64_t first_column = tile * kTileColumns;
     if (!failed) {
-      at.each_own(blocks, [&](int row, int column, Real& x, double& exact) {
-        x = Real(right.at(row, first_column + column));
-        if (At::kSingle) exact = 0;
-      });
-      __syncwarp();
+      at.fill(blocks, [&](int row, int column) { return right.at(row, first_column + column); });
       double error = INFINITY;
       for (int step = 0;; ++step) {
         at.share().forward(at.a, blocks);
         at.share().backward(at.a, blocks);
-        if (At::kSingle)
-          at.each_own(blocks, [](int, int, Real& x, double& exact) { exact += double(x); });
-        __syncthreads();
+        at.add_correction(blocks);
         residual(at, blocks, size, matrix, args.matrix_row, right, first_column);
         if (!At::kSingle) break;
         const double* const t = at.shared->total;
@@ -96,6 +90,21 @@ __global__ void __launch_bounds__(32 * kWarps, LIAR_RESIDENT) solve(const LiarSo
     args.largest[system] = at.shared->largest;
     args.smallest[system] = failed ? double(NAN) : at.smallest();
   }
+}
+
+// sm_90 has room for whole tiles, so its code leaves the narrow ones out
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kLeastStrips = 8;
+#else
+constexpr int kLeastStrips = 1;
+#endif
+
+template <typename Real, int kStrips, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, LIAR_RESIDENT) solve(const LiarSolveSmall args) {
+  if constexpr (kStrips >= kLeastStrips)
+    solve_system<Real, kStrips, kWarps>(args);
+  else
+    __trap();
 }
 
 // one thread per system: what its tiles found, in a fixed order

@@ -52,9 +52,9 @@ __device__ __forceinline__ void multiply_8x8x4(double (&c)[2], double a, double 
 #ifdef LIAR_CUDA_HOST
   cuda_host::mma_m8n8k4(c, a, b);
 #else
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-      : "+d"(c[0]), "+d"(c[1])
-      : "d"(a), "d"(b));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(c[0]), "+d"(c[1])
+               : "d"(a), "d"(b));
 #endif
 }
 

@@ -13,19 +13,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from liar_ext.kernels import gram
+from liar_ext.kernels import config as configs
+from liar_ext.kernels import gram_descriptor, gram_pointer, pack, tune
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
 
 def ptxas(capability: int) -> str:
@@ -38,14 +39,14 @@ def ptxas(capability: int) -> str:
     return getattr(found, "path", found)
 
 
-def compile_for(function, signature, constants, capability, aligned=(), **options):
+def compile_for(function, types, constants, capability, aligned=(), **options):
     """Resources of one kernel variant on one architecture."""
-    positions = {name: index for index, name in enumerate(function.arg_names)}
+    names = function.arg_names
     source = ASTSource(
         fn=function,
-        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        signature={name: types.get(name, "constexpr") for name in names},
         constexprs=constants,
-        attrs={(positions[name],): [["tt.divisibility", 16]] for name in aligned},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     text = kernel.asm["ptx"]
@@ -54,76 +55,132 @@ def compile_for(function, signature, constants, capability, aligned=(), **option
         file.write(text)
         file.flush()
         command = [ptxas(capability), "-v", f"-arch={arch}", file.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    log = done.stdout + done.stderr
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    additions = re.findall(r"\badd(?:\.rn)?\.f32(x2)?\b", text)
     return {
         "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
         "spill": sum(spills),
         "stack": int(re.search(r"(\d+) bytes stack frame", log).group(1)),
+        "serialised": "serialized" in log,
         "shared": kernel.metadata.shared,
-        "tensor_core": text.count("wgmma.mma_async") + text.count("mma.sync"),
-        "async_copies": text.count("cp.async.cg") + text.count("cp.async.ca"),
+        "wgmma": text.count("wgmma.mma_async"),
+        "mma": text.count("mma.sync"),
+        "tcgen05": text.count("tcgen05.mma"),
+        "copies": text.count("cp.async.cg") + text.count("cp.async.ca"),
+        "tensor_copies": text.count("cp.async.bulk.tensor"),
+        # a wait for all but the last product: steps overlap
+        "overlaps": bool(re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", text)),
+        "additions": sum(2 if packed else 1 for packed in additions),
     }
 
 
-def gram_variants(capability):
-    for dtype, config in gram.CONFIGS[capability].items():
-        element = NAMES[dtype]
-        for masked in (False, True):
-            signature = {
-                "x_ptr": f"*{element}",
-                "mask_ptr": "*u8" if masked else f"*{element}",
-                "gram_ptr": "*fp32",
-                "tokens": "i32",
-                "columns": "i32",
-                "panel": "i32",
-                "x_stride": "i32",
-                "gram_stride": "i32",
-            }
-            constants = {
-                "HAS_MASK": masked,
-                "UPCAST": False,
-                "BLOCK": config.block,
-                "BLOCK_T": config.block_t,
-            }
-            row = compile_for(
-                gram.gram_kernel,
-                signature,
-                constants,
-                capability,
-                aligned=(
-                    "x_ptr",
-                    "mask_ptr",
-                    "gram_ptr",
-                    "columns",
-                    "panel",
-                    "x_stride",
-                    "gram_stride",
-                ),
-                num_warps=config.warps,
-                num_stages=config.stages,
-            )
-            yield {"kernel": "gram", "dtype": element, "mask": masked, **row}
-    for element in NAMES.values():
-        signature = {
+def product_variant(kernel, dtype, config, capability, masked=False, odd=False):
+    """`odd`: an output whose sizes and stride are no multiples of 16."""
+    element, planes = ELEMENTS[dtype], 3 if dtype == "float32" else 1
+    constants = {
+        "PLANES": planes,
+        "UPCAST": False,
+        "BLOCK": config.block,
+        "BLOCK_T": config.block_t,
+        "FLUSH": config.flush,
+        "GROUP": config.group,
+    }
+    integers = ["tokens", "rows", "columns", "out_stride", "triangle"]
+    aligned = ["out_ptr"] if odd else ["out_ptr", "rows", "columns", "out_stride"]
+    if kernel == "pointer":
+        function = gram_pointer.pointer_kernel
+        constants["HAS_MASK"] = masked
+        strides = ["x_width", "y_width", "x_plane", "y_plane", "x_stride", "y_stride"]
+        types = dict.fromkeys([*strides, *integers], "i32")
+        types |= {"x_ptr": f"*{element}", "y_ptr": f"*{element}", "out_ptr": "*fp32"}
+        types["mask_ptr"] = "*u8" if masked else f"*{element}"
+        aligned += [*strides, "x_ptr", "y_ptr", "mask_ptr"]
+    else:
+        function = gram_descriptor.descriptor_kernel
+        types = dict.fromkeys(integers, "i32")
+        types["out_ptr"] = "*fp32"
+        for operand in "xy":
+            for index, plane in enumerate("hml"):
+                if index < planes:
+                    block = f"{config.block_t}, {config.block}"
+                    types[f"{operand}{plane}_desc"] = f"tensordesc<{element}[{block}]>"
+                else:
+                    constants[f"{operand}{plane}_desc"] = None
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    row = compile_for(function, types, constants, capability, aligned, **options)
+    return {
+        "kernel": kernel,
+        "dtype": dtype,
+        "masked": masked,
+        "odd": odd,
+        "config": asdict(config),
+        **row,
+    }
+
+
+def product_variants(capability):
+    """Every committed configuration and every candidate, each once.
+
+    Masks and odd outputs for committed configurations only, and float16 without either.
+    """
+    (table,) = (table for table in configs.tables() if table.architecture == capability)
+    seen = set()
+    for entry in table.entries:
+        key = (entry.kernel, entry.dtype, entry.config)
+        for masked in (False, True) if entry.kernel == "pointer" else (False,):
+            # masks of float32 are applied by the packing
+            if entry.dtype == "bfloat16" or not masked:
+                seen.add((*key, masked))
+                yield product_variant(*key, capability, masked)
+        if entry.dtype != "float16":
+            yield product_variant(*key, capability, odd=True)
+    for kernel in configs.KERNELS:
+        for dtype in ("bfloat16", "float32"):
+            for config in tune.candidates(kernel, dtype, capability):
+                masked = kernel == "pointer" and dtype == "bfloat16"
+                if (kernel, dtype, config, masked) not in seen:
+                    yield product_variant(kernel, dtype, config, capability, masked)
+
+
+def pack_variants(capability):
+    integers = ("tokens", "columns", "width", "natural", "token_stride")
+    integers += ("plane_stride", "packed_stride")
+    for name, element, planes, write, ordered in (
+        ("sums", "bf16", 1, False, False),
+        ("pack", "bf16", 1, True, True),
+        ("planes", "fp32", 3, True, True),
+    ):
+        types = {
             "x_ptr": f"*{element}",
             "mask_ptr": "*u8",
-            "out_ptr": "*fp64",
-            "tokens": "i32",
-            "columns": "i32",
-            "x_stride": "i32",
+            "order_ptr": "*i64",
+            "packed_ptr": "*bf16",
+            "sum_ptr": "*fp64",
+            **dict.fromkeys(integers, "i32"),
         }
         constants = {
+            "column_stride": 1,
             "HAS_MASK": True,
-            "SPAN": gram.SUM_TOKENS,
-            "BLOCK": gram.SUM_COLUMNS,
-            "BLOCK_T": gram.SUM_STEP,
+            "HAS_ORDER": ordered,
+            "WRITE": write,
+            "PLANES": planes,
+            "SUM": True,
+            "SPAN": pack.SPAN,
+            "STEP": pack.STEP,
+            "BLOCK": pack.BLOCK,
         }
-        row = compile_for(gram.sum_kernel, signature, constants, capability, aligned=("x_ptr",))
-        yield {"kernel": "sum", "dtype": element, "mask": True, **row}
+        aligned = [name for name in types if name.endswith("_ptr")]
+        aligned += [name for name in integers if name != "tokens"]
+        row = compile_for(
+            pack.pack_kernel, types, constants, capability, aligned, num_warps=pack.WARPS
+        )
+        yield {"kernel": name, "warps": pack.WARPS, **row}
 
 
 if __name__ == "__main__":
-    arch = int(sys.argv[1])
-    for variant in gram_variants(arch):
-        print(json.dumps({"arch": arch, **variant}), flush=True)
+    for arch in map(int, sys.argv[1:]):
+        for variants in (pack_variants, product_variants):
+            for variant in variants(arch):
+                print(json.dumps({"arch": arch, **variant}), flush=True)

@@ -47,6 +47,15 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def readable(x: Tensor, planes: int = 1) -> bool:
+    """Whether the copy engine can read `x` in place, (T, n) or with planes (3, T, n)."""
+    row, plane = _strides(x, planes)
+    columns = x.shape[-1]
+    unit = columns == 1 or x.stride(-1) == 1
+    aligned = row % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
+    return unit and aligned and row >= max(columns, 1) and plane % row == 0
+
+
 def gram_sm90(
     x: Tensor,
     gram: Tensor,
@@ -96,8 +105,19 @@ def gram_sm90(
         )
     if (reason := unavailable(x.device, x.dtype)) is not None:
         raise BackendError(f"the Hopper Gram kernel cannot run: {reason}")
-    if tokens == 0 or columns == 0 or panel == 0:
+    if tokens == 0 or columns == 0:
         return
+    if panel == 0:
+        # no tiles, and the sums are by-products of tiles
+        if sum is not None:
+            sum.add_(x.sum(0 if planes == 1 else (0, 1), dtype=torch.float64))
+        return
+    if not readable(x, planes):
+        raise ValueError(
+            f"x must have unit column stride, rows a multiple of {ALIGNMENT} elements apart, "
+            "planes a multiple of rows apart, and a 16-byte aligned start; "
+            f"got strides {x.stride()} at {x.data_ptr():#x}: copy it to padded rows"
+        )
     row_stride, plane_stride = _strides(x, planes)
     native = _library()
     code = int(getattr(native.Dtype, _extension.DTYPES[x.dtype]))
@@ -147,14 +167,6 @@ def _strides(x: Tensor, planes: int) -> tuple[int, int]:
     tokens, columns = x.shape[-2:]
     plane = x.stride(0) if planes > 1 else 0
     row = x.stride(-2) if tokens > 1 else plane or -(-columns // ALIGNMENT) * ALIGNMENT
-    unit = columns == 1 or x.stride(-1) == 1
-    aligned = row % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
-    if not unit or not aligned or row < columns or plane % row:
-        raise ValueError(
-            f"x must have unit column stride, rows a multiple of {ALIGNMENT} elements apart, "
-            "planes a multiple of rows apart, and a 16-byte aligned start; "
-            f"got strides {x.stride()} at {x.data_ptr():#x}: copy it to padded rows"
-        )
     return row, plane
 
 

@@ -5,6 +5,7 @@ Nothing here waits for the device, so everything can be captured in a CUDA graph
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -27,17 +28,12 @@ def unavailable(
     """Why `solve_small` cannot run systems of `size` rows on `device`, or None when it can."""
     if size > MAXIMUM:
         return f"one thread block solves up to {MAXIMUM} rows, not {size}"
-    if (reason := _obstacle(device, working)) is not None:
-        return reason
-    needed = _library().solve_small_shared(max(size, 1), int(working == torch.float32))
-    return _too_large(needed, device)
+    return _unavailable(_indexed(device), size, working)
 
 
 def panel_unavailable(device: torch.device, working: torch.dtype = torch.float64) -> str | None:
     """Why `panel` cannot run on `device`, or None when it can."""
-    if (reason := _obstacle(device, working)) is not None:
-        return reason
-    return _too_large(_library().solve_panel_shared(int(working == torch.float32)), device)
+    return _unavailable(_indexed(device), None, working)
 
 
 def solve_small(
@@ -63,6 +59,8 @@ def solve_small(
     tensors: dict[str, tuple[Tensor, tuple[int, ...]]]
     tensors = {"matrix": (matrix, (batch, size, size)), "right": (right, (batch, size, columns))}
     tensors["strength"] = (strength, (batch,))
+    if (mean_kept is None) != (mean_dropped is None):
+        raise ValueError("give mean_kept and mean_dropped together, or neither")
     if mean_kept is not None and mean_dropped is not None:
         tensors["mean_kept"] = (mean_kept, (batch, size))
         tensors["mean_dropped"] = (mean_dropped, (batch, columns))
@@ -156,8 +154,18 @@ def _library() -> ModuleType:
     return _extension.module()
 
 
-def _too_large(needed: int, device: torch.device) -> str | None:
-    limit = _library().solve_shared_limit(_index(device))
+# asked before every launch, and the answer does not change
+@functools.cache
+def _unavailable(device: torch.device, size: int | None, working: torch.dtype) -> str | None:
+    """Why a system of `size` rows, or for None a panel, cannot be factored on `device`."""
+    if (reason := _obstacle(device, working)) is not None:
+        return reason
+    native, single = _library(), int(working == torch.float32)
+    if size is None:
+        needed = native.solve_panel_shared(single)
+    else:
+        needed = native.solve_small_shared(max(size, 1), single)
+    limit = native.solve_shared_limit(device.index)
     if needed <= limit:
         return None
     return f"it takes {needed} bytes of shared memory, and a block has {limit}"
@@ -176,7 +184,7 @@ def _obstacle(device: torch.device, working: torch.dtype) -> str | None:
         return "the extension was built without CUDA; reinstall with LIAR_EXT_BUILD=cuda"
     if "error" in info:
         return f"the CUDA runtime says: {info['error']}"
-    entry = info["devices"][_index(device)]
+    entry = info["devices"][device.index]
     if entry["runs"] == 0:
         return (
             f"no code for compute capability {entry['capability'] / 10:.1f}; "
@@ -185,8 +193,10 @@ def _obstacle(device: torch.device, working: torch.dtype) -> str | None:
     return None
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def _indexed(device: torch.device) -> torch.device:
+    if str(device) != "cuda":
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextmanager
