@@ -83,7 +83,11 @@ def test_a_pure_python_wheel_holds_everything_but_the_extension(tree):
     expected = {
         str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "liar_ext").rglob("*.py")
     }
-    expected |= {f"liar_ext/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {
+        f"liar_ext/kernels/{path.relative_to(ROOT / 'kernels')}"
+        for suffix in ("*.py", "*.json")
+        for path in (ROOT / "kernels").rglob(suffix)
+    }
     expected |= {
         str(path.relative_to(ROOT / "src"))
         for path in (ROOT / "src" / "liar_ext" / "demo").rglob("*")

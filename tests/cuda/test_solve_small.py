@@ -250,7 +250,7 @@ def test_availability_is_explained():
     cpu = torch.device("cpu")
     assert "up to 128 rows, not 129" in _native_solve.unavailable(cpu, 129)
     assert "not torch.float16" in _native_solve.unavailable(cpu, 8, torch.float16)
-    assert _native_solve.unavailable(cpu) == "CUDA kernels do not run on cpu"
+    assert _native_solve.unavailable(cpu) == "it needs a CUDA tensor, not cpu"
 
 
 @pytest.mark.gpu

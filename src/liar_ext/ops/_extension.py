@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -105,3 +107,34 @@ def cuda_info() -> dict[str, Any] | None:
     """What the CUDA sources were compiled for and what each device runs; None in a CPU build."""
     native = _load()
     return None if isinstance(native, str) else native.cuda_info()
+
+
+def cuda_obstacle(device: torch.device) -> str | None:
+    """Why no CUDA code of the extension runs on `device`, or None.
+
+    Args:
+        device: with its index where its type is cuda.
+    """
+    if device.type != "cuda":
+        return f"it needs a CUDA tensor, not {device.type}"
+    if (reason := unavailable()) is not None:
+        return reason
+    info = cuda_info()
+    if info is None:
+        return "the extension was built without CUDA; reinstall with LIAR_EXT_BUILD=cuda"
+    if "error" in info:
+        return f"the CUDA runtime says: {info['error']}"
+    entry = info["devices"][device.index or 0]
+    if entry["runs"] == 0:
+        return (
+            f"no code for compute capability {entry['capability'] / 10:.1f}; "
+            f"compiled for {info['compiled']}"
+        )
+    return None
+
+
+@contextmanager
+def cuda_stream(device: torch.device) -> Iterator[int]:
+    """The address of the current stream of `device`, which is the current device meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream

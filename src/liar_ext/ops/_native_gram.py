@@ -5,10 +5,6 @@ Nothing here waits for the device, so everything can be captured in a CUDA graph
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -21,6 +17,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 # elements of 16 bits in the 16 bytes that the copy engine aligns rows to
 ALIGNMENT = 8
 
+# names of this module, so that the emulator can take their place
+_library, _stream = _extension.module, _extension.cuda_stream
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot serve activations of `dtype` on `device`, or None when it can.
@@ -29,15 +28,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """
     if dtype not in (*DTYPES, torch.float32):
         return f"it accumulates in float32, not in {dtype}"
-    if device.type != "cuda":
-        return f"it needs a CUDA tensor, not {device.type}"
-    if (reason := _extension.unavailable()) is not None:
+    if (reason := _extension.cuda_obstacle(device)) is not None:
         return reason
-    info = _extension.cuda_info()
-    if info is None:
-        return "the extension was built without CUDA; reinstall with LIAR_EXT_BUILD=cuda"
-    if "error" in info:
-        return f"the CUDA runtime says: {info['error']}"
     capability = torch.cuda.get_device_capability(device)
     if capability != CAPABILITY:
         return (
@@ -168,14 +160,3 @@ def _strides(x: Tensor, planes: int) -> tuple[int, int]:
     plane = x.stride(0) if planes > 1 else 0
     row = x.stride(-2) if tokens > 1 else plane or -(-columns // ALIGNMENT) * ALIGNMENT
     return row, plane
-
-
-def _library() -> ModuleType:
-    return _extension.module()
-
-
-@contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
-    """The address of the current stream of `device`, which is the current device meanwhile."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream

@@ -6,9 +6,6 @@ Nothing here waits for the device, so everything can be captured in a CUDA graph
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +17,9 @@ from liar_ext.ops.attempt import Attempt
 # rows of a system that one thread block solves, and of a panel
 MAXIMUM = 128
 WORKING = (torch.float64, torch.float32)
+
+# names of this module, so that the emulator can take their place
+_library, _stream = _extension.module, _extension.cuda_stream
 
 
 def unavailable(
@@ -150,15 +150,13 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _library() -> ModuleType:
-    return _extension.module()
-
-
 # asked before every launch, and the answer does not change
 @functools.cache
 def _unavailable(device: torch.device, size: int | None, working: torch.dtype) -> str | None:
     """Why a system of `size` rows, or for None a panel, cannot be factored on `device`."""
-    if (reason := _obstacle(device, working)) is not None:
+    if working not in WORKING:
+        return f"the working precision is float64 or float32, not {working}"
+    if (reason := _extension.cuda_obstacle(device)) is not None:
         return reason
     native, single = _library(), int(working == torch.float32)
     if size is None:
@@ -171,36 +169,7 @@ def _unavailable(device: torch.device, size: int | None, working: torch.dtype) -
     return f"it takes {needed} bytes of shared memory, and a block has {limit}"
 
 
-def _obstacle(device: torch.device, working: torch.dtype) -> str | None:
-    """Why no kernel of the extension runs on `device` in this precision, or None."""
-    if working not in WORKING:
-        return f"the working precision is float64 or float32, not {working}"
-    if device.type != "cuda":
-        return f"CUDA kernels do not run on {device.type}"
-    if (reason := _extension.unavailable()) is not None:
-        return reason
-    info = _extension.cuda_info()
-    if info is None:
-        return "the extension was built without CUDA; reinstall with LIAR_EXT_BUILD=cuda"
-    if "error" in info:
-        return f"the CUDA runtime says: {info['error']}"
-    entry = info["devices"][device.index]
-    if entry["runs"] == 0:
-        return (
-            f"no code for compute capability {entry['capability'] / 10:.1f}; "
-            f"compiled for {info['compiled']}"
-        )
-    return None
-
-
 def _indexed(device: torch.device) -> torch.device:
     if str(device) != "cuda":
         return device
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
-    """The address of the current stream of `device`, which is the current device meanwhile."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream

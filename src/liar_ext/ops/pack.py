@@ -31,8 +31,7 @@ def pack(x: Tensor, token_mask: Tensor | None = None, columns: Tensor | None = N
         token_mask: (T,) True (non-zero) for valid tokens.
         columns: (m,) int64 indices into the columns of x, in any order; None for all.
     Returns:
-        (T, m) of the dtype of x. Rows may be padded: the row stride is a multiple of 16 bytes
-        where a kernel wrote it.
+        (T, m) of the dtype of x, contiguous, always a copy.
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
         BackendError: `LIAR_BACKEND` names a backend that cannot run this.
@@ -87,4 +86,4 @@ def _triton(x: Tensor, token_mask: Tensor | None, columns: Tensor | None) -> Ten
     """The Triton version: kernels/pack.py."""
     from liar_ext.kernels import pack as kernel
 
-    return kernel.pack(x, token_mask, columns)
+    return kernel.pack(x, token_mask, columns, align=1)

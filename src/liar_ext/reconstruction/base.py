@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from liar_ext.ops.moments import Moments
 from liar_ext.ops.diagnostics import Diagnostics
+from liar_ext.ops.moments import Moments
 
 
 @dataclass(frozen=True)

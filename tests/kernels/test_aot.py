@@ -1,0 +1,130 @@
+"""What every configuration compiles to, without a GPU: registers, shared memory, instructions.
+
+A compile gate and not a measurement: it fails on a spill, on more shared memory than a block has,
+on operands that leave the asynchronous copies, and on a lost second accumulator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from liar_ext.kernels import tune
+from liar_ext.kernels.config import DTYPES, KERNELS, ProductConfig, tables
+
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "liar_aot.py"
+
+ARCHITECTURES = (80, 90, 100)
+# bytes of shared memory that one block may have: A100 163 KiB, H100 and B200 227 KiB
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """`compiled(arch)`: one process for each architecture, once."""
+    found: dict[int, list[dict]] = {}
+    cache = str(tmp_path_factory.mktemp("triton"))
+
+    def rows(arch: int) -> list[dict]:
+        if arch not in found:
+            done = subprocess.run(
+                [sys.executable, "-P", str(SCRIPT), str(arch)],
+                env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            found[arch] = [json.loads(line) for line in done.stdout.splitlines()]
+        return found[arch]
+
+    return rows
+
+
+def products(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["kernel"] in KERNELS]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_configuration_was_compiled(compiled, arch):
+    """Each committed one for its dtype, each candidate for its operands (float16 is bfloat16)."""
+    built = {
+        (row["kernel"], row["dtype"], ProductConfig(**row["config"]))
+        for row in products(compiled(arch))
+    }
+    due = {
+        (entry.kernel, entry.dtype, entry.config)
+        for table in tables()
+        if table.architecture == arch
+        for entry in table.entries
+    }
+    for kernel in KERNELS:
+        for dtype in DTYPES:
+            known = "bfloat16" if dtype == "float16" else dtype
+            due |= {(kernel, known, config) for config in tune.candidates(kernel, dtype, arch)}
+    assert due <= built
+    assert {"sums", "pack", "planes"} < {row["kernel"] for row in compiled(arch)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_spills(compiled, arch):
+    for row in compiled(arch):
+        assert (row["spill"], row["stack"], row["serialised"]) == (0, 0, False), row
+        assert row["shared"] <= SHARED[arch], row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_products_use_tensor_cores_and_asynchronous_copies(compiled, arch):
+    for row in products(compiled(arch)):
+        assert row[INSTRUCTION[arch]] > 0, row
+        copies = row["tensor_copies"] if row["kernel"] == "descriptor" else row["copies"]
+        # each operand of each plane, in the prologue of the pipeline and in its loop; bytes of one
+        # step, at 16 for each of the threads and a whole block for a tensor copy
+        config = ProductConfig(**row["config"])
+        operands = (6 if row["dtype"] == "float32" else 2) * config.stages
+        if row["kernel"] == "pointer":
+            operands *= config.block * config.block_t * 2 // (16 * 32 * config.warps)
+        assert copies >= operands, row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sums_of_tensor_cores_are_promoted(compiled, arch):
+    """Float32 additions outside the tensor core: of a flush (of the last one too, where there are
+    several steps in one) and to G. Folded into the accumulator, there would be the last alone."""
+    for row in products(compiled(arch)):
+        config = ProductConfig(**row["config"])
+        per_thread = config.block**2 // (32 * config.warps)
+        assert row["additions"] >= per_thread * (2 if config.flush == 1 else 3), row
+
+
+def test_on_hopper_products_of_consecutive_steps_overlap(compiled):
+    """Where several steps go into one flush, a step waits for the product before the last."""
+    for row in products(compiled(90)):
+        if row["config"]["flush"] > 1:
+            assert row["overlaps"], row
+
+
+def test_on_hopper_the_column_sums_fit_beside_the_product(compiled):
+    """Two programs of the sums and one of a product without packing, on one multiprocessor.
+
+    Four partitions of 16384 registers hold the warps, a warp takes a multiple of 8 for each of its
+    32 threads; a block takes 1 KiB of the 228 of shared memory for itself.
+    """
+    (sums,) = (row for row in compiled(90) if row["kernel"] == "sums")
+
+    def registers(row: dict, warps: int) -> int:
+        return warps // 4 * 32 * (-(-row["registers"] // 8) * 8)
+
+    for row in products(compiled(90)):
+        if row["dtype"] != "float32":
+            used = registers(row, row["config"]["warps"]) + 2 * registers(sums, sums["warps"])
+            assert used <= 16384, row
+            shared = row["shared"] + 1024 + 2 * (sums["shared"] + 1024)
+            assert shared <= 228 * 1024, row
