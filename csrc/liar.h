@@ -60,9 +60,9 @@ int liar_cuda_device(int device, int* capability, int* binary);
 const char* liar_cuda_error(int error);
 
 // the ridge solves of a batch of small systems: d = (diag A + λ)^(-1/2), zero in dead rows (diag A
-// or diag A + λ not positive), Ã = d (A + λI) d with a unit diagonal, Z = d Ã⁻¹ d B, which is zero
-// in dead rows, and P = b - Zᵀ a. A system that fails says so in info; its Z, P, smallest and error
-// are NaN, and the others do not notice.
+// zero), Ã = d (A + λI) d with a unit diagonal, Z = d Ã⁻¹ d B, which is zero in dead rows, and
+// P = b - Zᵀ a. A system that fails (a diagonal that is not positive does) says so in info; its Z,
+// P, smallest and error are NaN, and the others do not notice.
 typedef struct {
   const double* matrix;  // (batch, size, size), lower triangle read, unit column stride
   int64_t matrix_batch, matrix_row;

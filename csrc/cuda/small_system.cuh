@@ -163,8 +163,7 @@ __device__ __forceinline__ void load_system(const Layout<Real, kStrips, kWarps>&
       for (int row = threadIdx.x; row < kBlock * blocks; row += kThreads) {
         const double own = row < size ? matrix[row * (row_stride + 1)] : 0, sum = own + strength;
         // NaN is not dead: it has to reach the factorisation
-        const bool dead = own <= 0 || sum <= 0;
-        at.scale[row] = dead ? 0 : isfinite(sum) ? 1 / sqrt(sum) : double(NAN);
+        at.scale[row] = own == 0 ? 0 : sum > 0 && isfinite(sum) ? 1 / sqrt(sum) : double(NAN);
       }
       __syncthreads();
     }

@@ -63,6 +63,7 @@ def test_a_forced_backend_of_another_device_is_an_error(backend):
         ("gram=torch", "torch", "torch"),
         ("solve=reference, gram=torch", "torch", "reference"),
         ("solve=reference,torch", "torch", "reference"),
+        ("torch,solve=reference", "torch", "reference"),
     ],
 )
 def test_a_backend_can_be_forced_on_all_ops_that_have_it_or_on_one(
@@ -78,7 +79,10 @@ def test_a_backend_can_be_forced_on_all_ops_that_have_it_or_on_one(
     [
         ("solve=triton", "LIAR_BACKEND=solve=triton cannot run solve.*no triton implementation"),
         ("grahm=torch", "grahm is no op; use one of cross, gram, pack, solve"),
-        ("gram=numpy", "not a backend; use one of reference"),
+        ("gram=numpy", "'numpy' is no backend; use one of reference"),
+        ("gram=torch,gram=cpu", "gram twice"),
+        ("torch,cpu", "all ops twice"),
+        ("gram=torch,,", "'' is no backend"),
     ],
 )
 def test_a_wrong_setting_is_named(backend, setting, message):

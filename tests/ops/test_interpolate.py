@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from liar_testing import covariance
 from torch import Tensor
 
 from liar_ext.errors import InputError, NumericalError
@@ -95,8 +98,9 @@ def test_an_inverse_at_hand_gives_the_same_repair(columns, kept, outputs, center
 def test_an_inverse_that_would_not_help_is_not_used():
     x, weight = activations(40), torch.randn(5, 40)
     keep, drop = split(40, 4)
-    wrong = torch.full((40, 40), float("nan"), dtype=torch.float64)
     moments = gram_reference(x)
+    inverse = inverse_moments(moments, ridge=1e-3)
+    wrong = dataclasses.replace(inverse, theta=inverse.theta * float("nan"))
     found = repair(moments, weight, keep, drop, ridge=1e-3, inverse=wrong)
     assert torch.equal(found.weight, repair(moments, weight, keep, drop, ridge=1e-3).weight)
 
@@ -105,7 +109,8 @@ def test_an_inverse_that_cannot_be_solved_is_reported_and_replaced():
     x, weight = activations(40), torch.randn(50, 40)
     keep, drop = split(40, 36)
     moments = gram_reference(x)
-    singular = torch.ones(40, 40, dtype=torch.float64)
+    inverse = inverse_moments(moments, ridge=1e-3)
+    singular = dataclasses.replace(inverse, theta=torch.ones(40, 40, dtype=torch.float64))
     found = repair(moments, weight, keep, drop, ridge=1e-3, inverse=singular)
     assert found.diagnostics.steps[0].startswith("inverse: ")
     assert found.diagnostics.steps[0].endswith("solved from the Moments")
@@ -115,8 +120,77 @@ def test_an_inverse_that_cannot_be_solved_is_reported_and_replaced():
 def test_moments_without_an_inverse_are_refused():
     x = activations(12, 400)
     x[:, 1] = x[:, 0]
-    with pytest.raises(NumericalError, match=r"the inverse of the Moments: ridge 0\.0e\+00"):
+    with pytest.raises(NumericalError, match=r"the Moments with ridge 0\.0e\+00: no "):
         inverse_moments(gram(x), ridge=0.0)
+
+
+@pytest.mark.parametrize("change", [{"ridge": 1.0}, {"center": False}, {"count": 7}])
+def test_an_inverse_of_something_else_is_refused(change):
+    x, weight = activations(40), torch.randn(5, 40)
+    keep, drop = split(40, 36)
+    moments = gram_reference(x)
+    inverse = dataclasses.replace(inverse_moments(moments, ridge=1e-3), **change)
+    with pytest.raises(ValueError, match="the inverse was made with ridge"):
+        repair(moments, weight, keep, drop, ridge=1e-3, inverse=inverse)
+
+
+def test_an_inverse_is_the_inverse():
+    x = activations(33)
+    x[:, 5] = 2.0  # dead when centred
+    moments = gram_reference(x)
+    found = inverse_moments(moments, ridge=1e-2)
+    covariance = torch.cov(x.double().T, correction=0)
+    assert found.strength == pytest.approx(1e-2 * float(covariance.diagonal().mean()))
+    covariance.diagonal().add_(found.strength)
+    covariance[5], covariance[:, 5] = 0.0, 0.0
+    covariance[5, 5] = 1.0
+    assert error(found.theta, torch.linalg.inv(covariance)) <= 1e-10
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
+def test_a_solution_within_the_rounding_of_its_moments_is_not_silent(mean):
+    """Seen from the variances, float32 sums are rounded at eps · mean square / variance."""
+    factor = torch.linalg.cholesky(covariance(64, 1e6))
+    x = torch.randn(20000, 64, dtype=torch.float64) @ factor.T
+    x = (x - x.mean(0)) / x.std(0) + mean
+    moments = Moments.zeros(64)
+    for chunk in x.float().split(4096):
+        gram(chunk, out=moments)
+    keep, drop = split(64, 40)
+    found = interpolate(moments, keep, drop, ridge=0.0)
+    truth = interpolate(gram_reference(x.float()), keep, drop, ridge=0.0)
+    wrong = error(found.Q, truth.Q)
+    assert (wrong > 0.1) <= bool(found.diagnostics.steps)
+    assert bool(found.diagnostics.steps) == (mean == 30.0)
+
+
+def test_moments_without_tokens_are_refused():
+    with pytest.raises(InputError, match="no tokens"):
+        interpolate(Moments.zeros(6), torch.arange(3), torch.arange(3, 6), ridge=1e-4)
+
+
+def test_a_weight_of_other_columns_is_refused():
+    keep, drop = split(12, 7)
+    with pytest.raises(ValueError, match=r"weight must be \(out, 12\).*got \(3, 20\)"):
+        repair(gram(activations(12)), torch.randn(3, 20), keep, drop, ridge=1e-4)
+
+
+def test_a_repair_has_no_gradient_and_needs_none():
+    keep, drop = split(12, 7)
+    weight = torch.nn.Parameter(torch.randn(3, 12))
+    found = repair(gram(activations(12)), weight, keep, drop, ridge=1e-4)
+    assert not found.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_reach_the_ops(dtype):
+    x, weight = activations(90), torch.randn(5, 90)
+    keep, drop = split(90, 50)
+    expected = repair(gram(x), weight, keep, drop, ridge=1e-4)
+    with torch.autocast("cpu", dtype=dtype):
+        found = repair(gram(x), weight, keep, drop, ridge=1e-4)
+    assert torch.equal(found.weight, expected.weight)
+    assert found.diagnostics == expected.diagnostics
 
 
 @pytest.mark.parametrize(

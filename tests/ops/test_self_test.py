@@ -27,6 +27,18 @@ def test_right_implementations_pass(op, name):
         assert error <= bound
 
 
+@pytest.mark.parametrize("op", ["gram", "cross", "pack"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_triton_versions_pass_in_the_interpreter(op, dtype):
+    pytest.importorskip("triton")
+    error, bound = ERRORS[op](backends._REGISTRY[op]["triton"].run, CPU, dtype)
+    assert error <= bound
+
+
+def run_torch(op, *arguments):
+    return backends._REGISTRY[op]["torch"].run(*arguments)
+
+
 def off_by_one_row(x, mask, order, gram, sum, count):
     backends._REGISTRY["gram"]["torch"].run(x, mask, order, gram, sum, count)
     gram[7].mul_(1.001)
@@ -36,9 +48,54 @@ def never_writes(*arguments):
     return None
 
 
-@pytest.mark.parametrize("wrong", [off_by_one_row, never_writes])
+def overwrites(x, mask, order, gram, sum, count):
+    for value in (gram, sum, count):
+        value.zero_()
+    run_torch("gram", x, mask, order, gram, sum, count)
+
+
+def stops_after_512_tokens(x, mask, order, gram, sum, count):
+    rows = slice(0, 512)
+    run_torch("gram", x[rows], None if mask is None else mask[rows], order, gram, sum, count)
+    count.add_((x if mask is None else mask[mask])[512:].shape[0])
+
+
+def in_two_planes(x, mask, order, gram, sum, count):
+    high = x.bfloat16().float()
+    run_torch("gram", high + (x - high).bfloat16().float(), mask, order, gram, sum, count)
+
+
+@pytest.mark.parametrize(
+    "wrong", [off_by_one_row, never_writes, overwrites, stops_after_512_tokens, in_two_planes]
+)
 def test_wrong_ones_do_not(wrong):
     error, bound = self_test.gram_error(wrong, CPU, torch.float32)
+    assert error > bound
+
+
+def first_for_all(matrix, right, *rest):
+    return run_torch("solve", matrix[:1].expand_as(matrix), right[:1].expand_as(right), *rest)
+
+
+def in_plain_float32(matrix, right, *rest):
+    return run_torch("solve", matrix.float().double(), right, *rest)
+
+
+def without_a_residual(*arguments):
+    found = run_torch("solve", *arguments)
+    return found._replace(error=torch.ones_like(found.error))
+
+
+def never_failing(*arguments):
+    found = run_torch("solve", *arguments)
+    return found._replace(info=torch.zeros_like(found.info))
+
+
+@pytest.mark.parametrize(
+    "wrong", [first_for_all, in_plain_float32, without_a_residual, never_failing]
+)
+def test_wrong_solves_do_not(wrong):
+    error, bound = self_test.solve_error(wrong, CPU, torch.float64)
     assert error > bound
 
 
@@ -47,7 +104,7 @@ def pretend_gpu(monkeypatch):
     """A registry of one op on a device that is not there: a broken kernel, then torch."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backends, "_REGISTRY", {})
-    backends._self_test.cache_clear()
+    backends._TESTED.clear()
     backends.register("op", "torch")(lambda: "torch")
 
     def add(outcome, automatic=True):
@@ -59,7 +116,7 @@ def pretend_gpu(monkeypatch):
         backends.register("op", "triton", self_test=test, automatic=automatic)(lambda: "triton")
 
     yield add
-    backends._self_test.cache_clear()
+    backends._TESTED.clear()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +133,23 @@ def test_a_failed_self_test_is_a_warning_and_the_next_backend(pretend_gpu, outco
         assert backends.select("op", GPU, torch.float32).run() == "torch"
     # once: the second time it is known
     assert backends.select("op", GPU, torch.float32).run() == "torch"
+
+
+def test_a_graph_records_what_ran_before_and_nothing_untested(pretend_gpu, monkeypatch):
+    pretend_gpu(0.25)
+    with pytest.warns(RuntimeWarning):
+        backends.select("op", GPU, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backends.select("op", GPU, torch.float32).run() == "torch"
+    with pytest.raises(BackendError, match="run it once before capturing"):
+        backends.select("op", GPU, torch.bfloat16)
+
+
+def test_too_little_memory_is_no_verdict(pretend_gpu):
+    pretend_gpu(torch.OutOfMemoryError("full"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            backends.select("op", GPU, torch.float32)
 
 
 def test_forcing_a_backend_that_failed_its_self_test_is_an_error(pretend_gpu, backend):

@@ -100,7 +100,38 @@ def test_an_indefinite_matrix_is_refused_with_the_whole_ladder():
     matrix = torch.tensor([[1.0, 3.0], [3.0, 1.0]], dtype=DOUBLE)
     with pytest.raises(NumericalError, match="no usable factorisation") as caught:
         solve_one(matrix, torch.ones(2, 1, dtype=DOUBLE))
-    assert str(caught.value).count("raised to") == LADDER_STEPS
+    # from the rounding of float32, 1.2e-7, tenfold up to 0.12: the next would be above 1
+    assert str(caught.value).count("raised to") == 7
+    assert str(caught.value).endswith("ridge 1.2e-01: not positive definite at pivot 2")
+
+
+def test_a_ridge_that_leaves_nothing_is_no_solution():
+    """The residual of an asymmetric matrix asks for a ridge of 1e9, with which Z is zero."""
+    matrix = torch.eye(3, dtype=DOUBLE)
+    matrix[0, 2] = 0.5
+    with pytest.raises(NumericalError, match="no usable factorisation"):
+        solve_one(matrix, torch.ones(3, 1, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_negative_diagonal_is_not_a_dead_column(precision):
+    matrix = torch.tensor([[1.0, 0.9], [0.9, -5.0]], dtype=DOUBLE)
+    with pytest.raises(NumericalError):
+        solve_one(matrix, torch.ones(2, 1, dtype=DOUBLE), precision=precision)
+
+
+def test_the_error_names_the_system():
+    matrix = torch.eye(2, dtype=DOUBLE).repeat(4, 1, 1)
+    matrix[2] = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    with pytest.raises(NumericalError, match=r"factorisation of system 2 of 4 \(2²\)"):
+        solve(matrix, torch.ones(4, 2, 1, dtype=DOUBLE), 0.0)
+
+
+def test_the_last_rung_is_tried():
+    # positive definite from a ridge of 0.8 on; 1e-1 · 10 is the last one
+    matrix = torch.tensor([[1.0, 1.8], [1.8, 1.0]], dtype=DOUBLE)
+    _, how = solve_one(matrix, torch.ones(2, 1, dtype=DOUBLE), 1e-1)
+    assert how.ridge_used == 1.0
 
 
 def test_nan_is_never_a_solution():
@@ -165,7 +196,13 @@ def test_the_ridge_is_relative_to_its_unit():
     ("change", "message"),
     [
         ({"matrix": torch.ones(2, 3, 4, dtype=DOUBLE)}, r"matrix must be \(batch, s, s\)"),
+        ({"matrix": torch.eye(3, dtype=DOUBLE)}, r"matrix must be \(batch, s, s\) and right"),
         ({"right": torch.ones(2, 4, 1, dtype=DOUBLE)}, r"right must be \(2, 3, r\)"),
+        ({"ridge": -0.5}, "ridge must be a finite number, 0 or more; got -0.5"),
+        ({"ridge": float("nan")}, "ridge must be a finite number"),
+        ({"unit": [1.0, -1.0]}, "unit must be a finite number"),
+        ({"unit": [1.0]}, "one number for each of 2 systems; got 1"),
+        ({"precision": "fp64"}, "auto, float64 or float32; got 'fp64'"),
         ({"right": torch.ones(2, 3, 1)}, r"must be float64; got torch.float64, torch.float32"),
         ({"mean_kept": torch.ones(2, 3, dtype=DOUBLE)}, "together, or neither"),
         (
@@ -186,9 +223,9 @@ def test_the_ridge_is_relative_to_its_unit():
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
     matrix = torch.eye(3, dtype=DOUBLE).expand(2, 3, 3)
-    arguments = {"matrix": matrix, "right": torch.ones(2, 3, 1, dtype=DOUBLE), **change}
+    right = torch.ones(2, 3, 1, dtype=DOUBLE)
     with pytest.raises(ValueError, match=message):
-        solve(arguments.pop("matrix"), arguments.pop("right"), 0.0, **arguments)
+        solve(**{"matrix": matrix, "right": right, "ridge": 0.0, **change})
 
 
 def test_the_longest_ladder_fits_the_record():

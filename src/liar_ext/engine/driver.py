@@ -25,8 +25,9 @@ from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
 from liar_ext.report.schema import SiteReport
 
 CHUNK_TOKENS = 4096
-# mean square over variance, summed over a Site's columns
-CENTRING_LIMIT = 1000.0
+# mean square over variance, summed over a Site's columns; at 140 the rounding of float32 sums, seen
+# from the variances, is the default ridge (`interpolate.ROUNDING`)
+CENTRING_LIMIT = 100.0
 # (layer, kind) -> kept units
 Widths = dict[tuple[int, str], int]
 # Site and the consumer inputs of all batches -> the columns the forward goes on with, or None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.ops import backends
+from liar_ext.ops.precision import no_autocast
 
 
 class Attempt(NamedTuple):
@@ -26,7 +27,8 @@ class Attempt(NamedTuple):
     info: (b,) int32: 0, or 1 + the index of the first pivot that is not positive.
     pivot: (b,) float64: smallest pivot, the squared diagonal of L.
     largest, smallest: (b,) float64: estimated eigenvalues of Ã.
-    error: (b,) float64: `‖ÃZ̃−B̃‖ / (‖Ã‖‖Z̃‖+‖B̃‖)`.
+    error: (b,) float64: `‖ÃZ̃−B̃‖ / (‖Ã‖‖Z̃‖+‖B̃‖)`, of eight random combinations of the columns
+        where there are more of them and nothing was refined.
     """
 
     solution: Tensor
@@ -54,10 +56,10 @@ def attempt_reference(
     rows = []
     for index in range(matrix.shape[0]):
         diagonal = matrix[index].diagonal()
-        live = diagonal > 0
-        scale = torch.where(live, (diagonal + strength[index]).rsqrt(), 0.0)
+        # a negative diagonal is no dead column: its NaN fails the factorisation
+        scale = torch.where(diagonal == 0, 0.0, (diagonal + strength[index]).rsqrt())
         scaled = matrix[index] * scale[:, None] * scale
-        scaled.diagonal().fill_(1.0)
+        scaled.diagonal().copy_(1.0 + 0.0 * scale)
         target = right[index] * scale[:, None]
         eigenvalues = (
             torch.linalg.eigvalsh(scaled)
@@ -100,7 +102,8 @@ def attempt(
     device. The backend is `LIAR_BACKEND`, or the first usable one of `backends.PREFERENCE`.
 
     Args:
-        matrix: (b, s, s) float64, both triangles; a column with a diagonal of 0 is dead.
+        matrix: (b, s, s) float64, both triangles; a column with a diagonal of 0 is dead, one with
+            a negative diagonal is an `info`.
         right: (b, s, r) float64. strength: (b,) float64, λ, absolute.
         mean_kept, mean_dropped: (b, s) and (b, r) float64, or None for P = 0.
         working: float64, or float32 with refinement by float64 residuals.
@@ -109,7 +112,12 @@ def attempt(
         BackendError: `LIAR_BACKEND` names a backend that cannot run this.
     """
     _check(matrix, right, strength, mean_kept, mean_dropped, working)
-    return Attempt(*solve_attempt(matrix, right, strength, mean_kept, mean_dropped, working))
+    kept = None if mean_kept is None else mean_kept.detach()
+    dropped = None if mean_dropped is None else mean_dropped.detach()
+    with no_autocast(matrix.device):
+        return Attempt(
+            *solve_attempt(matrix.detach(), right.detach(), strength, kept, dropped, working)
+        )
 
 
 @torch.library.custom_op("liar_ext::solve", mutates_args=())
@@ -156,8 +164,8 @@ def _check(
     mean_dropped: Tensor | None,
     working: torch.dtype,
 ) -> None:
-    if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
-        raise ValueError(f"matrix must be (batch, s, s); got {tuple(matrix.shape)}")
+    if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2] or matrix.shape[1] == 0:
+        raise ValueError(f"matrix must be (batch, s, s) with s > 0; got {tuple(matrix.shape)}")
     batch, kept = matrix.shape[:2]
     if right.ndim != 3 or tuple(right.shape[:2]) != (batch, kept):
         raise ValueError(f"right must be ({batch}, {kept}, r); got {tuple(right.shape)}")

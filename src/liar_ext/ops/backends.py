@@ -11,10 +11,9 @@ it was never run on is then a reason in `liar env`, not a wrong checkpoint.
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,27 +92,32 @@ def forced(op: str) -> str | None:
     """The backend that `LIAR_BACKEND` forces on `op`, or None.
 
     `LIAR_BACKEND=triton` forces it on every op that has it, and leaves the others to `PREFERENCE`;
-    `LIAR_BACKEND=gram=triton,solve=torch` says it op by op.
+    `LIAR_BACKEND=gram=triton,solve=torch` says it op by op, which goes before a name alone.
 
     Raises:
-        BackendError: it names no backend, or an op that does not have it.
+        BackendError: it names no backend or no op, or says the same thing twice.
     """
     text = os.environ.get("LIAR_BACKEND", "").strip()
     if not text:
         return None
+    said: dict[str, str] = {}
     for part in text.split(","):
-        name, known = part.strip(), op
-        if "=" in name:
-            known, name = (word.strip() for word in name.split("=", 1))
+        known, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            known, name = "", known
         if name not in NAMES:
-            raise BackendError(f"LIAR_BACKEND={text}: not a backend; use one of {', '.join(NAMES)}")
-        if known not in _REGISTRY:
+            raise BackendError(
+                f"LIAR_BACKEND={text}: {name!r} is no backend; use one of {', '.join(NAMES)}"
+            )
+        if known and known not in _REGISTRY:
             raise BackendError(
                 f"LIAR_BACKEND={text}: {known} is no op; use one of {', '.join(sorted(_REGISTRY))}"
             )
-        if known == op and ("=" in part or name in _REGISTRY[op]):
-            return name
-    return None
+        if known in said:
+            raise BackendError(f"LIAR_BACKEND={text}: {known or 'all ops'} twice")
+        said[known] = name
+    everywhere = said.get("")
+    return said.get(op) or (everywhere if everywhere in _REGISTRY.get(op, {}) else None)
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype) -> Implementation:
@@ -154,47 +158,66 @@ def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return reason
 
 
+# what a self-test found, by implementation, device and dtype: None when it passed
+_TESTED: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
+
+
 def _failed_self_test(
     implementation: Implementation, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    # a graph under capture cannot wait for a result; what it captures has run before
-    if implementation.self_test is None or torch.cuda.is_current_stream_capturing():
-        return None
-    return _self_test(implementation, device, dtype)
-
-
-@functools.cache
-def _self_test(
-    implementation: Implementation, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    if implementation.self_test is None:
-        return None
+    key = (implementation, device, dtype)
+    if implementation.self_test is None or key in _TESTED:
+        return _TESTED.get(key)
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"{implementation.op} was never run on {device} with {dtype}: "
+            "run it once before capturing it in a graph"
+        )
     name = f"{implementation.backend} {implementation.op} on {device} {dtype}"
+    reason = None
     try:
         error, bound = implementation.self_test(implementation.run, device, dtype)
+    except torch.OutOfMemoryError:
+        # says nothing about the implementation
+        raise
     except Exception as problem:
         # whatever a compiler or a driver raises: the next backend is there for it
         first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         reason = f"its self-test failed: {first}"
     else:
-        if error <= bound:
-            return None
-        reason = f"its self-test is wrong: relative error {error:.1e}, bound {bound:.0e}"
-    warnings.warn(f"{name}: {reason}; the next backend is used", RuntimeWarning, stacklevel=2)
+        if not error <= bound:
+            reason = f"its self-test is wrong: relative error {error:.1e}, bound {bound:.0e}"
+    _TESTED[key] = reason
+    if reason is not None:
+        warnings.warn(f"{name}: {reason}; it is not used", RuntimeWarning, stacklevel=2)
     return reason
 
 
 def describe(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None, dtypes: Sequence[torch.dtype] | None = None
 ) -> list[Status]:
-    """Every op and backend with its state on `device` (default: the GPU if there is one)."""
+    """Every op and backend with its state on `device` (default: the GPU if there is one).
+
+    Args:
+        dtypes: a backend is available if it is for all of these; None for float32, and on a GPU
+            the others that ops are run with there.
+    """
     # ops register themselves when they are imported
     import liar_ext.ops  # noqa: F401
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    every = dtypes or (
+        (torch.float32, torch.bfloat16, torch.float16) if where.type == "cuda" else (torch.float32,)
+    )
     rows = []
     for op in sorted(_REGISTRY):
+        # the precision of a factorisation
+        kinds = (torch.float64, torch.float32) if op == "solve" else every
         for backend in NAMES:
-            reason = obstacle(op, backend, where, dtype)
+            reasons = (obstacle(op, backend, where, dtype) for dtype in kinds)
+            reason = next((r for r in reasons if r is not None), None)
+            automatic = backend not in _REGISTRY[op] or _REGISTRY[op][backend].automatic
+            if reason is None and not automatic:
+                reason = f"only when forced: LIAR_BACKEND={op}={backend}"
             rows.append(Status(op, backend, reason is None, reason))
     return rows

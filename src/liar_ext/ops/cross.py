@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from liar_ext.ops import backends, self_test
-from liar_ext.ops.gram import full_precision, no_triton
+from liar_ext.ops.gram import no_triton
+from liar_ext.ops.precision import full_precision, no_autocast
 
-# tokens per call: bounds the float32 copies of 16-bit input
-TOKENS = 4096
+# tokens per call, as in `gram`
+TOKENS = {"cpu": 4096, "cuda": 1024}
 
 
 @dataclass
@@ -102,7 +103,8 @@ def cross(
         out = CrossMoments.zeros(x.shape[-1], y.shape[-1], device=x.device)
     _check(x, y, token_mask, out)
     mask = None if token_mask is None else token_mask.bool()
-    cross_accumulate(x.detach(), y.detach(), mask, out.cross, out.sum_x, out.sum_y, out.count)
+    with no_autocast(x.device):
+        cross_accumulate(x.detach(), y.detach(), mask, out.cross, out.sum_x, out.sum_y, out.count)
     return out
 
 
@@ -160,15 +162,17 @@ def _check(x: Tensor, y: Tensor, token_mask: Tensor | None, out: CrossMoments) -
         x.dtype == torch.float64 and not wide
     ):
         raise ValueError(f"out.cross cannot be {out.cross.dtype} for {x.dtype} activations")
-    for name, value, shape in (
-        ("cross", out.cross, (x.shape[1], y.shape[1])),
-        ("sum_x", out.sum_x, (x.shape[1],)),
-        ("sum_y", out.sum_y, (y.shape[1],)),
+    for name, value, shape, dtype in (
+        ("cross", out.cross, (x.shape[1], y.shape[1]), out.cross.dtype),
+        ("sum_x", out.sum_x, (x.shape[1],), torch.float64),
+        ("sum_y", out.sum_y, (y.shape[1],), torch.float64),
+        ("count", out.count, (), torch.int64),
     ):
-        if tuple(value.shape) != shape or value.device != x.device or not value.is_contiguous():
+        fits = tuple(value.shape) == shape and value.dtype == dtype and value.is_contiguous()
+        if not fits or value.device != x.device:
             raise ValueError(
-                f"out.{name} must be a contiguous {shape} on {x.device}; "
-                f"got {tuple(value.shape)} on {value.device}"
+                f"out.{name} must be a contiguous {shape} {dtype} on {x.device}; "
+                f"got {tuple(value.shape)} {value.dtype} on {value.device}"
             )
 
 
@@ -201,7 +205,8 @@ def _torch(
     # products of 16-bit values are exact in float32, and CUDA can also add them up there
     native = x.is_cuda and x.element_size() == 2 and cross.dtype == torch.float32
     with full_precision():
-        for left, right in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+        tokens = TOKENS.get(x.device.type, 4096)
+        for left, right in zip(x.split(tokens), y.split(tokens), strict=True):
             sum_x.add_(left.sum(0, dtype=torch.float64))
             sum_y.add_(right.sum(0, dtype=torch.float64))
             if native:

@@ -12,20 +12,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from liar_ext.errors import NumericalError
 from liar_ext.ops import backends
 from liar_ext.ops.attempt import Attempt
+from liar_ext.ops.precision import full_precision
 
 # refinement of a float32 factorisation stops when residual times condition, a bound of the forward
 # error, is below this, or when the residual no longer falls
 REFINED = 1e-8
 REFINEMENT_STEPS = 5
-# the eigenvalues are compared with the rounding of the moments, so a factor of two is enough: at
-# n = 1500, four steps on eight vectors came to 0.83 to 1.0 of the true ones for five spectra, and
-# to 0.58 where one eigenvalue is half of all the others
-POWER_STEPS = 4
+# power iteration, so from below: six steps on eight vectors came to 0.89 to 1.0 of the true value
+# for five spectra at n = 1500
+POWER_STEPS = 6
 PROBES = 8
 # with more right-hand sides than this the residual is taken of that many random combinations
 RESIDUAL_COLUMNS = 8
+# systems of a batch that torch solves without MAGMA, whatever their size
+LIBRARY_BATCH = 8
 # columns of a diagonal block that is inverted for substitutions with few right-hand sides
 BLOCK = 512
 
@@ -62,14 +65,16 @@ class Scaled:
     @classmethod
     def of(cls, matrix: Tensor, strength: Tensor) -> Scaled:
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        scale = torch.where(diagonal > 0, (diagonal + strength[:, None]).rsqrt(), 0.0)
+        # NaN where A + λI is negative: it has to reach the factorisation
+        scale = torch.where(diagonal == 0, 0.0, (diagonal + strength[:, None]).rsqrt())
         return cls(matrix, scale[..., None], (1.0 - scale.square() * diagonal)[..., None])
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         """Ã itself, (b, s, s)."""
         scaled = self.matrix * self.scale
         scaled *= self.scale.mT
-        scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        # one, or NaN
+        scaled.diagonal(dim1=-2, dim2=-1).copy_(1.0 + 0.0 * self.scale[..., 0])
         return scaled.to(dtype)
 
     def times(self, vectors: Tensor) -> Tensor:
@@ -93,9 +98,11 @@ class LibraryFactor:
         return cls(lower, info, pivot)
 
     def substitute(self, right: Tensor) -> Tensor:
-        # from the right, on the transpose: rows of `right` are columns to the library, no copies
-        half = torch.linalg.solve_triangular(self.lower.mT, right.mT, upper=True, left=False)
-        return torch.linalg.solve_triangular(self.lower, half, upper=False, left=False).mT
+        # larger batches of larger systems go to MAGMA where torch has it: it waits for the device
+        if right.is_cuda and len(self.lower) > LIBRARY_BATCH and self.lower.shape[1] > BLOCK:
+            pairs = zip(self.lower.split(LIBRARY_BATCH), right.split(LIBRARY_BATCH), strict=True)
+            return torch.cat([_substitute(lower, part) for lower, part in pairs])
+        return _substitute(self.lower, right)
 
     def substitute_few(self, right: Tensor) -> Tensor:
         """By inverted diagonal blocks: a library spends as long on 8 columns as on hundreds."""
@@ -121,6 +128,12 @@ class LibraryFactor:
         return z
 
 
+def _substitute(lower: Tensor, right: Tensor) -> Tensor:
+    # from the right, on the transpose: rows of `right` are columns to the library, no copies
+    half = torch.linalg.solve_triangular(lower.mT, right.mT, upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False).mT
+
+
 def finish(
     system: Scaled,
     factor: Factor,
@@ -139,11 +152,12 @@ def finish(
         inner, error = _refine(system, factor, inner, target, largest, smallest)
     else:
         error = _error(system, inner, target, largest)
-    solution = (inner * system.scale).contiguous()
+    del target
+    solution = inner.mul_(system.scale).contiguous()
     if mean_kept is None or mean_dropped is None:
         shift = right.new_zeros(right.shape[0], right.shape[2])
     else:
-        shift = mean_dropped - (solution.mT @ mean_kept[..., None])[..., 0]
+        shift = torch.sub(mean_dropped, (solution.mT @ mean_kept[..., None])[..., 0]).contiguous()
     return Attempt(solution, shift, factor.info, factor.pivot, largest, smallest, error)
 
 
@@ -220,5 +234,26 @@ def _torch(
 ) -> Attempt:
     """The libraries behind `torch.linalg`: any size, any device."""
     system = Scaled.of(matrix, strength)
-    factor = LibraryFactor.of(system.tensor(working))
-    return finish(system, factor, right, mean_kept, mean_dropped, working)
+    with full_precision():
+        factor = LibraryFactor.of(system.tensor(working))
+        return finish(system, factor, right, mean_kept, mean_dropped, working)
+
+
+def inverse(matrix: Tensor, strength: float, floor: float) -> Tensor:
+    """`(A + λI)⁻¹` (s, s) float64 in three copies of A, dead rows and columns zero.
+
+    Raises:
+        NumericalError: it does not exist, or is smaller than the rounding `floor` lets it be known.
+    """
+    system = Scaled.of(matrix[None], matrix.new_tensor([strength]))
+    factor = LibraryFactor.of(system.tensor(torch.float64))
+    if int(factor.info) != 0:
+        raise NumericalError(f"no inverse: not positive definite at pivot {int(factor.info)}")
+    start = probes(matrix.shape[0], PROBES, matrix)
+    smallest = 1.0 / float(_largest(factor.substitute_few, start))
+    if not smallest > floor:
+        raise NumericalError(
+            f"no usable inverse: smallest eigenvalue {smallest:.1e}, rounding {floor:.1e}"
+        )
+    found = torch.cholesky_inverse(factor.lower)
+    return found.mul_(system.scale).mul_(system.scale.mT)[0]

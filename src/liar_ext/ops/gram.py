@@ -7,25 +7,23 @@ a Gram matrix rounded to bfloat16 is not positive definite any more.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from liar_ext.ops import _extension, backends, self_test
 from liar_ext.ops.moments import Moments
+from liar_ext.ops.precision import full_precision, no_autocast
 
 # columns of G per call: at n = 4096, T = 4096 on 2 cores, 256 to 1024 are within 5 % of each other;
 # on a GPU wider panels keep the device full
 _PANEL = {"cpu": 512, "cuda": 2048}
 
 # tokens per call: bounds the float32 copy of 16-bit input on a CPU, and on a GPU the length of one
-# tensor-core accumulation, whose rounding is one-sided
-_TOKENS = {"cpu": 4096, "cuda": 16384}
+# tensor-core accumulation, whose rounding is one-sided (about 2e-8 of the sum for each 16 tokens)
+_TOKENS = {"cpu": 4096, "cuda": 1024}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -89,7 +87,8 @@ def gram(
         _check_out(out, x, keep)
     mask = None if token_mask is None else token_mask.bool()
     out.mirrored = False
-    gram_accumulate(x.detach(), mask, out.order, out.gram, out.sum, out.count)
+    with no_autocast(x.device):
+        gram_accumulate(x.detach(), mask, out.order, out.gram, out.sum, out.count)
     return out
 
 
@@ -237,27 +236,6 @@ def _gram_torch(
                     panel.add_(torch.mm(left, right, out_dtype=torch.float32))
                 else:
                     panel.addmm_(left, right)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32: a process that allows TF32 or bfloat16 ones loses 1e-3 here.
-
-    Read per backend: the older, global getter raises once the newer settings were used.
-    """
-    backend: Any = torch.backends  # mkldnn.matmul is not in torch's own type hints
-    places = (backend.cuda.matmul, backend.mkldnn.matmul)
-    before = [place.fp32_precision for place in places]
-    if all(value in ("none", "ieee") for value in before):
-        yield
-        return
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
 
 
 def _no_cpu(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -29,7 +29,8 @@ def pack(x: Tensor, token_mask: Tensor | None = None, columns: Tensor | None = N
     Args:
         x: (T, n) float32, float16 or bfloat16; any row stride.
         token_mask: (T,) True (non-zero) for valid tokens.
-        columns: (m,) int64 indices into the columns of x, in any order; None for all.
+        columns: (m,) int64 indices into the columns of x, in any order; None for all. They are
+            looked at, which waits for the device, except while a CUDA graph is captured.
     Returns:
         (T, m) of the dtype of x, contiguous, always a copy.
     Raises:
@@ -52,7 +53,11 @@ def pack(x: Tensor, token_mask: Tensor | None = None, columns: Tensor | None = N
             f"columns must be (m,) int64 on {x.device}; "
             f"got {tuple(columns.shape)} {columns.dtype} on {columns.device}"
         )
-    # not detached: a leaf tensor under autograd is the caller's business
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if columns is not None and columns.numel() and not capturing:
+        low, high = (int(value) for value in torch.stack(columns.aminmax()).tolist())
+        if low < 0 or high >= x.shape[1]:
+            raise ValueError(f"columns must lie in 0..{x.shape[1] - 1}; they span {low}..{high}")
     mask = None if token_mask is None else token_mask.bool()
     return pack_columns(x.detach(), mask, columns)
 

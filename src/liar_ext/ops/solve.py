@@ -17,10 +17,12 @@ Precision = Literal["auto", "float64", "float32"]
 LADDER_STEPS = 8
 # normwise backward error accepted from a float64 factorisation: 1e-16 · n with n ≤ 3e4, and slack
 BACKWARD_TOLERANCE = 1e-10
-# times the condition it bounds the forward error of Z, which is to stay below this; float64 keeps
-# it there up to conditions of about 1e10
+# times the condition it estimates the forward error of Z̃ = Z/d, each kept column in its own
+# deviations; float64 keeps that below this up to conditions of about 1e10
 FORWARD_TOLERANCE = 1e-6
-# data-centre parts whose float64 rate is half of float32 or better; elsewhere it is 1/32 to 1/64
+# a ridge of the mean variance leaves nothing of a repair: the ladder ends there
+LARGEST_RIDGE = 1.0
+# data-centre parts of today whose float64 rate is half of float32 or better
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
 
@@ -58,6 +60,7 @@ def solve(
     mean_kept: Tensor | None = None,
     mean_dropped: Tensor | None = None,
     moments_dtype: torch.dtype = torch.float32,
+    floor: float | None = None,
     precision: Precision = "auto",
 ) -> Solved:
     """Solve `(A + λI) Z = B`, `λ = ridge · unit`, for a batch of positive semidefinite A.
@@ -65,8 +68,9 @@ def solve(
     λ is added before the Jacobi scaling, so it is the ridge of the definition (`attempt`). A result
     is used only if the factorisation exists, the smallest eigenvalue of the scaled matrix is above
     the rounding of the moments, and the backward error is small, also when the condition magnifies
-    it; else float32 goes to float64, and float64 raises the ridge, at least tenfold. Each such step
-    is a line of that system's Diagnostics; the other systems of the batch are not touched by it.
+    it; else float32 goes to float64, and float64 raises the ridge, at least tenfold and to 1 at
+    most. Each such step is a line of that system's Diagnostics; the other systems of the batch are
+    not touched by it.
 
     Args:
         matrix: (b, s, s) float64, both triangles; a column with a diagonal of 0 is dead.
@@ -75,12 +79,13 @@ def solve(
         unit: for each system what the ridge is relative to, the mean diagonal of its live columns
             when None or 0.
         mean_kept, mean_dropped: (b, s) and (b, r) float64, for P.
-        moments_dtype: precision the matrix was accumulated in; sets the rounding floor.
+        moments_dtype: precision the matrix was accumulated in.
+        floor: its rounding, relative to a unit diagonal; None for the epsilon of `moments_dtype`.
         precision: `float64`; `float32` with refinement by float64 residuals (falls back to
             float64); `auto` is float64 except on GPUs where float64 is slow.
     Raises:
-        ValueError: shapes or dtypes do not fit together.
-        NumericalError: one of the systems failed after `LADDER_STEPS` steps.
+        ValueError: shapes or dtypes do not fit together, or ridge or unit is negative or no number.
+        NumericalError: one of the systems could not be solved; it says which.
 
     Example:
         >>> matrix = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]], dtype=torch.float64)
@@ -88,10 +93,21 @@ def solve(
         >>> solve(matrix, right, 0.0).solution.flatten()
         tensor([1., 1.], dtype=torch.float64)
     """
-    floor = torch.finfo(moments_dtype).eps
+    if matrix.ndim != 3 or right.ndim != 3:
+        raise ValueError(
+            f"matrix must be (batch, s, s) and right (batch, s, r); "
+            f"got {tuple(matrix.shape)} and {tuple(right.shape)}"
+        )
+    batch = matrix.shape[0]
+    if unit is not None and len(unit) != batch:
+        raise ValueError(f"unit must have one number for each of {batch} systems; got {len(unit)}")
+    for name, value in (("ridge", ridge), *(("unit", u) for u in unit or ())):
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number, 0 or more; got {value}")
+    floor = torch.finfo(moments_dtype).eps if floor is None else floor
     working = working_dtype(precision, matrix.device)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    live = diagonal > 0
+    live = diagonal != 0
     own = diagonal.where(live, 0.0).sum(-1) / live.sum(-1).clamp(min=1)
     dead, means = (~live).sum(-1).tolist(), own.tolist()
     states = [
@@ -99,6 +115,7 @@ def solve(
         for i in range(matrix.shape[0])
     ]
     solution = shift = None
+    size = matrix.shape[1]
     done: list[Diagnostics | None] = [None] * len(states)
     while pending := [i for i, found in enumerate(done) if found is None]:
         # one precision at a time: after a float32 failure a batch is in both
@@ -128,9 +145,9 @@ def solve(
             reason = _reason(info, smallest, condition, error, floor)
             if reason is not None:
                 # the smallest ridge that can help: it lifts the eigenvalues of the scaled matrix
-                enough = error * largest / FORWARD_TOLERANCE
-                least = max(floor, enough) if condition < float("inf") and info == 0 else floor
-                _climb(state, reason, least, matrix.shape[1])
+                magnified = info == 0 and smallest > floor and error <= BACKWARD_TOLERANCE
+                enough = error * largest / FORWARD_TOLERANCE if magnified else 0.0
+                _climb(state, reason, max(floor, enough), f"system {i} of {batch} ({size}²)")
                 continue
             if tried.solution is not solution:
                 solution[i], shift[i] = tried.solution[at], tried.shift[at]
@@ -165,25 +182,28 @@ def _reason(info: int, smallest: float, condition: float, error: float, floor: f
     return None
 
 
-def _climb(state: _State, reason: str, least: float, size: int) -> None:
-    if state.working == torch.float32:
+def _climb(state: _State, reason: str, least: float, which: str) -> None:
+    """The next rung, or the end of the ladder."""
+    raised = max(state.used * 10, least)
+    single = state.working == torch.float32
+    if not single and (raised > LARGEST_RIDGE or len(state.steps) == LADDER_STEPS):
+        tried = " | ".join([*state.steps, f"ridge {state.used:.1e}: {reason}"])
+        raise NumericalError(f"no usable factorisation of {which}: {tried}")
+    if single:
         state.steps.append(f"float32: {reason}; repeated in float64")
         state.working = torch.float64
     else:
-        raised = max(state.used * 10, least)
         state.steps.append(f"ridge {state.used:.1e}: {reason}; raised to {raised:.1e}")
         state.used = raised
-    if len(state.steps) == LADDER_STEPS:
-        raise NumericalError(
-            f"no usable factorisation of a {size}² system after {LADDER_STEPS} steps: "
-            + " | ".join(state.steps)
-        )
 
 
 def working_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The precision of the factorisation that `precision` means on `device`."""
+    named = {"float64": torch.float64, "float32": torch.float32}
+    if precision in named:
+        return named[precision]
     if precision != "auto":
-        return {"float64": torch.float64, "float32": torch.float32}[precision]
+        raise ValueError(f"precision must be auto, float64 or float32; got {precision!r}")
     if device.type == "cuda":
         slow = torch.cuda.get_device_capability(device) not in FULL_RATE_FLOAT64
         return torch.float32 if slow else torch.float64

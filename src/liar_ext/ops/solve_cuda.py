@@ -8,7 +8,7 @@ from torch import Tensor
 from liar_ext.ops import _native_solve, backends, blocked, self_test
 from liar_ext.ops.attempt import Attempt
 from liar_ext.ops.factor import LibraryFactor, Scaled, finish
-from liar_ext.ops.gram import full_precision
+from liar_ext.ops.precision import full_precision
 
 # above this a library's own blocked Cholesky has enough work in one matrix
 BLOCKED = 1024
