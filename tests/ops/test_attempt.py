@@ -9,7 +9,7 @@ from liar_testing import assert_close_rms, covariance
 from liar_ext.ops import attempt, attempt_reference
 from liar_ext.ops import factor as factors
 from liar_ext.ops.attempt import solve_attempt
-from liar_ext.ops.factor import LibraryFactor, probes
+from liar_ext.ops.factor import LibraryFactor, Scaled, finish, probes
 
 DOUBLE = torch.float64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -72,6 +72,28 @@ def test_the_operator_passes_opcheck():
     for means in ((kept, dropped), (None, None)):
         for working in (torch.float64, torch.float32):
             torch.library.opcheck(solve_attempt, (matrix, right, strength, *means, working))
+
+
+class Perturbed(LibraryFactor):
+    """Solutions that are wrong by a known factor, and stay so under refinement."""
+
+    def substitute(self, right):
+        return super().substitute(right) * 1.25
+
+
+@pytest.mark.parametrize("columns", [3, 200], ids=["few columns", "many columns"])
+@pytest.mark.parametrize("working", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_the_error_is_the_residual_of_what_is_returned(working, columns):
+    matrix, right, strength, _, _ = systems(2, 40, columns)
+    system = Scaled.of(matrix, strength)
+    found = finish(system, Perturbed.of(system.tensor(working)), right, None, None, working)
+    scaled, scale = system.tensor(DOUBLE), system.scale
+    inner, target = found.solution / scale, right * scale
+    norm = torch.linalg.matrix_norm(scaled, 2) * inner.flatten(1).norm(dim=1)
+    true = (scaled @ inner - target).flatten(1).norm(dim=1) / (norm + target.flatten(1).norm(dim=1))
+    # eight random combinations stand for many columns, and the norm of the matrix is an estimate
+    assert bool((true > 1e-7).all()), "far above what rounding leaves"
+    assert bool(((found.error / true).log().abs() < 0.4).all())
 
 
 def test_substitution_by_blocks_is_substitution(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from liar_ext.errors import BackendError
 from liar_ext.ops import _extension, backends, gram
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
 X = torch.ones(3, 2)
 
@@ -35,7 +37,7 @@ def test_torch_runs_what_the_extension_cannot():
     assert backends.select("gram", CPU, torch.float64).backend == "torch"
 
 
-@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("name", ["reference", "torch", pytest.param("triton", marks=needs_triton)])
 def test_a_forced_backend_runs(backend, name):
     backend(name)
     assert backends.select("gram", CPU, torch.float32).backend == name
@@ -58,7 +60,7 @@ def test_a_forced_backend_of_another_device_is_an_error(backend):
 @pytest.mark.parametrize(
     ("setting", "gram_backend", "solve_backend"),
     [
-        ("triton", "triton", "torch"),
+        pytest.param("triton", "triton", "torch", marks=needs_triton),
         ("reference", "reference", "reference"),
         ("gram=torch", "torch", "torch"),
         ("solve=reference, gram=torch", "torch", "reference"),
@@ -91,6 +93,7 @@ def test_a_wrong_setting_is_named(backend, setting, message):
         backends.select("solve", CPU, torch.float64)
 
 
+@needs_triton
 def test_triton_without_a_gpu_or_its_interpreter_is_an_error(backend, monkeypatch):
     backend("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
