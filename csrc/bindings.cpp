@@ -45,6 +45,20 @@ void gram_cpu(uintptr_t x, int dtype, int64_t rows, int64_t columns, int64_t row
                                 " cannot run here on dtype " + std::to_string(dtype));
 }
 
+#ifdef LIAR_CUDA
+// one device, which gets a context by this: {"capability": 90, "runs": 90}, or with an "error"
+py::dict cuda_device(int device) {
+  int capability = 0, binary = 0;
+  const int error = liar_cuda_device(device, &capability, &binary);
+  py::dict entry;
+  entry["compiled"] = LIAR_CUDA;
+  entry["capability"] = capability;
+  entry["runs"] = binary;
+  if (error != 0) entry["error"] = liar_cuda_error(error);
+  return entry;
+}
+#endif
+
 // what a CUDA build can say about itself: {"compiled": "80 90a", "devices": [...]}, or None
 py::object cuda_info() {
 #ifdef LIAR_CUDA
@@ -54,15 +68,7 @@ py::object cuda_info() {
   int count = 0;
   const int status = liar_cuda_device_count(&count);
   if (status != 0) info["error"] = liar_cuda_error(status);
-  for (int device = 0; status == 0 && device < count; ++device) {
-    int capability = 0, binary = 0;
-    const int error = liar_cuda_device(device, &capability, &binary);
-    py::dict entry;
-    entry["capability"] = capability;
-    entry["runs"] = binary;
-    if (error != 0) entry["error"] = liar_cuda_error(error);
-    devices.append(entry);
-  }
+  for (int device = 0; status == 0 && device < count; ++device) devices.append(cuda_device(device));
   info["devices"] = devices;
   return info;
 #else
@@ -190,6 +196,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("gram_cpu_path", &liar_gram_cpu_path);
   m.def("cuda_info", &cuda_info);
 #ifdef LIAR_CUDA
+  m.def("cuda_device", &cuda_device);
   m.def("solve_small", &solve_small);
   m.def("solve_small_workspace", &liar_solve_small_workspace);
   m.def("solve_small_shared", &liar_solve_small_shared);

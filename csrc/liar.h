@@ -61,8 +61,8 @@ const char* liar_cuda_error(int error);
 
 // the ridge solves of a batch of small systems: d = (diag A + λ)^(-1/2), zero in dead rows (diag A
 // zero), Ã = d (A + λI) d with a unit diagonal, Z = d Ã⁻¹ d B, which is zero in dead rows, and
-// P = b - Zᵀ a. A system that fails (a diagonal that is not positive does) says so in info; its Z,
-// P, smallest and error are NaN, and the others do not notice.
+// P = b - Zᵀ a. A system that fails (it does where diag A + λ is not positive) says so in info; its
+// Z, P, smallest and error are NaN, and the others do not notice.
 typedef struct {
   const double* matrix;  // (batch, size, size), lower triangle read, unit column stride
   int64_t matrix_batch, matrix_row;

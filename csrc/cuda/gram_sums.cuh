@@ -1,17 +1,19 @@
 // the sums of the Hopper Gram kernel: kept accurate in registers, added to G, or to a workspace and
 // from there to G.
 //
-// Long sums: a tensor core truncates its running sum, an error of one sign, about 2e-8 of the sum
-// per 16 tokens where all products are positive, as on the diagonal. So every 384 tokens (24 wgmmas
-// deep, 5e-7) the sum moves into a second accumulator by additions that round to nearest. There is
+// Long sums: a tensor core drops the low bits of products that it aligns to its running sum, and
+// truncates the sum: an error of one sign where all products are positive, as on the diagonal. By a
+// published model of the H100 (arXiv 2512.07004), simulated and not measured, 384 tokens of
+// bfloat16 lose 7e-7 of the sum and 192 of float16 as much. So every 384 or 192 tokens the sum
+// moves into a second accumulator by additions that round to nearest. There is
 // no room for a second float per element: 64 × 256 of a warpgroup are 128 registers a thread, and
 // 256 is more than a thread can have (128 × 192 tiles would fit two floats, and read a tenth more
 // of x for each multiplication). The second accumulator is a bfloat16, two to a register:
 //     t = high + low;  high' = bfloat16(t);  low' = low + (high - high')
 // high - high' is exact, or rounded to nearest where high changed by orders of magnitude, and high
 // and low together are worth 32 bits. low' lies within ±2⁻⁹ of the sum, with either sign, and the
-// tensor core goes on from there. 128 + 64 registers, 11 instructions for two elements every 384
-// tokens; the two warpgroups do it half a period apart, so that the tensor cores always have work
+// tensor core goes on from there. 128 + 64 registers, 11 instructions for two elements each
+// time; the two warpgroups do it half a period apart, so that the tensor cores always have work
 // from one of them.
 // A sum that overflows ends as NaN.
 #pragma once

@@ -66,7 +66,8 @@ def padded_rows(values: torch.Tensor) -> torch.Tensor:
 
 def integers(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     values = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1))
-    return padded_rows(values.to(dtype)).to(device)
+    # in this order: a copy to another device would drop the padding
+    return padded_rows(values.to(device=device, dtype=dtype))
 
 
 def reference(x: torch.Tensor, panel: int, planes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,10 +202,12 @@ def split(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([high, middle, low])
 
 
-def bias(device, tokens: int, columns: int, planes: int, period: int) -> torch.Tensor:
+def bias(
+    device, tokens: int, columns: int, planes: int, period: int, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """Relative errors of the sums of positive products."""
     x = torch.randn(tokens, columns, device=device).abs()
-    parts = split(x) if planes == 3 else x.bfloat16()
+    parts = split(x) if planes == 3 else x.to(dtype)
     value = (x if planes == 3 else parts).double()
     gram = torch.zeros(columns, columns, device=device)
     _native_gram.gram_sm90(parts, gram, None, planes, period=period, tile=128)
@@ -226,13 +229,18 @@ def test_moving_the_sum_keeps_the_bias_below_a_millionth_whatever_the_length(emu
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize(
+    ("planes", "dtype"), [(1, torch.bfloat16), (1, torch.float16), (3, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("tokens", [4096, 65536])
-def test_the_bias_of_a_real_tensor_core_stays_below_a_millionth(tokens, planes):
+def test_the_bias_of_a_real_tensor_core_stays_below_a_millionth(tokens, planes, dtype):
     device = torch.device("cuda")
     if reason := _native_gram.unavailable(device, torch.bfloat16):
         pytest.skip(reason)
-    assert bias(device, tokens, 512, planes, period=0).abs().max() <= BIAS
+    found = bias(device, tokens, 512, planes, 0, dtype)
+    assert found.mean().abs() <= BIAS
+    # rounding of single entries comes on top
+    assert found.abs().max() <= 2 * BIAS
 
 
 @pytest.mark.parametrize("planes", [1, 3])

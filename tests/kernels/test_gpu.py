@@ -31,7 +31,7 @@ def kernel(request):
 
 
 def bound(tokens: int) -> float:
-    """Rounding of tests/ops/test_gram.py, and truncation of sums of 512 tokens at most."""
+    """Rounding of tests/ops/test_gram.py, and truncation of the longest sums."""
     return 2.0**-24 * (3 + tokens**0.5) + 7e-7
 
 

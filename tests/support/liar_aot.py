@@ -123,7 +123,7 @@ def product_variant(kernel, dtype, config, capability, masked=False, odd=False):
 def product_variants(capability):
     """Every committed configuration and every candidate, each once.
 
-    Masks and odd outputs for committed configurations only, and float16 without either.
+    Odd outputs for committed configurations only, and float16 with neither those nor masks.
     """
     (table,) = (table for table in configs.tables() if table.architecture == capability)
     seen = set()
@@ -137,7 +137,7 @@ def product_variants(capability):
         if entry.dtype != "float16":
             yield product_variant(*key, capability, odd=True)
     for kernel in configs.KERNELS:
-        for dtype in ("bfloat16", "float32"):
+        for dtype in configs.DTYPES:
             for config in tune.candidates(kernel, dtype, capability):
                 masked = kernel == "pointer" and dtype == "bfloat16"
                 if (kernel, dtype, config, masked) not in seen:

@@ -119,18 +119,24 @@ def cuda_obstacle(device: torch.device) -> str | None:
         return f"it needs a CUDA tensor, not {device.type}"
     if (reason := unavailable()) is not None:
         return reason
-    info = cuda_info()
-    if info is None:
+    if not hasattr(module(), "cuda_device"):
         return "the extension was built without CUDA; reinstall with LIAR_EXT_BUILD=cuda"
-    if "error" in info:
-        return f"the CUDA runtime says: {info['error']}"
-    entry = info["devices"][device.index or 0]
+    entry = _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+    if "error" in entry:
+        return f"the CUDA runtime says: {entry['error']}"
     if entry["runs"] == 0:
         return (
             f"no code for compute capability {entry['capability'] / 10:.1f}; "
-            f"compiled for {info['compiled']}"
+            f"compiled for {entry['compiled']}"
         )
     return None
+
+
+@functools.cache
+def _cuda_device(index: int) -> dict[str, Any]:
+    """Asked once, and of this device alone: the question makes a context on it."""
+    entry: dict[str, Any] = module().cuda_device(index)
+    return entry
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from liar_ext.ops.precision import full_precision, no_autocast
 _PANEL = {"cpu": 512, "cuda": 2048}
 
 # tokens per call: bounds the float32 copy of 16-bit input on a CPU, and on a GPU the length of one
-# tensor-core accumulation, whose rounding is one-sided (about 2e-8 of the sum for each 16 tokens)
+# tensor-core accumulation, whose rounding is one-sided (`kernels.tune.longest_sum`)
 _TOKENS = {"cpu": 4096, "cuda": 1024}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
