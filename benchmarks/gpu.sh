@@ -24,7 +24,7 @@ for package in pytest pybind11 greenlet rich transformers; do
   "$python" -P -c "import $package" 2>/dev/null || missing+=("$package")
 done
 if ((${#missing[@]})); then
-  echo "error: $python lacks ${missing[*]}: install them, or put their wheels on PYTHONPATH" >&2
+  echo "error: $python lacks ${missing[*]}: install them, or put them, unpacked, on PYTHONPATH" >&2
   exit 2
 fi
 if ! mkdir -p "$out"; then
@@ -36,6 +36,8 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT  # until there is a summary to write
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+# -P for the processes that a python starts, pytest's workers among them
+export PYTHONSAFEPATH=1
 export TRITON_CACHE_DIR="$work/triton" HF_HUB_OFFLINE=1
 liar=("$python" -P "$work/site/bin/liar")
 log=$out/gpu.log
@@ -53,10 +55,11 @@ skip() { # NAME REASON
 }
 
 step() { # NAME LIMIT COMMAND...; fails as well if the output lacks what EXPECT holds
-  local name=$1 limit=$2 left=$((budget - SECONDS)) start=$SECONDS rc reason=""
+  # COUNTS=0: a failure is recorded, and the script does not fail for it
+  local name=$1 limit=$2 left=$((budget - SECONDS)) start=$SECONDS counts=${COUNTS:-1} rc reason=""
   shift 2
   if ((left < 3)); then
-    failed=1
+    failed=$((failed | counts))
     skip "$name" "no time left of $budget s"
     return 1
   fi
@@ -71,7 +74,10 @@ step() { # NAME LIMIT COMMAND...; fails as well if the output lacks what EXPECT 
   if ((rc == 0)) && [[ -n ${EXPECT:-} ]] && ! grep -q -- "$EXPECT" "$work/step.txt"; then
     rc=1 reason="no '$EXPECT' in the output"
   fi
-  ((rc != 0)) && failed=1
+  if ((rc != 0)); then
+    failed=$((failed | counts))
+    ((counts)) || reason="${reason:+$reason; }recorded, and no failure of the script"
+  fi
   record "$name" "$rc" "$((SECONDS - start))" "$reason"
   return "$rc"
 }
@@ -84,8 +90,9 @@ export -f install
 export python work
 
 summary() {
-  local environment=null
+  local environment=null tuned=null
   [[ -s $work/environment.json ]] && environment=$(<"$work/environment.json")
+  [[ -s $work/tuned.json ]] && tuned=$(<"$work/tuned.json")
   {
     printf '{"benchmark": "gpu.sh", "date": "%s", "seconds": %s, "environment": %s,\n "steps": [\n  ' \
       "$today" "$SECONDS" "$environment"
@@ -94,7 +101,7 @@ summary() {
       printf '%s%s' "$separator" "$item"
       separator=$',\n  '
     done
-    printf '\n]}\n'
+    printf '\n],\n "tuned": %s}\n' "$tuned"
   } >"$out/summary-gpu.json"
 }
 
@@ -107,17 +114,23 @@ if ! step build 150 bash -c 'install cuda'; then
   # the Triton kernels need no compiler: they can still be tested and timed
   step build-python 60 bash -c 'install python'
 fi
-if step environment 40 "${liar[@]}" env --json; then
+if step environment 90 "${liar[@]}" env --json; then
   # the last line of its output; warnings may come after it
   grep '^{' "$work/step.txt" | tail -n 1 >"$work/environment.json"
 fi
 parallel=()
-# compiling the kernels keeps a core busy and the GPU idle
-"$python" -P -c 'import xdist' 2>/dev/null && parallel=(-n 4 --dist loadfile)
+# compiling the kernels keeps a core busy and the GPU idle; one file has most of them, so that the
+# workers take from each other. Without xdist, or one that is too old for this: one after another
+"$python" -P -c 'from xdist.scheduler import WorkStealingScheduling' 2>/dev/null &&
+  parallel=(-n 8 --dist worksteal)
 # tests that were all skipped prove nothing
 EXPECT=' passed' step pytest 170 "$python" -P -m pytest -m gpu -q -p no:cacheprovider \
   --durations=5 "${parallel[@]}"
-step gram 120 "${liar[@]}" bench gram --device cuda --json "$out/gram-gpu-$today.json"
+# a result is written when all of it is measured: two steps, so that the second cannot cost the first
+step gram 120 "${liar[@]}" bench gram --device cuda --dtypes bfloat16 \
+  --json "$out/gram-gpu-$today.json"
+step gram-other 60 "${liar[@]}" bench gram --device cuda --dtypes float16:11008 float32:11008 \
+  --json "$out/gram-other-gpu-$today.json"
 step solve 60 "${liar[@]}" bench solve --device cuda --json "$out/solve-gpu-$today.json"
 if step model 40 "$python" -P benchmarks/random_llama.py "$work/llama"; then
   step prune-llama 60 "${liar[@]}" bench prune "$work/llama/model" --name random-llama-4096x4 \
@@ -128,22 +141,26 @@ else
   skip prune-llama "there is no model to prune"
 fi
 sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-for tool in memcheck racecheck; do
+sanitize() { # TOOL LIMIT
   if [[ -z $sanitizer ]]; then
-    skip "$tool" "compute-sanitizer is neither on PATH nor in \$CUDA_HOME/bin"
-    continue
+    skip "$1" "compute-sanitizer is neither on PATH nor in \$CUDA_HOME/bin"
+    return
   fi
-  # without torch's caching allocator: inside its blocks an overrun touches memory that is ours
-  EXPECT=' passed' step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+  # without torch's caching allocator: inside its blocks an overrun touches memory that is ours.
+  # 'not torch': instrumenting the libraries' kernels takes minutes and says nothing about ours
+  EXPECT=' passed' step "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" \
     --error-exitcode 9 --target-processes all \
-    "$python" -P -m pytest -m gpu -q -p no:cacheprovider tests/bench/test_sanitized.py
-done
-step tune 60 "${liar[@]}" bench tune --sizes 11008 --dtypes bfloat16 --out "$out/gram-tuned-gpu.json" \
+    "$python" -P -m pytest -m gpu -q -p no:cacheprovider -k 'not torch' tests/bench/test_sanitized.py
+}
+sanitize memcheck 120
+step tune 60 "${liar[@]}" bench tune --sizes 11008 --dtypes bfloat16 --out "$work/tuned.json" \
   --json "$out/tune-gpu-$today.json"
 demo=$("$python" -P -c 'import liar_ext.demo as d; print(d.FOLDER)' 2>>"$log")
 step prune-demo 40 "${liar[@]}" bench prune "$demo/model" --name demo \
   --calibration "$demo/calibration.txt" --target ffn,heads --sparsity 0.5 --seq-len 256 \
   --repeats 5 --device cuda --json "$out/prune-demo-gpu-$today.json"
+# last, and it does not count: whether it knows copy engines, mbarriers and setmaxnreg is not known
+COUNTS=0 sanitize racecheck 60
 
 echo "written: $out/summary-gpu.json and $log; $SECONDS s"
 exit "$failed"

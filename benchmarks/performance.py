@@ -2,13 +2,15 @@
 
     python benchmarks/performance.py            # after new results were put there
 
-Only what is in those files is shown. Of each benchmark and device the newest result counts.
+Only what is in those files is shown. Of each benchmark and device the newest result counts, of Gram
+the newest of each dtype.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,9 @@ Same model, batches, dtype and device, alternating; the model is in memory. `lia
 
 
 def load(folder: Path) -> list[Result]:
-    """The newest result of each benchmark, device and model."""
+    """The newest result of each benchmark, device and model; of Gram, the newest of each dtype."""
     newest: dict[tuple[Any, ...], Result] = {}
+    grams: dict[str, list[Result]] = {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("benchmark") not in ("gram", "solve", "prune", "tune"):
@@ -69,12 +72,63 @@ def load(folder: Path) -> list[Result]:
         data.setdefault("device", "cpu")
         data.setdefault("date", "")
         data["file"] = path.name
+        if data["benchmark"] == "gram":
+            grams.setdefault(data["environment"]["device"], []).append(data)
+            continue
         # early results call every model `model`; their tokens tell them apart
         model = (data.get("source"), data.get("tokens"))
         key = (data["benchmark"], data["environment"]["device"], model)
         if key not in newest or data["date"] >= newest[key]["date"]:
             newest[key] = data
-    return [newest[key] for key in sorted(newest, key=str)]
+    return [
+        *(combined(grams[device]) for device in sorted(grams)),
+        *(newest[key] for key in sorted(newest, key=str)),
+    ]
+
+
+def combined(results: Sequence[Result]) -> Result:
+    """One Gram result of a device: a run may write one file for each dtype that it measures.
+
+    Each dtype is of the newest file that has it; `parts` are those that were used.
+    """
+    seen: set[str] = set()
+    parts: list[Result] = []
+    # of one date, the last by name
+    for data in sorted(results, key=lambda data: (data["date"], data["file"]), reverse=True):
+        own = set(data["ceilings"]["matmul_gflops"])
+        if own - seen:
+            parts.append(without(data, own & seen))
+        seen |= own
+    newest = parts[0]
+    # as they were measured: a run starts with what matters most
+    parts.reverse()
+    ceilings = [part["ceilings"] for part in parts]
+    return newest | {
+        "parts": parts,
+        "ceilings": {
+            "matmul_gflops": {k: v for one in ceilings for k, v in one["matmul_gflops"].items()},
+            "copy_gbytes": newest["ceilings"]["copy_gbytes"],
+        },
+        "absent": {k: v for part in parts for k, v in part.get("absent", {}).items()},
+        "rows": [row for part in parts for row in part["rows"]],
+        "problems": [problem for part in parts for problem in part.get("problems", [])],
+    }
+
+
+def without(data: Result, dtypes: set[str]) -> Result:
+    """A Gram result with nothing about `dtypes`."""
+    rates = data["ceilings"]["matmul_gflops"]
+    return data | {
+        "ceilings": data["ceilings"]
+        | {"matmul_gflops": {name: rate for name, rate in rates.items() if name not in dtypes}},
+        "absent": {k: v for k, v in data.get("absent", {}).items() if k not in dtypes},
+        "rows": [row for row in data["rows"] if row["dtype"] not in dtypes],
+        "problems": [
+            problem
+            for problem in data.get("problems", [])
+            if dtypes.isdisjoint(re.findall(r"\w+", problem))
+        ],
+    }
 
 
 def of(results: Sequence[Result], benchmark: str) -> list[Result]:
@@ -117,18 +171,19 @@ def goal_table(results: Sequence[Result]) -> list[str]:
 
 
 def heading(kind: str, data: Result) -> list[str]:
-    env, machine = data["environment"], data.get("machine", {})
-    before, after = machine.get("before", {}), machine.get("after", {})
-    load = f", load {before['load_1min']:g} to {after['load_1min']:g}" if before and after else ""
-    triton = f", triton {env['triton']}" if data["device"] == "cuda" else ""
-    lines = [
-        f"## {kind}: {env['device']}",
-        "",
-        f"`results/{data['file']}`: {data['date'] or 'undated'}, torch {env['torch']}{triton}, "
-        f"{env['threads']} threads{load}.",
-    ]
-    if data.get("note"):
-        lines += ["", data["note"]]
+    lines = [f"## {kind}: {data['environment']['device']}"]
+    for part in data.get("parts", [data]):
+        env, machine = part["environment"], part.get("machine", {})
+        before, after = (machine.get(when, {}).get("load_1min") for when in ("before", "after"))
+        load = "" if None in (before, after) else f", load {before:g} to {after:g}"
+        triton = f", triton {env['triton']}" if part["device"] == "cuda" else ""
+        lines += [
+            "",
+            f"`results/{part['file']}`: {part['date'] or 'undated'}, torch {env['torch']}{triton}, "
+            f"{env['threads']} threads{load}.",
+        ]
+        if part.get("note"):
+            lines += ["", part["note"]]
     return [*lines, ""]
 
 

@@ -103,10 +103,12 @@ def why(data: dict[str, Any], row: dict[str, Any], reached: float) -> list[str]:
         return []
     found = []
     where += f", n = {row['n']}"
+    # the file that the row is from: there may be one for each dtype
+    own = next(part for part in data.get("parts", [data]) if row in part["rows"])
     load = max(
-        data.get("machine", {}).get(when, {}).get("load_1min", 0) for when in ("before", "after")
+        own.get("machine", {}).get(when, {}).get("load_1min", 0) for when in ("before", "after")
     )
-    if load > BUSY * data["environment"]["threads"]:
+    if load > BUSY * own["environment"]["threads"]:
         found.append("the machine was busy with other work, see the load above")
     tiles = -(-row["n"] // TILE)
     count = tiles * (tiles + 1) // 2

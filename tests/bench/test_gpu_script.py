@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,20 @@ pytestmark = pytest.mark.skipif(BASH is None, reason="no bash")
 # answers like a python on a GPU machine: what fails and what hangs is in FAIL and HANG
 PRETENDED = """\
 #!/usr/bin/env bash
+echo "safe=${PYTHONSAFEPATH:-} $*" >>"$CALLS"
 for word in $HANG; do [[ " $* " == *" $word "* ]] && exec sleep 30; done
 for word in $FAIL; do [[ " $* " == *" $word "* ]] && { echo "$word fails"; exit 3; }; done
 [[ " $* " == *" env --json "* ]] && printf '%s\\n' '{"device": "pretended"}' 'a warning'
 [[ " $* " == *" pytest "* ]] && echo "$TESTS in 1.00s"
-echo "$*" >>"$CALLS"
+while (($#)); do [[ $1 == --out ]] && echo '{"device": "tuned"}' >"$2"; shift; done
 exit 0
 """
+
+# the results of the commands, without their dates
+WRITTEN = [
+    *("gram-gpu.json", "gram-other-gpu.json", "prune-demo-gpu.json"),
+    *("prune-random-llama-gpu.json", "solve-gpu.json", "tune-gpu.json"),
+]
 
 
 @pytest.fixture
@@ -77,10 +85,11 @@ def test_everything_runs_in_order_and_is_recorded(machine):
     done, steps, summary = machine()
     assert done.returncode == 0, done.stdout
     assert list(steps) == [
-        *("build", "environment", "pytest", "gram", "solve", "model", "prune-llama"),
-        *("memcheck", "racecheck", "tune", "prune-demo"),
+        *("build", "environment", "pytest", "gram", "gram-other", "solve", "model"),
+        *("prune-llama", "memcheck", "tune", "prune-demo", "racecheck"),
     ]
     assert summary["environment"] == {"device": "pretended"}
+    assert summary["tuned"] == {"device": "tuned"}
     for name, step in steps.items():
         if name in ("memcheck", "racecheck"):
             assert step["rc"] is None
@@ -88,10 +97,38 @@ def test_everything_runs_in_order_and_is_recorded(machine):
         else:
             assert (step["rc"], step["reason"]) == (0, "")
     calls = machine.calls.read_text()
-    assert "bench gram --device cuda --json" in calls
-    assert "-m pytest -m gpu" in calls
-    files = [path.name for path in machine.out.iterdir()]
-    assert len(files) <= 8
+    assert "bench gram --device cuda --dtypes bfloat16 --json" in calls
+    assert "bench gram --device cuda --dtypes float16:11008 float32:11008 --json" in calls
+    assert "-m pytest -m gpu -q -p no:cacheprovider --durations=5 -n 8 --dist worksteal" in calls
+    # children of a python inherit this, and not its -P
+    assert "safe=1 -P -m pytest" in calls
+    assert calls.count("--json") == len(WRITTEN) + 1  # liar env prints its own
+    written = [Path(word).name for word in calls.split() if word.startswith(str(machine.out))]
+    assert sorted(re.sub(r"-\d{4}-\d\d-\d\d", "", name) for name in written) == WRITTEN
+    assert sorted(path.name for path in machine.out.iterdir()) == ["gpu.log", "summary-gpu.json"]
+    # no more come back from a machine that is lent
+    assert len(WRITTEN) + 2 <= 8
+
+
+def test_without_a_parallel_pytest_the_tests_run_one_after_another(machine):
+    done, steps, _ = machine(FAIL="xdist.scheduler")
+    assert done.returncode == 0
+    assert steps["pytest"]["rc"] == 0
+    (call,) = [line for line in machine.calls.read_text().splitlines() if "-m pytest" in line]
+    assert call.endswith("--durations=5")
+
+
+def test_missing_packages_are_named_with_what_to_do(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PRETENDED)
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "FAIL": "greenlet rich", "HANG": ""}
+    env |= {"CALLS": str(tmp_path / "calls"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run([BASH, str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {python} lacks greenlet rich: install them, or put them, unpacked, on PYTHONPATH\n"
+    )
 
 
 def test_a_failing_step_stops_nothing_and_shows_in_the_exit_code(machine):
@@ -126,15 +163,32 @@ def test_a_step_that_hangs_is_ended_and_what_has_no_time_left_is_named(machine):
 
 
 def test_the_sanitizer_is_used_where_there_is_one(machine, tmp_path):
-    tool = tmp_path / "bin" / "compute-sanitizer"
-    tool.parent.mkdir()
-    tool.write_text('#!/usr/bin/env bash\necho "sanitizer $*" >>"$CALLS"; echo "9 passed"\n')
-    tool.chmod(0o755)
-    done, steps, _ = machine(PATH=f"{tool.parent}:/usr/bin:/bin")
+    done, steps, _ = machine(PATH=f"{sanitizer(tmp_path)}:/usr/bin:/bin")
     assert done.returncode == 0
     assert steps["memcheck"]["rc"] == steps["racecheck"]["rc"] == 0
     calls = machine.calls.read_text()
     for name in ("memcheck", "racecheck"):
         assert f"sanitizer --tool {name} --error-exitcode 9" in calls
     assert (ROOT / "tests" / "bench" / "test_sanitized.py").is_file()
-    assert "tests/bench/test_sanitized.py" in calls
+    assert calls.count("-k not torch tests/bench/test_sanitized.py") == 2
+
+
+@pytest.mark.parametrize(("tool", "code"), [("memcheck", 1), ("racecheck", 0)])
+def test_what_racecheck_says_is_recorded_and_fails_nothing(machine, tmp_path, tool, code):
+    done, steps, _ = machine(PATH=f"{sanitizer(tmp_path)}:/usr/bin:/bin", WRONG=tool)
+    assert done.returncode == code
+    assert steps[tool]["rc"] == 9
+    said = "" if code else "recorded, and no failure of the script"
+    assert steps[tool]["reason"] == said
+
+
+def sanitizer(folder: Path) -> Path:
+    """A folder with a compute-sanitizer for which the tool in WRONG finds something."""
+    tool = folder / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(
+        '#!/usr/bin/env bash\necho "sanitizer $*" >>"$CALLS"; echo "9 passed"\n'
+        '[[ $2 != "${WRONG:-}" ]] || exit 9\n'
+    )
+    tool.chmod(0o755)
+    return tool.parent

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 
+import liar_cuda_host
+import liar_gram_host
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from liar_ext.bench import BENCHMARKS, gram, gram_checks, gram_variants, measure
 from liar_ext.bench.gram_checks import Case
 from liar_ext.cli import main
 from liar_ext.errors import InputError
-from liar_ext.ops import backends, gram_reference
+from liar_ext.ops import _native_gram, backends, gram_reference
 
 SMALL = ["--sizes", "40", "--tokens", "64", "--dtypes", "float32", "--repeats", "2"]
 CPU = torch.device("cpu")
@@ -239,6 +241,98 @@ def test_forcing_a_variant_leaves_no_trace(monkeypatch):
         assert os.environ["LIAR_GRAM_KERNEL"] == "pointer"
     assert backends.forced("gram") == "reference"
     assert "LIAR_GRAM_KERNEL" not in os.environ
+
+
+HOPPER = ["cuda:128x1", "cuda:128x1:12", "cuda:256x1", "cuda:256x1:12"]
+HOPPER += ["cuda:256x2", "cuda:256x2:12"]
+
+
+@pytest.fixture(params=["emulated", "pretended"])
+def hopper(request, monkeypatch):
+    """The Hopper kernel on CPU tensors: the real one in the emulator, or its definition."""
+    if request.param == "emulated":
+        if reason := liar_cuda_host.unavailable():
+            pytest.skip(reason)
+        liar_gram_host.install(monkeypatch)
+    else:
+        monkeypatch.setattr(_native_gram, "unavailable", lambda *_: None)
+    asked = []
+    real = _native_gram.gram_sm90 if request.param == "emulated" else _definition
+
+    def remembered(x, gram, sum, **options):
+        asked.append(tuple(options[name] for name in ("tile", "cluster", "period")))
+        real(x, gram, sum, **options)
+
+    monkeypatch.setattr(_native_gram, "gram_sm90", remembered)
+    return asked
+
+
+def _definition(x, gram, sum, **_):
+    gram += x.float().T @ x.float()
+    sum += x.double().sum(0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_settings_of_the_hopper_kernel_are_measured_on_the_plain_triangle(hopper, dtype):
+    variants = gram_variants.settings(CPU, gram.DTYPES[dtype])
+    assert [variant.name for variant in variants] == HOPPER
+    rows = gram.run(40, 64, dtype, variants, 2, CPU, keep=[0.5])
+    assert [(row["variant"], row["case"]) for row in rows[1:]] == [(n, "triangle") for n in HOPPER]
+    for row in rows[1:]:
+        assert row["ok"]
+        assert not row["chosen"]
+        assert row["error"] <= row["bound"]
+        assert row["ratio"] > 0
+        assert {"ms", "gflops", "bias"} <= set(row)
+    every = {
+        (tile, cluster, p) for tile, cluster in ((128, 1), (256, 1), (256, 2)) for p in (0, 12)
+    }
+    assert {tuple(row["setting"].values()) for row in rows[1:]} == every
+    assert set(hopper) == every
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_wrong_setting_has_no_speed(monkeypatch):
+    monkeypatch.setattr(_native_gram, "unavailable", lambda *_: None)
+
+    def forgets(x, gram, sum, *, cluster, **_):
+        _definition(x, gram, sum)
+        if cluster == 2:
+            gram.zero_()
+
+    monkeypatch.setattr(_native_gram, "gram_sm90", forgets)
+    variants = gram_variants.settings(CPU, torch.bfloat16)
+    rows = gram.run(40, 64, "bfloat16", variants, 2, CPU)
+    assert [row["variant"] for row in rows if not row["ok"]] == HOPPER[4:]
+    assert [row["variant"] for row in rows[1:] if "ms" in row] == HOPPER[:4]
+
+
+def test_settings_are_left_out_where_rows_would_have_to_be_copied(hopper):
+    variants = gram_variants.settings(CPU, torch.bfloat16)
+    assert len(gram.run(41, 64, "bfloat16", variants, 2, CPU)) == 1
+    assert hopper == []
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype", "expected"),
+    [
+        (None, torch.bfloat16, HOPPER),
+        (["cuda"], torch.float16, HOPPER),
+        (["torch"], torch.bfloat16, []),
+        (None, torch.float32, []),
+    ],
+)
+def test_settings_go_with_the_cuda_backend_and_16_bit_values(monkeypatch, names, dtype, expected):
+    monkeypatch.setattr(backends, "obstacle", lambda *_: None)
+    monkeypatch.setattr(_native_gram, "unavailable", lambda *_: None)
+    found, _ = gram_variants.usable(names, CPU, dtype)
+    assert [variant.name for variant in found if variant.setting is not None] == expected
+    assert len({variant.name for variant in found}) == len(found)
+
+
+def test_without_the_hopper_kernel_there_are_no_settings():
+    assert _native_gram.unavailable(CPU, torch.bfloat16) is not None
+    assert gram_variants.settings(CPU, torch.bfloat16) == []
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def test_without_results_every_goal_is_unmeasured(tmp_path):
     assert "**assumed**" in page
 
 
-def test_the_newest_result_of_a_device_counts_and_a_gpu_is_judged(tmp_path):
+@pytest.mark.parametrize("files", [1, 2])
+def test_the_newest_result_of_a_device_counts_and_a_gpu_is_judged(tmp_path, files):
     results = tmp_path / "results"
     results.mkdir()
     environment = {"device": "Some GPU", "torch": "2.11", "triton": "3.6", "threads": 16}
@@ -69,26 +70,68 @@ def test_the_newest_result_of_a_device_counts_and_a_gpu_is_judged(tmp_path):
     row |= {"ms": 1.0, "gflops": 2e5, "share": 0.2, "peak_bytes": 2**20}
     # 74 ms are predicted for these six products of three planes; memory needs less
     three = row | {"n": 11008, "tokens": 32768, "dtype": "float32", "ratio": 4.5, "ms": 100.0}
-    for date, ratio in (("2030-01-02", 1.9), ("2030-01-01", 1.1)):
+    ceilings = {"bfloat16": 3.22e5, "float32": 5e4}
+
+    def write(name, date, dtypes, rows, **fields):
         data = {
             "benchmark": "gram",
             "device": "cuda",
             "date": date,
             "environment": environment,
             "ceilings": {
-                "matmul_gflops": {"bfloat16": 3.22e5, "float32": 5e4},
+                "matmul_gflops": {dtype: ceilings[dtype] for dtype in dtypes},
                 "copy_gbytes": 4000.0,
             },
             "multiprocessors": 132,
-            "rows": [row | {"ratio": ratio}, three],
+            "rows": rows,
+            "absent": {dtype: {"cpu": f"{name} has none"} for dtype in dtypes},
+            **fields,
         }
-        (results / f"gram-{date}.json").write_text(json.dumps(data))
+        (results / f"{name}.json").write_text(json.dumps(data))
+
+    new = [row | {"ratio": 1.9}, row | {"ratio": 1.7, "chosen": False, "variant": "cuda:256x2"}]
+    old = [row | {"ratio": 1.1}, three | {"ratio": 3.3}]
+    write("outdated", "2030-01-01", ceilings, old, problems=["triton for bfloat16: superseded"])
+    if files == 1:
+        write("new", "2030-01-02", ceilings, [*new, three])
+    else:
+        # one file for each dtype, and midnight between them
+        write("new", "2030-01-02", ["bfloat16"], new)
+        write("new-other", "2030-01-03", ["float32"], [three], note="the second half")
     generate(tmp_path, "--results", str(results))
     page = (tmp_path / "performance.md").read_text(encoding="utf-8")
     assert "| Some GPU | times as fast as the baseline ≥ 1.80 | 1.90 | reached |" in page
     assert "measured matmul rate ≥ 0.85 | 0.20 | **missed** |" in page
-    assert "| 1.10 |" not in page
+    assert "| Some GPU | times as fast as the baseline ≥ 4.00 | 4.50 | reached |" in page
+    assert not re.search(r"\| 1\.10 \||\| 3\.30 \||outdated|superseded", page)
+    assert "`cuda:256x2`" in page
+    assert page.count("## Gram: Some GPU") == 1
+    assert page.count("`results/new") == files
+    assert ("the second half" in page) == (files == 2)
     assert "Measured on Some GPU" in page
     assert "compute, as 6 bfloat16 products | 73.99 | 100 | 0.74 |" in page
     assert "28.3 rounds of tiles on 132 multiprocessors, 2%" in page
     assert "**assumed**" not in page
+
+
+def test_a_dtype_that_the_newest_result_lacks_stays(tmp_path):
+    committed = next((ROOT / "benchmarks" / "results").glob("gram-cpu-*.json"))
+    data = json.loads(committed.read_text(encoding="utf-8"))
+    data["problems"] = ["triton for float32: still so", "cpu bfloat16 n=9 failed: superseded"]
+    (tmp_path / "gram-old.json").write_text(json.dumps(data))
+    data["problems"] = []
+    data["date"] = "2999-01-01"
+    data["ceilings"]["matmul_gflops"].pop("float32")
+    data["absent"].pop("float32")
+    data["rows"] = [row for row in data["rows"] if row["dtype"] == "bfloat16"]
+    (tmp_path / "gram-new.json").write_text(json.dumps(data))
+    generate(tmp_path, "--results", str(tmp_path))
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert page.index("gram-old.json") < page.index("gram-new.json")
+    assert "still so" in page
+    assert "superseded" not in page
+    whole = (DOCS / "performance.md").read_text(encoding="utf-8")
+    head = "| n | T | dtype |"
+    assert sorted(page.partition(head)[2].splitlines()[:20]) == sorted(
+        whole.partition(head)[2].splitlines()[:20]
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from liar_ext.bench.measure import variable
 from liar_ext.errors import InputError
-from liar_ext.ops import Moments, backends, gram
+from liar_ext.ops import Moments, _native_gram, backends, gram
 from liar_ext.ops.gram import gram_accumulate
 
 BASELINE = "x.T @ x"
@@ -22,21 +22,45 @@ KERNELS = ("pointer", "descriptor")
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How the Hopper kernel is launched: arguments of `_native_gram.gram_sm90`, 0 for a default."""
+
+    tile: int
+    cluster: int
+    period: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.tile}x{self.cluster}" + (f":{self.period}" if self.period else "")
+
+
+# no user can ask for these: they say whether what the kernel chooses by itself is right
+SETTINGS = tuple(
+    Setting(tile, cluster, period)
+    for tile, cluster in ((128, 1), (256, 1), (256, 2))
+    for period in (0, 12)
+)
+
+
+@dataclass(frozen=True)
 class Variant:
     """One of our implementations.
 
     Attributes:
         backend: what LIAR_BACKEND forces. kernel: value of LIAR_GRAM_KERNEL, or None.
         chosen: a user who forces nothing gets this one.
+        setting: the Hopper kernel itself is called, with this and on whole triangles only.
     """
 
     backend: str
     kernel: str | None = None
     chosen: bool = False
+    setting: Setting | None = None
 
     @property
     def name(self) -> str:
-        return self.backend if self.kernel is None else f"{self.backend}:{self.kernel}"
+        kernel = self.kernel if self.setting is None else self.setting.name
+        return self.backend if kernel is None else f"{self.backend}:{kernel}"
 
     @contextmanager
     def forced(self) -> Iterator[None]:
@@ -49,6 +73,9 @@ class Variant:
     def accumulate(
         self, x: Tensor, token_mask: Tensor | None = None, out: Moments | None = None
     ) -> Moments:
+        if self.setting is not None:
+            made = Moments.zeros(x.shape[1], device=x.device) if out is None else out
+            return _launch(x, made, self.setting)
         with self.forced():
             if out is None or out.complete or out.order is not None:
                 return gram(x, token_mask, out)
@@ -81,7 +108,24 @@ def usable(
     found = [Variant(b, chosen=b == automatic) for b in reasons if b not in absent]
     if "triton" in reasons and "triton" not in absent:
         found += [Variant("triton", kernel) for kernel in KERNELS]
+    if "cuda" in reasons:
+        found += settings(device, dtype)
     return found, absent
+
+
+def settings(device: torch.device, dtype: torch.dtype) -> list[Variant]:
+    """The Hopper kernel with each of `SETTINGS`, where it runs and reads 16-bit values in place."""
+    if dtype not in _native_gram.DTYPES or _native_gram.unavailable(device, dtype) is not None:
+        return []
+    return [Variant("cuda", setting=setting) for setting in SETTINGS]
+
+
+def _launch(x: Tensor, out: Moments, setting: Setting) -> Moments:
+    out.count.add_(x.shape[0])
+    out.mirrored = False
+    options = {"tile": setting.tile, "cluster": setting.cluster, "period": setting.period}
+    _native_gram.gram_sm90(x, out.gram, out.sum, **options)
+    return out
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> str:
