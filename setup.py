@@ -62,14 +62,22 @@ def torch_cuda() -> str | None:
 
 def cuda_obstacle() -> str | None:
     """Why the CUDA sources cannot be built here, or None."""
-    if cuda_home() is None:
-        return "no CUDA toolkit: set CUDA_HOME to the folder that holds bin/nvcc"
+    if (reason := nvcc_obstacle()) is not None:
+        return reason
     version = torch_cuda()
     if version is None:
         return "torch cannot be imported in this environment: install a CUDA build of torch first"
     if not version:
         return "torch is a CPU-only build: install a CUDA build of torch first"
     return cpu_obstacle()
+
+
+def nvcc_obstacle() -> str | None:
+    """Why no .cu file can be compiled here, or None."""
+    if cuda_home() is None:
+        return "no CUDA toolkit: set CUDA_HOME to the folder that holds bin/nvcc"
+    # nvcc preprocesses with the host compiler
+    return None if shutil.which("g++") else "nvcc needs a host compiler, and g++ is not on PATH"
 
 
 def cpu_obstacle() -> str | None:

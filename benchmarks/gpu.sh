@@ -32,7 +32,7 @@ if ! mkdir -p "$out"; then
   exit 2
 fi
 
-# a folder of its own for what is built and made: a borrowed machine stays as it was
+# a folder of its own for what is built and made: the machine stays as it was
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT  # until there is a summary to write
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"

@@ -71,3 +71,10 @@ def test_a_gpu_is_timed_by_events_and_its_memory_tracked():
     seconds = measure.interleave({"mm": lambda: x @ x}, 3, device)["mm"]
     assert 0 < min(seconds) < 1
     assert measure.peak_bytes(lambda: x + 1, device) >= x.numel() * 4
+
+
+@pytest.mark.parametrize("name", ["LIAR_BACKEND", "LIAR_GRAM_KERNEL"])
+def test_a_forced_backend_would_be_every_variant(monkeypatch, name):
+    monkeypatch.setenv(name, "torch")
+    with pytest.raises(InputError, match=f"{name}=torch: this benchmark runs every version"):
+        measure.refuse_forcing()

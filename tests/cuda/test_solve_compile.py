@@ -27,7 +27,9 @@ def load_setup():
 
 
 setup = load_setup()
-pytestmark = pytest.mark.skipif(setup.cuda_home() is None, reason="no CUDA toolkit")
+pytestmark = pytest.mark.skipif(
+    setup.nvcc_obstacle() is not None, reason=str(setup.nvcc_obstacle())
+)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: Path(file).stem)

@@ -28,6 +28,7 @@ from liar_ext.bench.measure import (
     machine_state,
     matmul_rate,
     peak_bytes,
+    refuse_forcing,
     resolve_device,
     spread,
     times_as_fast,
@@ -93,9 +94,11 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a device or a backend that is not there, or a value that makes no sense.
     """
+    refuse_forcing()
     device = resolve_device(args.device)
     scale = DEFAULTS[device.type]
-    tokens, repeats = args.tokens or scale.tokens, args.repeats or scale.repeats
+    tokens = scale.tokens if args.tokens is None else args.tokens
+    repeats = scale.repeats if args.repeats is None else args.repeats
     work = _work(args.dtypes or scale.dtypes, args.sizes or scale.sizes)
     _check(tokens, repeats, args.keep, work)
     plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in work}

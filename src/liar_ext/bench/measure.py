@@ -111,6 +111,20 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def refuse_forcing() -> None:
+    """A benchmark runs every variant there is, and a forced one would be all of them.
+
+    Raises:
+        InputError: the environment forces a backend or a kernel.
+    """
+    for name in ("LIAR_BACKEND", "LIAR_GRAM_KERNEL"):
+        if os.environ.get(name):
+            raise InputError(
+                f"{name}={os.environ[name]}: this benchmark runs every version side by side; "
+                "unset it, and use --backends to choose some"
+            )
+
+
 def matmul_rate(
     dtype: torch.dtype, device: torch.device, repeats: int = 5, side: int | None = None
 ) -> float:
@@ -118,7 +132,10 @@ def matmul_rate(
 
     Zeros would run faster, for a GPU lowers its clock by what the bits switch; float32 is IEEE.
     """
-    side = side or CEILING_SIDE[device.type]
+    if side is None:
+        # float16 has no fast product on most processors: 2048³ took a quarter of a minute
+        slow = device.type == "cpu" and dtype == torch.float16
+        side = 512 if slow else CEILING_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     with ieee_float32():
         seconds = interleave({"mm": lambda: a @ b}, repeats, device)["mm"]

@@ -19,6 +19,7 @@ from liar_ext.bench.measure import (
     interleave,
     machine_state,
     matmul_rate,
+    refuse_forcing,
     resolve_device,
     spread,
     times_as_fast,
@@ -98,8 +99,9 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a device or a backend that is not there, or a case that makes no sense.
     """
+    refuse_forcing()
     device = resolve_device(args.device)
-    repeats = args.repeats or {"cpu": 7, "cuda": 15}[device.type]
+    repeats = {"cpu": 7, "cuda": 15}[device.type] if args.repeats is None else args.repeats
     if repeats < 1:
         raise InputError(f"--repeats {repeats}: must be at least 1")
     cases = [_case(spec) for spec in (CASES[device.type] if args.cases is None else args.cases)]

@@ -21,9 +21,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.models import ADAPTERS
     from liar_ext.ops import backends
 
+    # a setting that means nothing is an error here too
+    for status in (described := backends.describe()):
+        backends.forced(status.op)
     result = {
         **environment(),
-        "backends": [asdict(status) for status in backends.describe()],
+        "backends": [asdict(status) for status in described],
         "models": sorted(ADAPTERS),
     }
     if not arguments.json:

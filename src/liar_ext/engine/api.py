@@ -31,6 +31,8 @@ from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.ops import backends
+from liar_ext.ops.solve import working_dtype
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report import Report
@@ -70,6 +72,7 @@ def prune(
     prepared = tuple(_batch(batch, vocabulary) for batch in batches)
     if not prepared:
         raise InputError("no calibration batches; give at least one")
+    check_backends(model.device)
     calibration = {
         "source": "memory",
         "samples": sum(b.input_ids.shape[0] for b in prepared),
@@ -106,6 +109,7 @@ def compress(
     folder = resolve(source)
     check_output(Path(out), folder, overwrite=overwrite)
     device = resolve_device(recipe.device)
+    check_backends(device)
     reader = CheckpointReader(folder)
     if layout.KEY in reader.config:
         raise InputError(
@@ -204,6 +208,18 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: no usable tokenizer ({reason})") from error
+
+
+def check_backends(device: torch.device) -> None:
+    """Before any work: what `LIAR_BACKEND` forces has to run here.
+
+    Raises:
+        BackendError: it cannot, or the setting means nothing.
+    """
+    if backends.forced("gram") is not None:
+        backends.select("gram", device, torch.float32)
+    if backends.forced("solve") is not None:
+        backends.select("solve", device, working_dtype("auto", device))
 
 
 def resolve_device(name: str) -> torch.device:

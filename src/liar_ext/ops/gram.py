@@ -64,6 +64,7 @@ def gram(
     Returns:
         `out`, or new float32 Moments. Entries of `gram` above the diagonal are unspecified.
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes, devices or `keep` do not fit together.
         BackendError: `LIAR_BACKEND` names a backend that cannot run this.
 
@@ -73,6 +74,9 @@ def gram(
         tensor([[10.,  0.],
                 [14., 20.]])
     """
+    for name, value in (("x", x), ("token_mask", token_mask), ("keep", keep)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     _check(x, token_mask)
     if keep is not None:
         keep = _check_keep(keep, x)

@@ -270,6 +270,8 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
     """
     if not 0.0 <= ridge < float("inf"):
         raise ValueError(f"ridge must be a finite number, 0 or more; got {ridge}")
+    if not moments.complete:
+        raise ValueError("the inverse needs all columns: accumulate without keep")
     every = torch.arange(moments.columns, device=moments.sum.device)
     system = _system(moments, every, every[:0], ridge, center)
     strength = ridge * system.mean_diagonal

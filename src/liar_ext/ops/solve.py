@@ -144,6 +144,10 @@ def solve(
             condition = max(largest / smallest, 1.0) if smallest else float("inf")
             reason = _reason(info, smallest, condition, error, floor)
             if reason is not None:
+                if not bool((matrix[i].sum() + right[i].sum()).isfinite()):
+                    raise NumericalError(
+                        f"system {i} of {batch} ({size}²) holds NaN or infinite values"
+                    )
                 # the smallest ridge that can help: it lifts the eigenvalues of the scaled matrix
                 magnified = info == 0 and smallest > floor and error <= BACKWARD_TOLERANCE
                 enough = error * largest / FORWARD_TOLERANCE if magnified else 0.0
