@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ PAIRS += [(MASKS[1], KEEPS[2]), (MASKS[2], KEEPS[1]), (MASKS[1], "first-kept")]
 needs_extension = pytest.mark.skipif(
     _extension.unavailable() is not None, reason=str(_extension.unavailable())
 )
-BACKENDS = ["torch", pytest.param("cpu", marks=needs_extension), "triton"]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+NEEDS = {"cpu": [needs_extension], "triton": [needs_triton]}
+BACKENDS = [pytest.param(name, marks=NEEDS.get(name, [])) for name in ("torch", "cpu", "triton")]
 
 
 def cases():
@@ -42,7 +45,7 @@ def cases():
                 for mask, keep in PAIRS:
                     yield pytest.param(
                         backend, dtype, tokens, columns, mask, keep,
-                        marks=[needs_extension] if backend == "cpu" else [],
+                        marks=NEEDS.get(backend, []),
                         id=f"{backend}-{name}-T{tokens}-n{columns}-{mask}-{keep}",
                     )  # fmt: skip
 

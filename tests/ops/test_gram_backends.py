@@ -153,3 +153,20 @@ def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name():
     import liar_ext.kernels
 
     assert not hasattr(liar_ext.kernels, "__version__")
+
+
+@pytest.mark.parametrize("setting", ["solve=cuda", "gram=cuda", "grahm=torch"])
+def test_a_setting_that_cannot_run_is_refused_before_any_work(backend, setting):
+    from liar_ext.engine.api import check_backends
+
+    backend(setting)
+    with pytest.raises(BackendError, match=f"LIAR_BACKEND={setting}"):
+        check_backends(CPU)
+
+
+def test_settings_that_can_run_are_accepted(backend):
+    from liar_ext.engine.api import check_backends
+
+    for setting in ("torch", "gram=torch,solve=reference", ""):
+        backend(setting)
+        check_backends(CPU)
