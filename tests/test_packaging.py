@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,17 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from liar_setup import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src", "kernels", "csrc")
-
-
-def load_setup():
-    """setup.py as a module: it builds only when it is run."""
-    spec = importlib.util.spec_from_file_location("liar_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

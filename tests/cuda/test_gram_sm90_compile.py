@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from liar_setup import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 AOT = ROOT / "tests" / "support" / "liar_aot_descriptor.py"
@@ -26,13 +26,6 @@ KERNELS = [
 ]
 
 
-def cuda_home() -> Path | None:
-    spec = importlib.util.spec_from_file_location("liar_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    return setup.cuda_home()
-
-
 def cuobjdump() -> Path | None:
     spec = importlib.util.find_spec("triton")
     found = spec and Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -42,15 +35,14 @@ def cuobjdump() -> Path | None:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """(object, log of ptxas by architecture and kernel)"""
-    if cuda_home() is None:
-        pytest.skip("no CUDA toolkit")
-    if shutil.which("g++") is None:
-        pytest.skip("nvcc needs a host compiler, and g++ is not on PATH")
+    setup = load_setup()
+    if (reason := setup.nvcc_obstacle()) is not None:
+        pytest.skip(reason)
     target = tmp_path_factory.mktemp("gram") / "gram_sm90.o"
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
     source = ROOT / "csrc" / "cuda" / "gram_sm90.cu"
     flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
-    command = [str(cuda_home() / "bin" / "nvcc"), *flags, *archs, "-c", str(source), "-o"]
+    command = [str(setup.cuda_home() / "bin" / "nvcc"), *flags, *archs, "-c", str(source), "-o"]
     done = subprocess.run([*command, str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     logs = {}

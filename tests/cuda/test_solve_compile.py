@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from liar_setup import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("csrc/cuda/solve_small.cu", "csrc/cuda/solve_panel.cu")
@@ -17,13 +17,6 @@ ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("liar_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 setup = load_setup()

@@ -23,7 +23,6 @@ from liar_ext.bench.gram_checks import (
 from liar_ext.bench.gram_variants import BASELINE, QUACK, Variant, product_only, quack, usable
 from liar_ext.bench.measure import (
     copy_rate,
-    ieee_float32,
     interleave,
     machine_state,
     matmul_rate,
@@ -36,6 +35,7 @@ from liar_ext.bench.measure import (
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.ops import Moments, _extension, _native_gram, backends
+from liar_ext.ops.precision import full_precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRIANGLE = Case()
@@ -175,7 +175,7 @@ def run(
             calls[len(rows)] = call
         rows.append({**shape, **row})
 
-    with ieee_float32():
+    with full_precision():
         add(lambda: x.T @ x, _baseline_row(x))
         rival = quack(device, x.dtype)
         if not isinstance(rival, str):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from liar_ext.errors import InputError
+from liar_ext.ops.precision import full_precision
 
 # one sample lasts about this long: below it, launches and timers are what is measured
 SAMPLE_SECONDS = 0.02
@@ -137,7 +138,7 @@ def matmul_rate(
         slow = device.type == "cpu" and dtype == torch.float16
         side = 512 if slow else CEILING_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    with ieee_float32():
+    with full_precision():
         seconds = interleave({"mm": lambda: a @ b}, repeats, device)["mm"]
     return 2.0 * side**3 * 1e3 / spread(seconds)["ms"]
 
@@ -149,18 +150,6 @@ def copy_rate(device: torch.device, repeats: int = 5, size: int | None = None) -
     target = torch.empty_like(source)
     seconds = interleave({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
     return 2.0 * size * 1e3 / spread(seconds)["ms"]
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """float32 products in full precision: with TF32 the float32 baseline would be another one."""
-    place: Any = torch.backends.cuda.matmul
-    before = place.fp32_precision
-    place.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        place.fp32_precision = before
 
 
 @contextmanager

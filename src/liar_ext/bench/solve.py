@@ -15,7 +15,6 @@ from torch import Tensor
 from liar_ext.bench import goals
 from liar_ext.bench.gram import SELF_TEST
 from liar_ext.bench.measure import (
-    ieee_float32,
     interleave,
     machine_state,
     matmul_rate,
@@ -29,6 +28,7 @@ from liar_ext.bench.solve_systems import Systems, conditioned, systems
 from liar_ext.environment import environment
 from liar_ext.errors import InputError, LiarError
 from liar_ext.ops import backends, solve
+from liar_ext.ops.precision import full_precision
 from liar_ext.ops.solve import Solved, working_dtype
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -165,7 +165,7 @@ def run(
     shape = {"kind": "time", "batch": batch, "s": kept, "r": dropped}
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], Any]] = {}
-    with ieee_float32():
+    with full_precision():
         for name, call in _library(system):
             rows.append({**shape, "variant": name, "ours": False, "ok": True})
             rows[-1] |= _errors(system, call())

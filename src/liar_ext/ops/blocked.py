@@ -13,7 +13,7 @@ MAGMA's trsm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +91,7 @@ def factor(
     return BlockedFactor(lower, tuple(inverses), info, pivot)
 
 
-def substitute(lower: Tensor, inverses: tuple[Tensor, ...], right: Tensor) -> Tensor:
+def substitute(lower: Tensor, inverses: Sequence[Tensor], right: Tensor) -> Tensor:
     """`(L Lᵀ)⁻¹ right`, (b, s, r), from `L` and the inverses of its diagonal blocks."""
     solution = right.clone(memory_format=torch.contiguous_format)
     spans, start = [], 0

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from liar_ext.ops import backends, self_test
-from liar_ext.ops.gram import no_triton
+from liar_ext.ops.gram import TOKENS, no_triton
 from liar_ext.ops.precision import full_precision, no_autocast
-
-# tokens per call, as in `gram`
-TOKENS = {"cpu": 4096, "cuda": 1024}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor
 from liar_ext.errors import NumericalError
 from liar_ext.ops import backends
 from liar_ext.ops.attempt import Attempt
+from liar_ext.ops.blocked import substitute
 from liar_ext.ops.precision import full_precision
 
 # refinement of a float32 factorisation stops when residual times condition, a bound of the forward
@@ -109,23 +110,13 @@ class LibraryFactor:
         size = self.lower.shape[-1]
         if size <= BLOCK:
             return self.substitute(right)
-        spans = [(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK)]
         if not self._inverses:
-            for start, stop in spans:
-                corner = self.lower[:, start:stop, start:stop]
-                eye = torch.eye(stop - start, dtype=corner.dtype, device=corner.device)
+            for start in range(0, size, BLOCK):
+                corner = self.lower[:, start : start + BLOCK, start : start + BLOCK]
+                eye = torch.eye(corner.shape[1], dtype=corner.dtype, device=corner.device)
                 inverse = torch.linalg.solve_triangular(corner, eye.expand_as(corner), upper=False)
                 self._inverses.append(inverse)
-        z = right.clone()
-        for (start, stop), inverse in zip(spans, self._inverses, strict=True):
-            part = inverse @ z[:, start:stop]
-            z[:, start:stop] = part
-            z[:, stop:] -= self.lower[:, stop:, start:stop] @ part
-        for (start, stop), inverse in zip(spans[::-1], self._inverses[::-1], strict=True):
-            part = inverse.mT @ z[:, start:stop]
-            z[:, start:stop] = part
-            z[:, :start] -= self.lower[:, start:stop, :start].mT @ part
-        return z
+        return substitute(self.lower, self._inverses, right)
 
 
 def _substitute(lower: Tensor, right: Tensor) -> Tensor:

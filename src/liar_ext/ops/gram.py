@@ -23,7 +23,7 @@ _PANEL = {"cpu": 512, "cuda": 2048}
 
 # tokens per call: bounds the float32 copy of 16-bit input on a CPU, and on a GPU the length of one
 # tensor-core accumulation, whose rounding is one-sided (`kernels.tune.longest_sum`)
-_TOKENS = {"cpu": 4096, "cuda": 1024}
+TOKENS = {"cpu": 4096, "cuda": 1024}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -224,7 +224,7 @@ def _gram_torch(
     """Panels of the lower triangle by `addmm`, on any device."""
     rows = x if token_mask is None else x[token_mask]
     count.add_(rows.shape[0])
-    tokens, width = _TOKENS.get(x.device.type, 4096), _PANEL.get(x.device.type, 512)
+    tokens, width = TOKENS.get(x.device.type, 4096), _PANEL.get(x.device.type, 512)
     # products of 16-bit values are exact in float32, and CUDA can also add them up there
     native = x.is_cuda and x.element_size() == 2 and gram.dtype == torch.float32
     with full_precision():

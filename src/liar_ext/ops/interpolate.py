@@ -21,7 +21,7 @@ from liar_ext.errors import InputError, NumericalError
 from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
 from liar_ext.ops.factor import inverse as factor_inverse
 from liar_ext.ops.moments import Moments
-from liar_ext.ops.solve import Precision, Solved, solve
+from liar_ext.ops.solve import Precision, Solved, check_not_negative, solve
 
 # norm of the rounding of a scaled, centred Gram matrix over eps · mean square / variance: 5.4, 6.2
 # and 6.3 for means of 3, 10 and 30 deviations (64 columns, 20000 tokens, float32)
@@ -268,8 +268,7 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
         NumericalError: `C + λI` has no usable inverse: a larger ridge is the caller's decision,
             since Θ of another ridge is another Θ.
     """
-    if not 0.0 <= ridge < float("inf"):
-        raise ValueError(f"ridge must be a finite number, 0 or more; got {ridge}")
+    check_not_negative("ridge", ridge)
     if not moments.complete:
         raise ValueError("the inverse needs all columns: accumulate without keep")
     every = torch.arange(moments.columns, device=moments.sum.device)

@@ -130,10 +130,12 @@ def _systems(size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 def _activations(columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Correlated columns with means, and a mask; no generator's state is touched."""
+    from liar_ext.ops.factor import probes
+
     row = torch.arange(1, TOKENS + 1, dtype=torch.float64)[:, None]
-    column = torch.arange(1, columns + 1, dtype=torch.float64)
-    noise = ((row * 12.9898 + column * 78.233).sin() * 43758.5453).remainder(1.0)
-    x = (noise - 0.3 + 0.2 * (row * 0.7).sin()).to(device=device, dtype=dtype)
+    x = (probes(TOKENS, columns, row)[0] + 0.2 + 0.2 * (row * 0.7).sin()).to(
+        device=device, dtype=dtype
+    )
     return x, (torch.arange(TOKENS) % 3 != 1).to(device)
 
 

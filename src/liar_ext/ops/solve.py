@@ -44,7 +44,6 @@ class Solved:
 class _State:
     """Where one system stands on the ladder."""
 
-    ridge: float
     unit: float
     working: torch.dtype
     used: float = 0.0
@@ -101,9 +100,9 @@ def solve(
     batch = matrix.shape[0]
     if unit is not None and len(unit) != batch:
         raise ValueError(f"unit must have one number for each of {batch} systems; got {len(unit)}")
-    for name, value in (("ridge", ridge), *(("unit", u) for u in unit or ())):
-        if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number, 0 or more; got {value}")
+    check_not_negative("ridge", ridge)
+    for value in unit or ():
+        check_not_negative("unit", value)
     floor = torch.finfo(moments_dtype).eps if floor is None else floor
     working = working_dtype(precision, matrix.device)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
@@ -111,7 +110,7 @@ def solve(
     own = diagonal.where(live, 0.0).sum(-1) / live.sum(-1).clamp(min=1)
     dead, means = (~live).sum(-1).tolist(), own.tolist()
     states = [
-        _State(ridge, (unit[i] if unit is not None else 0.0) or means[i], working, ridge)
+        _State((unit[i] if unit is not None else 0.0) or means[i], working, ridge)
         for i in range(matrix.shape[0])
     ]
     solution = shift = None
@@ -169,6 +168,12 @@ def solve(
     if solution is None or shift is None:
         raise ValueError("matrix holds no system: its batch is empty")
     return Solved(solution, shift, tuple(d for d in done if d is not None))
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raises ValueError for what is no finite number ≥ 0."""
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number, 0 or more; got {value}")
 
 
 def _reason(info: int, smallest: float, condition: float, error: float, floor: float) -> str | None:
