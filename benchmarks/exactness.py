@@ -21,7 +21,7 @@ from torch import Tensor
 
 import liar_ext
 from liar_ext.demo import CALIBRATION, MODEL
-from liar_ext.engine.api import load_calibration
+from liar_ext.engine.inputs import load_calibration
 from liar_ext.environment import environment
 from liar_ext.models import adapter_for
 from liar_ext.ops import gram, gram_reference

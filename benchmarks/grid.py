@@ -119,7 +119,7 @@ def measure(
 
 def minilm_score(evaluation: str) -> Callable[[Path], dict[str, Any]]:
     from liar_ext import load
-    from liar_ext.engine.api import load_tokenizer
+    from liar_ext.engine.inputs import load_tokenizer
     from liar_ext.evaluation.stsb import spearman
 
     def score(folder: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def minilm_score(evaluation: str) -> Callable[[Path], dict[str, Any]]:
 def demo_score(windows: int = 128) -> Callable[[Path], dict[str, Any]]:
     from liar_ext import load
     from liar_ext.demo import HELDOUT
-    from liar_ext.engine.api import load_tokenizer
+    from liar_ext.engine.inputs import load_tokenizer
     from liar_ext.evaluation.perplexity import perplexity, tokenize
 
     def score(folder: Path) -> dict[str, Any]:

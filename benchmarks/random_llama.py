@@ -27,6 +27,8 @@ def make(
     vocabulary: int,
     tokens: int,
     dtype: torch.dtype,
+    shard: str = "500MB",
+    key_value_heads: int | None = None,
 ) -> Path:
     """The model's folder. Hidden sizes are multiples of `HEAD` unless smaller."""
     torch.manual_seed(0)
@@ -37,16 +39,17 @@ def make(
         intermediate_size=ffn,
         num_hidden_layers=layers,
         num_attention_heads=hidden // head,
-        num_key_value_heads=hidden // head,
+        num_key_value_heads=key_value_heads or hidden // head,
         head_dim=head,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         dtype=dtype,
     )
     # made where it is fast: random numbers for a billion weights take a CPU half a minute
+    torch.set_default_dtype(dtype)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config).to(dtype)
-    model.save_pretrained(folder / "model")
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model", max_shard_size=shard)
     stream = np.random.default_rng(0).integers(0, vocabulary, tokens, dtype=np.int64)
     np.save(folder / "tokens.npy", stream)
     return folder / "model"
@@ -60,6 +63,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=262144)
+    parser.add_argument("--key-value-heads", type=int)
+    parser.add_argument("--shard", default="500MB", help="largest weight file")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
     options = vars(arguments)

@@ -17,7 +17,9 @@ from liar_ext._version import __version__
 if TYPE_CHECKING:
     from liar_ext import ops
     from liar_ext.checkpoint.load import load
-    from liar_ext.engine.api import compress, prune, save
+    from liar_ext.engine.api import prune, save
+    from liar_ext.engine.compress import compress
+    from liar_ext.engine.execution import Execution
     from liar_ext.errors import InputError, LiarError, NumericalError, UnsupportedModelError
     from liar_ext.recipe import Recipe
     from liar_ext.report.schema import Report
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 # resolved on first use: `import liar_ext` alone costs neither torch nor transformers
 _HOMES = {
     "load": "liar_ext.checkpoint.load",
-    "compress": "liar_ext.engine.api",
+    "compress": "liar_ext.engine.compress",
+    "Execution": "liar_ext.engine.execution",
     "prune": "liar_ext.engine.api",
     "save": "liar_ext.engine.api",
     "InputError": "liar_ext.errors",
@@ -46,6 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Execution",
     "InputError",
     "LiarError",
     "NumericalError",

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from liar_ext.allocation import ALLOCATIONS
-from liar_ext.models.adapter import Adapter
+from liar_ext.models import Site, linear
+from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 
@@ -106,6 +107,31 @@ def weight_bytes(model: PreTrainedModel, adapter: Adapter, item: int) -> dict[st
     backbone = adapter.backbone(model)[1]
     layers = [_parameters(layer) for layer in adapter.layer_list(model)[1]]
     return {"embeddings": (_parameters(backbone) - sum(layers)) * item, "layer": max(layers) * item}
+
+
+def held_bytes(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, positions: int, item: int
+) -> int:
+    """Bytes of what waits on the shelf: hidden states, and the forwards that stand at one Site.
+
+    A forward that stands at a Site holds the Site's input, the layer's input, what is added to the
+    Site's output (for an FFN), and what its module was given.
+    """
+    if recipe.statistics != "sequential":
+        # what enters a layer and what leaves it
+        return 2 * positions * text_config(model.config).hidden_size * item
+    hidden = text_config(model.config).hidden_size
+    widest = 0
+    for site in adapter.sites_of(model, 0, recipe.target):
+        beside = producer_rows(site) if site.kind == "heads" else hidden
+        widest = max(widest, site.columns + beside + hidden)
+    return positions * (hidden + widest) * item
+
+
+def producer_rows(site: Site) -> int:
+    """Rows of the linears that make a Site's columns."""
+    modules = {p.path: site.module.get_submodule(p.path) for p in site.spec.producers}
+    return sum(linear.weight(module).shape[0] for module in modules.values())
 
 
 def activation_bytes(

@@ -23,3 +23,22 @@ class BackendError(InputError):
 
 class NumericalError(LiarError):
     """No ridge on the ladder gave a usable factorisation."""
+
+
+class OutOfMemory(LiarError):
+    """Memory ran out; the message says in what, and which flag to lower."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a signal, after something was kept that `--resume` goes on from; says how much."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or a GPU says so: torch has a type for the last one only."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )

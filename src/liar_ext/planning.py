@@ -39,16 +39,17 @@ from liar_ext.costs import (
     head_flops,
     layer_flops,
     measure,
+    producer_rows,
     weight_bytes,
 )
-from liar_ext.engine.api import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
+from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
-from liar_ext.models import Site, adapter_for, layout, linear, text_config
+from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
@@ -235,7 +236,7 @@ def _shrink(
     for (index, kind), units in zip(known, kept, strict=True):
         site = adapter.sites_of(model, index, (kind,))[0]
         before, columns = site.units, site.columns
-        rows = _producer_rows(site)
+        rows = producer_rows(site)
         site.shrink(torch.arange(units))
         outputs = site.weight().shape[0]
         sites.append(
@@ -245,11 +246,6 @@ def _shrink(
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)
     return sites
-
-
-def _producer_rows(site: Site) -> int:
-    modules = {p.path: site.module.get_submodule(p.path) for p in site.spec.producers}
-    return sum(linear.weight(module).shape[0] for module in modules.values())
 
 
 def _parameters(model: PreTrainedModel) -> int:

@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_no_trace(inputs, tmp_path, capsys, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("liar_ext.checkpoint.writer.save_file", full)
+    monkeypatch.setattr(os, "pwrite", full)
     before = _tree(inputs.llama)
     arguments = ["prune", str(inputs.llama), "--out", str(tmp_path / "out"), *SIZES]
     error = _run([*arguments, "--calibration", str(inputs.text)], capsys)

@@ -15,8 +15,9 @@ from torch import Tensor
 import liar_ext
 from liar_ext import Recipe
 from liar_ext.calibration.batches import Batch
-from liar_ext.engine import driver as driver_module
 from liar_ext.engine.capture import LayerRun, pausing, record_calls
+from liar_ext.engine.repair import Repairer
+from liar_ext.engine.shelf import DeviceShelf
 from liar_ext.models import adapter_for
 from liar_ext.ops import Moments, gram_reference
 
@@ -69,14 +70,14 @@ def moments_seen(
 ) -> dict[str, Moments]:
     """The Moments of every Site the driver repairs, by name."""
     seen: dict[str, Moments] = {}
-    real = driver_module.Driver._solve
+    real = Repairer._solve
 
-    def solve(self: Any, site: Any, moments: Moments, weight: Tensor, keep: Tensor) -> Any:
+    def solve(self: Any, site: Any, moments: Moments, keep: Tensor) -> Any:
         seen[site.name] = moments
         kept_columns[site.name] = keep
-        return real(self, site, moments, weight, keep)
+        return real(self, site, moments, keep)
 
-    monkeypatch.setattr(driver_module.Driver, "_solve", solve)
+    monkeypatch.setattr(Repairer, "_solve", solve)
     return seen
 
 
@@ -190,7 +191,8 @@ def run_of(model: Any, batch: Batch) -> tuple[LayerRun, Any]:
         adapter.backbone(model)[1], layers, batch, torch.device("cpu"), {"use_cache": False}
     )
     sites = adapter.sites_of(model, 0, ("ffn",))
-    return LayerRun(layers[0], hidden, recorded[0]), sites
+    shelf = DeviceShelf()
+    return LayerRun(layers[0], shelf.put(hidden), recorded[0], shelf), sites
 
 
 @torch.no_grad()

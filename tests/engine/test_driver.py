@@ -364,15 +364,15 @@ def test_a_head_made_from_a_headless_checkpoint_is_saved_as_what_it_is(tmp_path)
 
 
 def test_repaired_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, monkeypatch):
-    from liar_ext.engine import driver
+    from liar_ext.engine.repair import Repairer
 
-    real = driver.Driver._solve
+    real = Repairer._solve
 
     def huge(self, *args):
-        repaired = real(self, *args)
-        return dataclasses.replace(repaired, weight=repaired.weight * 1e6)
+        repaired, residual = real(self, *args)
+        return dataclasses.replace(repaired, weight=repaired.weight * 1e6), residual
 
-    monkeypatch.setattr(driver.Driver, "_solve", huge)
+    monkeypatch.setattr(Repairer, "_solve", huge)
     recipe, batches = setting(tmp_path)
     with pytest.raises(InputError, match="do not fit torch.float16"):
         liar_ext.prune(FAMILIES["llama-mha"].build().half(), batches, recipe)

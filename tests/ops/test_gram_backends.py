@@ -157,7 +157,7 @@ def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name():
 
 @pytest.mark.parametrize("setting", ["solve=cuda", "gram=cuda", "grahm=torch"])
 def test_a_setting_that_cannot_run_is_refused_before_any_work(backend, setting):
-    from liar_ext.engine.api import check_backends
+    from liar_ext.engine.inputs import check_backends
 
     backend(setting)
     with pytest.raises(BackendError, match=f"LIAR_BACKEND={setting}"):
@@ -165,7 +165,7 @@ def test_a_setting_that_cannot_run_is_refused_before_any_work(backend, setting):
 
 
 def test_settings_that_can_run_are_accepted(backend):
-    from liar_ext.engine.api import check_backends
+    from liar_ext.engine.inputs import check_backends
 
     for setting in ("torch", "gram=torch,solve=reference", ""):
         backend(setting)

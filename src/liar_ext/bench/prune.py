@@ -19,7 +19,8 @@ from liar_ext.bench.measure import machine_state
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
-from liar_ext.engine.api import compute_dtype, load_calibration, prune, resolve_device
+from liar_ext.engine.api import prune
+from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from liar_ext.checkpoint.identity import (
+    FileHasher,
+    FileIdentity,
+    check_unchanged,
+    opened,
+    read_into,
+)
 from liar_ext.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -31,6 +38,25 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# every dtype of safetensors that torch has, element by element; F4 and F6 are packed
+TORCH_DTYPES = DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}
+PIECE_BYTES = 64 * 1024**2
 # names that only old checkpoints use, and the ones modules have had since
 LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
@@ -41,6 +67,11 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; {path.parent} is not a complete checkpoint") from error
+    except PermissionError as error:
+        raise InputError(
+            f"{path}: permission denied; run as a user who may read it, or chmod it and the "
+            "folders above"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):
@@ -48,14 +79,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+class _Stored(NamedTuple):
+    """A tensor in a file: dtype as safetensors names it, and bytes from the start of the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 class CheckpointReader:
     """The tensors of a folder's safetensors files.
+
+    Nothing is mapped into memory and no file stays open: pages of a mapping count as resident, so
+    a checkpoint read through one grows the process to its own size. Every read checks that the
+    file is still the one that was validated here.
 
     Attributes:
         folder: the checkpoint; config: its `config.json`.
     Raises:
         InputError: no or truncated or corrupt safetensors, an index that names what is not there,
-            or only pickle files.
+            only pickle files, or files that may not be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,19 +108,21 @@ class CheckpointReader:
         self.config = read_json(folder / "config.json")
         if "model_type" not in self.config:
             raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
+        self._files: dict[str, FileIdentity] = {}
+        self._headers: dict[str, dict[str, _Stored]] = {}
+        self._stored: dict[str, _Stored] = {}
+        self._hasher: FileHasher | None = None
         index = folder / INDEX
         # the order in which transformers looks, for folders that have both
         if (folder / SINGLE).exists():
-            self._where = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            self._stored = dict(self._header(SINGLE))
         elif index.exists():
-            self._open_index(index)
+            self._read_index(index)
         else:
             raise InputError(_nothing_to_read(folder))
         self._names: dict[str, str] = {}
 
-    def _open_index(self, index: Path) -> None:
+    def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: no weight_map; download the index again")
@@ -84,20 +131,46 @@ class CheckpointReader:
                 raise InputError(f"{index}: {name} is in {file!r}, which is no file name")
             if file not in self._files and not (self.folder / file).exists():
                 raise InputError(f"{self.folder / file}: missing; {INDEX} names it")
-            if name not in self._open(file).keys():  # noqa: SIM118  (safe_open is no mapping)
+            if name not in self._header(file):
                 raise InputError(f"{self.folder / file}: has no tensor {name}, but {INDEX} says so")
-            self._where[name] = file
+            self._stored[name] = self._header(file)[name]
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            path = self.folder / file
+    def _header(self, file: str) -> dict[str, _Stored]:
+        """The tensors of a file, which safetensors itself has found to be sound."""
+        if file in self._headers:
+            return self._headers[file]
+        path = self.folder / file
+        with opened(path) as handle:
+            identity = FileIdentity.of(handle)
             try:
-                self._files[file] = safe_open(path, framework="pt")
+                # "np" maps the file read-only; "pt" would reserve its size in writable memory
+                with safe_open(path, framework="np"):
+                    pass
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"{path}: truncated or corrupt safetensors file ({error}); download it again"
                 ) from error
-        return self._files[file]
+            length = bytearray(8)
+            read_into(path, handle, memoryview(length), 0)
+            text = bytearray(int.from_bytes(length, "little"))
+            read_into(path, handle, memoryview(text), 8)
+        with opened(path, identity):
+            pass  # safetensors opened the path, not this handle
+        start = 8 + len(text)
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        self._files[file] = identity
+        self._headers[file] = {
+            name: _Stored(
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                start + entry["data_offsets"][0],
+                start + entry["data_offsets"][1],
+            )
+            for name, entry in entries.items()
+        }
+        return self._headers[file]
 
     def bind(self, model: PreTrainedModel) -> list[str]:
         """Match the files to the parameters and persistent buffers of an (empty) model.
@@ -112,16 +185,16 @@ class CheckpointReader:
         missing = []
         renamed: dict[str, str] | None = None
         for name, expected in model.state_dict().items():
-            found = next((c for c in _candidates(name, prefix) if c in self._where), None)
+            found = next((c for c in _candidates(name, prefix) if c in self._stored), None)
             if found is None and name not in tied:
                 # only here: the usual names need no knowledge of a release's renamings
-                renamed = _library_names(model, list(self._where)) if renamed is None else renamed
+                renamed = _library_names(model, list(self._stored)) if renamed is None else renamed
                 found = renamed.get(name)
             if found is None:
                 if name not in tied:
                     missing.append(name)
                 continue
-            shape = tuple(self._slice(found).get_shape())
+            shape = self._stored[found].shape
             if shape != tuple(expected.shape):
                 raise InputError(
                     f"{self.folder}: {found} has shape {shape}, config.json implies "
@@ -137,23 +210,71 @@ class CheckpointReader:
         # buffers that modules now make themselves (position ids, causal masks) are no loss
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         buffers = {c for name, _ in model.named_buffers() for c in _candidates(name, prefix)}
-        left_over = set(self._where) - set(self._names.values()) - buffers
+        left_over = set(self._stored) - set(self._names.values()) - buffers
         return sorted(n for n in left_over if not any(re.search(p, n) for p in ignored))
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def get(self, name: str) -> Tensor:
-        """The tensor of a model parameter, on the CPU in the file's dtype."""
-        stored = self._names[name]
-        try:
-            return self._open(self._where[stored]).get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.folder}: {stored} cannot be read ({error})") from error
+    def get(self, name: str, *, pin: bool = False) -> Tensor:
+        """The tensor of a model parameter, in CPU memory of its own and the file's dtype.
+
+        Args:
+            pin: in page-locked memory, where there is CUDA to copy it to.
+        Raises:
+            InputError: the file was replaced, changed or truncated since this reader was made, or
+                cannot be read; or torch has no such dtype.
+        """
+        entry, dtype = self._entry(name), self.dtype(name)
+        pin = pin and torch.cuda.is_available()
+        tensor = torch.empty(entry.shape, dtype=dtype, pin_memory=pin)
+        path = self.folder / entry.file
+        with opened(path, self._files[entry.file]) as handle:
+            read_into(path, handle, raw_bytes(tensor), entry.begin)
+            check_unchanged(path, handle, self._files[entry.file])
+        return tensor
+
+    def pieces(self, name: str, limit: int = PIECE_BYTES) -> Iterator[Tensor]:
+        """The elements of a model parameter as flat tensors of at most `limit` bytes, in order.
+
+        Each is memory of its own, so copying an embedding from file to file holds one piece. A
+        tensor without elements has no pieces.
+
+        Raises:
+            InputError: as `get`, whenever the next piece is asked for.
+        """
+        entry, dtype = self._entry(name), self.dtype(name)
+        path, identity = self.folder / entry.file, self._files[entry.file]
+        step = max(limit // dtype.itemsize, 1) * dtype.itemsize
+        with opened(path, identity) as handle:
+            for begin in range(entry.begin, entry.end, step):
+                size = min(step, entry.end - begin) // dtype.itemsize
+                piece = torch.empty(size, dtype=dtype)
+                read_into(path, handle, raw_bytes(piece), begin)
+                check_unchanged(path, handle, identity)
+                yield piece
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a model parameter."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The torch dtype of a model parameter in the file.
+
+        Raises:
+            InputError: torch has none, as for packed 4-bit floats.
+        """
+        entry = self._entry(name)
+        if entry.dtype not in TORCH_DTYPES:
+            raise InputError(
+                f"{self.folder / entry.file}: {self._names[name]} is {entry.dtype}, quantised; "
+                "prune the original first, then quantise"
+            )
+        return TORCH_DTYPES[entry.dtype]
 
     def dtypes(self) -> dict[str, str]:
         """The dtype of each model parameter as safetensors names it (`BF16`)."""
-        return {name: self._slice(own).get_dtype() for name, own in self._names.items()}
+        return {name: self._stored[own].dtype for name, own in self._names.items()}
 
     def main_dtype(self) -> torch.dtype:
         """The floating dtype most parameters have: layers run in one dtype.
@@ -170,14 +291,65 @@ class CheckpointReader:
 
     def bytes(self) -> int:
         """Bytes of the tensors that belong to the model."""
-        return sum(
-            math.prod(self._slice(stored).get_shape())
-            * DTYPE_BYTES[self._slice(stored).get_dtype()]
-            for stored in set(self._names.values())
-        )
+        entries = [self._stored[own] for own in set(self._names.values())]
+        return sum(entry.end - entry.begin for entry in entries)
 
-    def _slice(self, stored: str) -> Any:
-        return self._open(self._where[stored]).get_slice(stored)
+    def files(self) -> tuple[str, ...]:
+        """The names of the weight files, sorted."""
+        return tuple(sorted(self._files))
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """`size` in bytes and `mtime_ns` of each weight file, as they were when it was opened."""
+        return {
+            file: {"size": self._files[file].size, "mtime_ns": self._files[file].mtime_ns}
+            for file in self.files()
+        }
+
+    def start_hashing(self, threads: int = 1) -> None:
+        """Begin to compute `hashes` in the background; nothing if that has begun already."""
+        self._hashing(threads)
+
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each weight file, begun now unless `start_hashing` was called; waits.
+
+        It is the sum of the whole file, header included: what the hub shows for a file in LFS and
+        what `sha256sum` prints.
+
+        Raises:
+            InputError: a file cannot be read, or is not the one that was read any more.
+            RuntimeError: `stop_hashing` was called meanwhile.
+        """
+        sums = self._hashing(1).wait()
+        return {file: sums[self.folder / file] for file in self.files()}
+
+    def hashed(self) -> bool:
+        """Whether `hashes` would return, or raise, at once."""
+        return self._hasher is not None and self._hasher.over()
+
+    def stop_hashing(self) -> None:
+        """Give up `hashes`; returns at once. `start_hashing` begins from the start again."""
+        if self._hasher is not None:
+            self._hasher.stop()
+            self._hasher = None
+
+    def _hashing(self, threads: int) -> FileHasher:
+        hasher = self._hasher
+        if hasher is None:
+            files = {self.folder / file: self._files[file] for file in self.files()}
+            hasher = self._hasher = FileHasher(files, threads)
+        return hasher
+
+    def _entry(self, name: str) -> _Stored:
+        return self._stored[self._names[name]]
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, to read into or to write from."""
+    flat = tensor.detach().view(-1)
+    if flat.stride(0) != 1:
+        # one element of any stride is contiguous to torch, and no array of bytes
+        flat = flat.clone(memory_format=torch.contiguous_format).as_strided((flat.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

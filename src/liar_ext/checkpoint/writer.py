@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from liar_ext.checkpoint.reader import INDEX, SINGLE
 from liar_ext.errors import InputError
 from liar_ext.report.schema import FILE as REPORT
 
@@ -49,16 +45,10 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     try:
-        try:
+        with writing(out, temporary):
             yield temporary
-            _usual_permissions(temporary)
-            _put_in_place(temporary, out)
-        except OSError as error:
-            # a write that fails halfway names no file
-            mine = error.filename is not None and Path(error.filename).is_relative_to(temporary)
-            if mine or error.errno in DISK_IS_FULL:
-                raise InputError(f"--out {out}: writing failed ({error.strerror})") from error
-            raise
+            usual_permissions(temporary)
+            put_in_place(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if not out.exists():
@@ -66,6 +56,19 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
             with suppress(OSError):
                 for parent in made:
                     parent.rmdir()
+
+
+@contextmanager
+def writing(out: Path, folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with files in `folder`, on the way to `out`, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        # a write that fails halfway may name no file
+        mine = error.filename is not None and Path(error.filename).is_relative_to(folder)
+        if mine or error.errno in DISK_IS_FULL:
+            raise InputError(f"--out {out}: writing failed ({error.strerror})") from error
+        raise
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
@@ -96,8 +99,8 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
         raise InputError(f"--out {out}: {parent} is not a folder this user can write to")
 
 
-def _usual_permissions(folder: Path) -> None:
-    """mkdtemp and safetensors make private files; the result gets what plain writing would."""
+def usual_permissions(folder: Path) -> None:
+    """mkdtemp makes private folders; the result gets what plain writing would."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
@@ -105,7 +108,8 @@ def _usual_permissions(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _put_in_place(temporary: Path, out: Path) -> None:
+def put_in_place(temporary: Path, out: Path) -> None:
+    """Rename a complete folder to `out`; what is there is removed after."""
     if not out.exists():
         temporary.rename(out)
         return
@@ -121,60 +125,6 @@ def _put_in_place(temporary: Path, out: Path) -> None:
     finally:
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-class CheckpointWriter:
-    """Collects tensors into shards of at most `shard_bytes` and writes each when it is full.
-
-    Attributes:
-        bytes: tensor bytes taken so far; parameters: elements.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder = folder
-        self._limit = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._limit:
-            self._flush()
-        # a copy that owns exactly its data: safetensors refuses views of shared storage
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += size
-        self.bytes += size
-
-    def finish(self) -> None:
-        """Write what is pending, and the index if there is more than one shard."""
-        self._flush()
-        total = len(self._shards)
-        if total == 1:
-            self._path(1, 0).rename(self._folder / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards, 1):
-            final = self._path(number, total)
-            self._path(number, 0).rename(final)
-            weight_map.update(dict.fromkeys(names, final.name))
-        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-        write_json(self._folder / INDEX, index)
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        path = self._path(len(self._shards), 0)
-        try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-            raise InputError(
-                f"--out: writing to {self._folder.parent} failed ({error}); is the disk full?"
-            ) from error
-        self._pending, self._pending_bytes = {}, 0
-
-    def _path(self, number: int, total: int) -> Path:
-        return self._folder / f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def write_json(path: Path, data: Any) -> None:

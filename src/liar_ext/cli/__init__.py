@@ -10,10 +10,10 @@ import sys
 from typing import NoReturn
 
 from liar_ext._version import __version__
-from liar_ext.cli import bench, demo, env, evaluate, plan, prune, report
-from liar_ext.errors import InputError, LiarError
+from liar_ext.cli import batch, bench, demo, env, evaluate, plan, prune, report
+from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
-COMMANDS = (prune, evaluate, plan, bench, demo, report, env)
+COMMANDS = (prune, batch, evaluate, plan, bench, demo, report, env)
 USAGE, FAILURE = 2, 1
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -53,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         result = arguments.run(arguments)
     except InputError as error:
         return _fail(USAGE, str(error))
-    except KeyboardInterrupt:
-        return _fail(USAGE, "interrupted; nothing was written")
+    except KeyboardInterrupt as error:
+        return _fail(USAGE, str(error) or "interrupted; nothing was written")
     except LiarError as error:
         return _fail(FAILURE, str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(FAILURE, "out of memory; lower --batch-size, --samples or --seq-len")
     finally:
@@ -73,16 +73,6 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(code: int, message: str) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return code
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    )
 
 
 def _quiet_libraries() -> None:

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.checkpoint.load import load, resolve
-    from liar_ext.engine.api import compute_dtype, resolve_device
+    from liar_ext.engine.inputs import compute_dtype, resolve_device
     from liar_ext.environment import environment
     from liar_ext.models import adapter_for, text_config
     from liar_ext.recipe import CHOICES
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _perplexity(
     arguments: argparse.Namespace, folder: Path, model: Any, seq_len: int
 ) -> dict[str, Any]:
-    from liar_ext.engine.api import load_tokenizer
+    from liar_ext.engine.inputs import load_tokenizer
     from liar_ext.evaluation.perplexity import perplexity, tokenize
 
     text = _read_text(Path(arguments.text))
@@ -91,7 +91,7 @@ def _perplexity(
 
 
 def _stsb(arguments: argparse.Namespace, folder: Path, model: Any, seq_len: int) -> dict[str, Any]:
-    from liar_ext.engine.api import load_tokenizer
+    from liar_ext.engine.inputs import load_tokenizer
     from liar_ext.evaluation.stsb import spearman
 
     result = spearman(

@@ -41,10 +41,12 @@ class Watcher:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def begin(self, layers: int, label: str) -> None:
+    def begin(self, layers: int, label: str, done: int = 0) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(label, total=layers)
+        self._task = self._progress.add_task(label, total=layers, completed=done)
+        if done:
+            self._console.print(f"{label}: goes on after layer {done - 1} of {layers}")
 
     def site(self, report: SiteReport) -> None:
         self._console.print(

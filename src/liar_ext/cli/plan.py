@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return show(arguments.source, recipe_of(arguments), as_json=arguments.json)
 
 
-def show(source: str, recipe: Any, *, as_json: bool) -> dict[str, Any]:
+def show(source: str, recipe: Any, execution: Any = None, *, as_json: bool) -> dict[str, Any]:
     from rich.console import Console
 
     from liar_ext.planning import plan, render

@@ -1,4 +1,4 @@
-"""`liar prune SRC --out DIR`: compress a checkpoint."""
+"""`liar prune SRC --out DIR`: compress a checkpoint, on one process or under `torchrun`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,67 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "prune",
         help="make a smaller checkpoint",
-        description="Compress a local Hugging Face folder or hub id into a new folder.",
+        description="Compress a local Hugging Face folder or hub id into a new folder. Under "
+        "torchrun, calibration samples, solves and writing are shared by its processes.",
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     add_recipe_options(parser)
+    add_execution_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(run=run)
 
 
+def add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """How it runs; nothing here changes the result."""
+    group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
+    )
+    group.add_argument(
+        "--hidden-states",
+        metavar="PLACE",
+        default="auto",
+        help="where hidden states and paused forwards wait: device, host (pinned memory), disk, or "
+        "auto, the first with room (default auto)",
+    )
+    group.add_argument(
+        "--scratch",
+        metavar="FOLDER",
+        type=Path,
+        help="for --hidden-states disk; default beside DIR",
+    )
+    group.add_argument(
+        "--journal-seconds",
+        type=float,
+        metavar="S",
+        default=30.0,
+        help="least time between two journal entries; 0 is one after every layer (default 30)",
+    )
+    group.add_argument(
+        "--moments",
+        metavar="FOLDER",
+        type=Path,
+        help="keep the statistics here, and use those that are there (--statistics oneshot)",
+    )
+
+
+def execution_of(arguments: argparse.Namespace) -> Any:
+    from liar_ext.engine.execution import Execution
+
+    return Execution(
+        hidden_states=arguments.hidden_states,
+        scratch=arguments.scratch,
+        journal_seconds=arguments.journal_seconds,
+        resume=arguments.resume,
+        moments=arguments.moments,
+    )
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    recipe = recipe_of(arguments)
+    recipe, execution = recipe_of(arguments), execution_of(arguments)
     if arguments.dry_run:
         from liar_ext.checkpoint.load import resolve
         from liar_ext.checkpoint.writer import check_output
@@ -33,18 +81,28 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
         source = resolve(arguments.source, config_only=True)
         check_output(Path(arguments.out), source, overwrite=arguments.overwrite)
-        return plan.show(arguments.source, recipe, as_json=arguments.json)
+        return plan.show(arguments.source, recipe, execution, as_json=arguments.json)
     from liar_ext.cli.output import Watcher, print_table, summary
-    from liar_ext.engine.api import compress
+    from liar_ext.engine.compress import compress
+    from liar_ext.engine.progress import Silent
+    from liar_ext.engine.ranks import Ranks
 
-    with Watcher() as watcher:
-        report = compress(
-            arguments.source,
-            arguments.out,
-            recipe,
-            overwrite=arguments.overwrite,
-            progress=watcher,
-        )
+    with Ranks.from_environment(recipe.device) as ranks:
+        first = ranks.rank == 0
+        with Watcher() if first else Silent() as watcher:
+            report = compress(
+                arguments.source,
+                arguments.out,
+                recipe,
+                overwrite=arguments.overwrite,
+                progress=watcher,
+                execution=execution,
+                ranks=ranks,
+            )
+    if not first:
+        # one report, from one rank
+        arguments.json = False
+        return None
     if not arguments.json:
         print_table(summary(report))
         print(f"written: {arguments.out}")

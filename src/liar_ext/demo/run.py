@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from liar_ext.demo import CALIBRATION, HELDOUT, MODEL
-from liar_ext.engine.api import compress, load_tokenizer
+from liar_ext.engine.compress import compress
+from liar_ext.engine.inputs import load_tokenizer
 from liar_ext.environment import environment
 from liar_ext.evaluation.generation import greedy
 from liar_ext.evaluation.perplexity import perplexity, tokenize

@@ -4,10 +4,15 @@ A layer's forward on one batch runs in a greenlet. When it reaches a Site's cons
 hands over the consumer's input; after the Site was pruned it is resumed with the kept columns of
 that same input and calls the new consumer. So every batch goes through every layer once, whatever
 the architecture, and what comes after a Site sees the pruned Site.
+
+A paused forward keeps tensors of its batch alive. On a shelf that moves them (`LayerRun.shelve`),
+their storages are emptied and filled again before the run goes on, as FSDP does with parameters:
+then only one batch at a time is in the device's memory.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +21,15 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from liar_ext.calibration.batches import Batch
+from liar_ext.engine.shelf import Item, Shelf
 from liar_ext.models.site import Site
+
+# smaller tensors stay: rotary tables and the like, which batches may share
+SHELVED_BYTES = 1 << 18
 
 
 @dataclass
@@ -80,6 +91,35 @@ def record_calls(
     return first[0], calls
 
 
+def shared(calls: list[LayerCall], known: dict[tuple[Any, ...], list[Tensor]]) -> list[LayerCall]:
+    """The same calls, with tensors that another batch has already replaced by that one's.
+
+    Rotary tables and masks of full windows are the same in every batch; held once, they do not
+    grow with the number of batches.
+
+    Args:
+        known: tensors by shape, dtype and device; what is new is added.
+    """
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (tuple(value.shape), value.dtype, value.device)
+            like = known.setdefault(key, [])
+            for other in like:
+                if other is value or torch.equal(other, value):
+                    return other
+            like.append(value)
+            return value
+        if type(value) in (tuple, list):
+            return type(value)(one(entry) for entry in value)
+        return value
+
+    return [
+        LayerCall(one(call.args), {name: one(value) for name, value in call.kwargs.items()})
+        for call in calls
+    ]
+
+
 class _Run(greenlet.greenlet):
     """A greenlet of this module, told apart from any other the caller may be running in."""
 
@@ -87,29 +127,126 @@ class _Run(greenlet.greenlet):
 class LayerRun:
     """One layer's forward on one batch; pauses at every consumer in `pausing()`."""
 
-    def __init__(self, layer: nn.Module, hidden: Tensor, call: LayerCall) -> None:
-        def body() -> Tensor:
-            output = layer(hidden, *call.args, **call.kwargs)
-            return output[0] if isinstance(output, tuple) else output
-
-        self._greenlet = _Run(body)
+    def __init__(self, layer: nn.Module, hidden: Item, call: LayerCall, shelf: Shelf) -> None:
+        self._layer, self._hidden, self._call, self._shelf = layer, hidden, call, shelf
+        self._greenlet: _Run | None = None
+        self._made = _Made()
+        self._input: Tensor | None = None
+        self._away: list[tuple[torch.UntypedStorage, int, Item]] = []
         self._resume: tuple[Any, ...] = ()
+        self._paused: tuple[nn.Module, Tensor] | None = None
 
     def to_next(self) -> tuple[nn.Module | None, Tensor]:
         """Run to the next consumer: (consumer, its input), or (None, layer output) at the end."""
-        value = self._greenlet.switch(*self._resume)
+        if self._greenlet is None:
+            self._start()
+        self._return()
+        assert self._greenlet is not None
+        self._paused = None
+        if self._shelf.moves:
+            with self._made:
+                value = self._greenlet.switch(*self._resume)
+        else:
+            value = self._greenlet.switch(*self._resume)
         if self._greenlet.dead:
+            self._input = None
             return None, value
+        self._paused = value
         return value
 
-    def close(self) -> None:
-        """Unwind a run that is not needed to its end, which frees what its frames hold."""
-        if not self._greenlet.dead:
-            self._greenlet.throw()
+    def again(self) -> Tensor:
+        """The consumer's input once more, while the run is paused there."""
+        assert self._paused is not None
+        self._return()
+        return self._paused[1]
+
+    def shelve(self) -> None:
+        """Take what the paused forward holds out of the device's memory, if the shelf does that."""
+        if not self._shelf.moves or self._greenlet is None or self._away:
+            return
+        stays = {_place(t) for t in (*self._layer.parameters(), *self._layer.buffers())}
+        stays |= {_place(t) for t in tree_flatten((self._call.args, self._call.kwargs))[0]}
+        if self._input is not None:
+            # its bytes are on the shelf already
+            stays.add(_place(self._input))
+            self._input.untyped_storage().resize_(0)
+        for storage in self._made.storages(stays):
+            self._away.append((storage, storage.nbytes(), self._shelf.put(_whole(storage))))
+            storage.resize_(0)
 
     def keep(self, columns: Tensor | None) -> None:
         """The columns of its input that the paused consumer gets when the run goes on."""
         self._resume = (columns,)
+
+    def close(self) -> None:
+        """Unwind a run that is not needed to its end, which frees what its frames hold."""
+        if self._greenlet is not None and not self._greenlet.dead:
+            self._greenlet.throw()
+        for _, _, item in self._away:
+            item.free()
+        self._away, self._input, self._paused = [], None, None
+
+    def _start(self) -> None:
+        layer, call = self._layer, self._call
+        hidden = self._hidden.fetch()
+        if self._shelf.moves:
+            self._input = hidden
+
+        def body(states: Tensor) -> Tensor:
+            output = layer(states, *call.args, **call.kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        self._greenlet = _Run(body)
+        self._resume = (hidden,)
+
+    def _return(self) -> None:
+        """Bring back what was shelved."""
+        if self._input is not None and self._input.untyped_storage().nbytes() == 0:
+            storage = self._input.untyped_storage()
+            storage.resize_(self._input.numel() * self._input.element_size())
+            self._hidden.refill(self._input)
+        for storage, size, item in self._away:
+            storage.resize_(size)
+            item.refill(_whole(storage))
+            item.free()
+        self._away = []
+
+
+class _Made(TorchDispatchMode):
+    """Remembers, weakly, the large tensors that are made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_flatten(out)[0]:
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= SHELVED_BYTES:
+                self._seen.append(weakref.ref(value))
+        return out
+
+    def storages(self, stays: set[int]) -> list[torch.UntypedStorage]:
+        """The storages of those that are still alive, each once, but for those at `stays`."""
+        alive = [tensor for seen in self._seen if (tensor := seen()) is not None]
+        self._seen = [weakref.ref(tensor) for tensor in alive]
+        found = {}
+        for tensor in alive:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.resizable() and _place(tensor) not in stays:
+                found[storage.data_ptr()] = storage
+        return list(found.values())
+
+
+def _place(value: Any) -> int:
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
+
+
+def _whole(storage: torch.UntypedStorage) -> Tensor:
+    """All bytes of a storage as a tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 @contextmanager

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.calibration.batches import Batch
-from liar_ext.criteria import CRITERIA, unit_scores
-from liar_ext.engine.capture import LayerCall, LayerRun, pausing, record_calls
+from liar_ext.criteria import Columns
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.progress import Progress
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.repair import Repairer, refuse_non_finite
+from liar_ext.engine.shelf import DeviceShelf, Shelf
+from liar_ext.engine.statistics import SiteColumns, SiteMoments
 from liar_ext.engine.store import LayerStore
-from liar_ext.errors import InputError, NumericalError
+from liar_ext.engine.stream import Feed, Stream
+from liar_ext.errors import InputError
 from liar_ext.models import Site, adapter_for, layout
-from liar_ext.ops.gram import gram
-from liar_ext.ops.moments import ColumnMoments, Moments
-from liar_ext.ops.residual import relative_residual
+from liar_ext.ops.moments import Moments
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
+from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.schema import SiteReport
 
-CHUNK_TOKENS = 4096
+if TYPE_CHECKING:
+    from liar_ext.engine.moments_store import MomentsStore
+
 # mean square over variance, summed over a Site's columns; at 140 the rounding of float32 sums, seen
 # from the variances, is the default ridge (`interpolate.ROUNDING`)
 CENTRING_LIMIT = 100.0
-# (layer, kind) -> kept units
-Widths = dict[tuple[int, str], int]
-# Site and the consumer inputs of all batches -> the columns the forward goes on with, or None
-Visit = Callable[[Site, list[Tensor]], Tensor | None]
 
 
 def budgets(store: LayerStore, recipe: Recipe) -> dict[tuple[int, str], Budget]:
@@ -64,6 +66,10 @@ class Driver:
     Attributes:
         store: the weights; batches: calibration tokens; recipe: what to do.
         device, progress, clock: where, who watches, how long.
+        ranks: the processes that share the work.
+        shelf: where hidden states and paused forwards wait.
+        library: Moments of the dense path on disk, read if they are there and kept if not.
+        keeper: keeps what an interrupted run goes on from.
         sites: reports in order, filled by `run`.
     """
 
@@ -73,43 +79,104 @@ class Driver:
     device: torch.device
     progress: Progress
     clock: Clock
+    ranks: Ranks = field(default_factory=Ranks.single)
+    shelf: Shelf = field(default_factory=DeviceShelf)
+    library: MomentsStore | None = None
+    keeper: Keeper | None = None
     sites: list[SiteReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.adapter = adapter_for(self.store.model.config)
-        self.criterion = CRITERIA[self.recipe.criterion]
-        self.reconstruction = RECONSTRUCTIONS[self.recipe.reconstruct]
         self.targets = targeted_layers(self.store, self.recipe)
         self._layers = self.adapter.layer_list(self.store.model)[1]
-        self._generator = torch.Generator().manual_seed(self.recipe.seed)
-        self._masks = [
-            None if bool(b.attention_mask.all()) else b.attention_mask.flatten().to(self.device)
-            for b in self.batches
-        ]
+        # statistics end with the last targeted layer, or the last that other jobs ask for
+        self._last = max(
+            [self.targets.stop, *(i + 1 for i in range(len(self._layers)) if self._extra(i))]
+        )
         biased = layout.biased_kinds(self.store.model)
         self._intercept = {kind: self._may_shift(kind in biased) for kind in self.recipe.target}
         self.added_biases = [k for k, shift in self._intercept.items() if shift and k not in biased]
+        self._repairer = Repairer(self.recipe, self._intercept, self.ranks, self.clock)
+        self._entered = False
+        self._stream = Stream(
+            self.batches,
+            self._layers,
+            device=self.device,
+            shelf=self.shelf,
+            ranks=self.ranks,
+            clock=self.clock,
+        )
 
     @torch.no_grad()
     def run(self) -> None:
-        """Prune every targeted Site and close every layer as final."""
-        with self.clock.phase("load"):
-            self.store.open_outside()
-        hidden, calls = self._embed()
-        self.store.close_outside()
-        widths = self._allocate(hidden, calls)
-        self.progress.begin(len(self._layers), "pruning")
-        self._generator.manual_seed(self.recipe.seed)
-        for index in range(len(self._layers)):
+        """Prune every targeted Site and close every layer as final.
+
+        With a Keeper that kept something, from there on.
+        """
+        found = None if self.keeper is None else self.keeper.found()
+        position = found or Position("score")
+        if position.generator is not None:
+            self._repairer.generator.set_state(position.generator)
+        if position.stage == "score":
+            widths = self._allocate(position)
+            self._repairer.generator.manual_seed(self.recipe.seed)
+            position = Position("prune", widths=widths)
+        self.sites = position.sites
+        self.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
+        if self._forwards_needed() and position.layer < self._last:
+            self._enter(position)
+        self._catch_up(position)
+        self.progress.begin(len(self._layers), "pruning", position.layer)
+        for index in range(position.layer, len(self._layers)):
             self._open(index)
-            if index < self.targets.stop:
-                later = self._shrink_layer(index, widths, hidden, calls)
-                if later is not None:
-                    hidden = later
+            if index in self.targets:
+                self._shrink_layer(index, position.widths)
+            elif self._flows(index):
+                self._dense(index)
             self._add_biases(index)
             with self.clock.phase("write"):
                 self.store.close(index, final=True)
+            self._keep(position, index + 1)
             self.progress.layer(index)
+
+    def _forwards_needed(self) -> bool:
+        """Whether any statistics are not in the library yet."""
+        sites = [(index, kind) for index in self.targets for kind in self.recipe.target]
+        return self.library is None or not self.library.complete(sites)
+
+    def _enter(self, position: Position) -> None:
+        """Hidden states that enter the layer of `position`: embedded, or as they were kept."""
+        self._entered = True
+        with self.clock.phase("load"):
+            self.store.open_outside()
+        options = {"use_cache": False} if self.adapter.decoder else {}
+        self._stream.embed(self.adapter.backbone(self.store.model)[1], options)
+        self.store.close_outside()
+        if position.layer and self.keeper is not None:
+            with self.clock.phase("hold"):
+                self._stream.shelve(self.keeper.hidden(self._stream.batches, self.device))
+
+    def _kept(self, widths: Widths) -> list[dict[str, int]]:
+        """Units of every Site of every layer of the result, as `layout.read` gives them."""
+        return [
+            {kind: widths.get((index, kind), units) for kind, units in layer.items()}
+            for index, layer in enumerate(layout.read(self.store.model))
+        ]
+
+    def _catch_up(self, position: Position) -> None:
+        """Give the layers that an interrupted run has written the shapes that they have there."""
+        for index in range(position.layer):
+            for site in self.adapter.sites_of(self.store.model, index, self.recipe.target):
+                if (index, site.kind) in position.widths:
+                    site.shrink(torch.arange(position.widths[index, site.kind]))
+            self._add_biases(index)
+
+    def _keep(self, position: Position, layer: int) -> None:
+        if self.keeper is not None:
+            position.layer = layer
+            position.generator = self._repairer.generator.get_state()
+            with self.clock.phase("write"):
+                self.keeper.keep(position, self._stream.hidden)
 
     def _open(self, index: int) -> None:
         """Make a layer available; InputError names a tensor with NaN or infinite weights."""
@@ -124,27 +191,16 @@ class Driver:
                     )
 
     def _may_shift(self, has_bias: bool) -> bool:
-        if self.reconstruction.needs_bias or self.recipe.bias == "always":
+        if RECONSTRUCTIONS[self.recipe.reconstruct].needs_bias or self.recipe.bias == "always":
             return True
         return has_bias and self.recipe.bias == "auto"
 
-    def _embed(self) -> tuple[list[Tensor], list[list[LayerCall]]]:
-        backbone = self.adapter.backbone(self.store.model)[1]
-        options = {"use_cache": False} if self.adapter.decoder else {}
-        hidden, calls = [], []
-        with self.clock.phase("forward"):
-            for batch in self.batches:
-                states, recorded = record_calls(backbone, self._layers, batch, self.device, options)
-                hidden.append(states)
-                calls.append(recorded)
-        return hidden, calls
-
-    def _allocate(self, hidden: list[Tensor], calls: list[list[LayerCall]]) -> Widths:
+    def _allocate(self, position: Position) -> Widths:
         """Kept units of every targeted Site; one more pass if the allocation needs scores."""
         allocation = ALLOCATIONS[self.recipe.allocation]
         known = budgets(self.store, self.recipe)
         if allocation.needs_scores:
-            scores = self._score_all(hidden, calls)
+            scores = self._score_all(position)
             known = {key: replace(known[key], scores=scores[key]) for key in known}
         kept = allocation.widths(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
         if all(k == b.units for k, b in zip(kept, known.values(), strict=True)):
@@ -154,177 +210,174 @@ class Driver:
             )
         return dict(zip(known, kept, strict=True))
 
-    def _score_all(
-        self, hidden: list[Tensor], calls: list[list[LayerCall]]
-    ) -> dict[tuple[int, str], Tensor]:
-        """Scores of every targeted Site on the dense path, with column statistics only."""
-        scores: dict[tuple[int, str], Tensor] = {}
+    def _score_all(self, position: Position) -> dict[tuple[int, str], Tensor]:
+        """Scores of every targeted Site on the dense path.
 
-        def visit(site: Site, inputs: list[Tensor]) -> None:
-            with self.clock.phase("gram"):
-                statistics = ColumnMoments.zeros(site.columns, self.device)
-                for x, mask in zip(inputs, self._masks, strict=True):
-                    statistics.add(x.reshape(-1, site.columns), mask)
-            _refuse_non_finite(site, statistics.squares)
-            with self.clock.phase("solve"):
-                score = self.criterion.score(site, statistics, self._generator)
-                scores[site.layer, site.kind] = score.cpu()
-
-        self.progress.begin(self.targets.stop, "scoring")
-        for index in range(self.targets.stop):
+        Column statistics are enough for them; where the Moments of the dense path are those of the
+        repairs, too, they are kept in the library, and there is no second pass of forwards.
+        """
+        whole = self.recipe.statistics == "oneshot" and self.library is not None
+        if self._forwards_needed() and position.layer < self.targets.stop:
+            self._enter(position)
+        self.progress.begin(self.targets.stop, "scoring", position.layer)
+        for index in range(position.layer, self.targets.stop):
             self._open(index)
-            later = self._forward(index, hidden, calls, visit)
-            hidden = later if later is not None else hidden
+            sites = self._sites(index)
+            found: dict[str, Columns] = {}
+            if whole and self._in_library(index):
+                assert self.library is not None
+                found |= {
+                    s.kind: self.library.load_columns(index, s.kind, self.device) for s in sites
+                }
+                self._pass_on(index)
+            elif whole:
+                found |= {kind: moments for kind, (moments, _) in self._dense(index).items()}
+            else:
+                taps = [(site, SiteColumns(site.columns, self.device)) for site in sites]
+                self._stream.advance(self._stream.through(index, taps, onward=self._onward(index)))
+                found |= {site.kind: tap.finish(self.ranks) for site, tap in taps}
+            for site in sites:
+                position.scores[index, site.kind] = self._repairer.score(site, found[site.kind])
             self.store.close(index, final=False)
+            self._keep(position, index + 1)
             self.progress.layer(index)
-        return scores
+        self._stream.advance({})
+        self._entered = False
+        return position.scores
 
-    def _forward(
-        self, index: int, hidden: list[Tensor], calls: list[list[LayerCall]], visit: Visit
-    ) -> list[Tensor] | None:
-        """Run one layer on all batches and let `visit` act at each targeted Site.
+    def _sites(self, index: int) -> list[Site]:
+        if index not in self.targets:
+            return []
+        return self.adapter.sites_of(self.store.model, index, self.recipe.target)
 
-        Returns:
-            the layer's outputs, or None after the last Site of the last targeted layer, where
-            nobody needs them.
-        """
-        targeted = index in self.targets
-        sites = (
-            self.adapter.sites_of(self.store.model, index, self.recipe.target) if targeted else []
-        )
-        runs = [
-            LayerRun(self._layers[index], states, recorded[index])
-            for states, recorded in zip(hidden, calls, strict=True)
-        ]
-        try:
-            with pausing(sites):
-                for site in sites:
-                    with self.clock.phase("forward"):
-                        inputs = [_expect(run.to_next(), site) for run in runs]
-                    columns = visit(site, inputs)
-                    del inputs
-                    for run in runs:
-                        run.keep(columns)
-                if index == self.targets.stop - 1:
-                    return None
-                with self.clock.phase("forward"):
-                    return [run.to_next()[1] for run in runs]
-        finally:
-            for run in runs:
-                run.close()
+    def _flows(self, index: int) -> bool:
+        """Whether hidden states go through a layer, on whichever ranks."""
+        return self._entered and index < self._last
 
-    def _shrink_layer(
-        self, index: int, widths: Widths, hidden: list[Tensor], calls: list[list[LayerCall]]
-    ) -> list[Tensor] | None:
-        """Prune the layer's Sites; the outputs are the pruned layer's if sequential, else dense."""
-        sequential = self.recipe.statistics == "sequential"
-        postponed: list[Callable[[], Tensor]] = []
+    def _onward(self, index: int) -> bool:
+        """Nobody needs what leaves the last layer that statistics are taken from."""
+        return index < self._last - 1
 
-        def visit(site: Site, inputs: list[Tensor]) -> Tensor | None:
-            shrink = self._repair(site, inputs, widths[index, site.kind])
-            if sequential:
-                return shrink()
-            postponed.append(shrink)
-            return None
+    def _shrink_layer(self, index: int, widths: Widths) -> None:
+        """Prune a layer's Sites; what enters the next is the pruned layer's output if sequential,
+        else the dense one's."""
+        if self.recipe.statistics == "sequential":
 
-        outputs = self._forward(index, hidden, calls, visit)
-        for shrink in postponed:
-            shrink()
-        return outputs
+            def visit(site: Site, feed: Feed) -> Tensor:
+                before = dict(self.clock.seconds)
+                moments, notes = self._moments(site, feed)
+                return self._repair(site, moments, notes, widths[index, site.kind], before)
 
-    def _repair(self, site: Site, inputs: list[Tensor], kept_units: int) -> Callable[[], Tensor]:
-        """Moments, selection and repair of one Site.
-
-        Returns:
-            a function that applies the result to the layer and returns the kept columns.
-        """
+            self._stream.stopping(index, self._sites(index), visit, onward=self._onward(index))
+            return
         before = dict(self.clock.seconds)
-        units, columns = site.units, site.columns
-        moments, notes = self._moments(site, inputs)
-        with self.clock.phase("solve"):
-            score = unit_scores(site, self.criterion.score(site, moments, self._generator))
-            keep = score.argsort(descending=True, stable=True)[:kept_units].sort().values
-            kept_columns = site.unit_columns(keep)
-            weight = site.weight()
-            repaired = self._solve(site, moments, weight, kept_columns)
-            residual = relative_residual(
-                moments, weight, kept_columns, repaired.weight, repaired.shift
-            )
-        bias = _shifted(site.bias(), repaired.shift)
-        used = repaired.diagnostics
-        report = SiteReport(
-            layer=site.layer,
-            kind=site.kind,
-            name=site.name,
-            units_before=units,
-            units_after=keep.numel(),
-            columns_before=columns,
-            columns_after=kept_columns.numel(),
-            bias_added=bias is not None and site.bias() is None,
-            relative_residual=residual,
-            seconds={k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")},
+        found = self._dense(index)
+        for site in self._sites(index):
+            moments, notes = found.pop(site.kind)
+            self._repair(site, moments, notes, widths[index, site.kind], before)
+            before = dict(self.clock.seconds)
+
+    def _dense(self, index: int) -> dict[str, tuple[Moments, list[str]]]:
+        """Moments of a layer's Sites on the dense path, from the library or one forward.
+
+        The hidden states advance, if there are any.
+        """
+        mine = self._sites(index)
+        known: dict[str, tuple[Moments, list[str]]] = {}
+        if self.library is not None and self._in_library(index):
+            with self.clock.phase("load"):
+                for site in mine:
+                    moments = self.library.load(index, site.kind, self.device)
+                    known[site.kind] = (moments, _notes(moments.gram.dtype))
+            self._pass_on(index)
+            return known
+        kinds = {site.kind for site in mine} | set(self._extra(index))
+        sites = self.adapter.sites_of(self.store.model, index, tuple(kinds))
+        taps = [(site, self._gram(site, torch.float32)) for site in sites]
+        later = self._stream.through(index, taps, onward=self._onward(index))
+        for site, tap in taps:
+            with self.clock.phase("gram"):
+                moments = tap.finish(self.ranks)
+            if not self._centred(site, moments):
+                again = self._gram(site, torch.float64)
+                self._stream.through(index, [(site, again)], onward=False)
+                with self.clock.phase("gram"):
+                    moments = again.finish(self.ranks)
+            if site.kind in self.recipe.target:
+                known[site.kind] = (moments, _notes(moments.gram.dtype))
+            if self.library is not None:
+                with self.clock.phase("write"):
+                    if self.ranks.rank == 0:
+                        self.library.save(index, site.kind, moments)
+                    self.ranks.barrier()
+        self._stream.advance(later)
+        return known
+
+    def _extra(self, index: int) -> list[str]:
+        """Kinds of a layer whose Moments other jobs will ask the library for."""
+        if self.library is None:
+            return []
+        return [k for k in self.library.wanted(index) if not self.library.has(index, k)]
+
+    def _in_library(self, index: int) -> bool:
+        """Whether nothing of a layer has to be measured."""
+        if self.library is None:
+            return False
+        kinds = self.recipe.target if index in self.targets else ()
+        extra = self._flows(index) and self._extra(index)
+        return all(self.library.has(index, k) for k in kinds) and not extra
+
+    def _pass_on(self, index: int) -> None:
+        """Take the hidden states, if there are any, through a layer as it is."""
+        if self._flows(index):
+            self._stream.advance(self._stream.through(index, (), onward=self._onward(index)))
+
+    def _moments(self, site: Site, feed: Feed) -> tuple[Moments, list[str]]:
+        """Moments of all batches that stand at a Site."""
+        moments: Moments | None = None
+        for dtype in (torch.float32, torch.float64):
+            moments = None  # at 70B widths two of them are 13 GB
+            accumulator = self._gram(site, dtype)
+            feed(accumulator)
+            with self.clock.phase("gram"):
+                moments = accumulator.finish(self.ranks)
+            del accumulator
+            if self._centred(site, moments):
+                break
+        assert moments is not None
+        return moments, _notes(moments.gram.dtype)
+
+    def _gram(self, site: Site, dtype: torch.dtype) -> SiteMoments:
+        return SiteMoments(site.columns, self.device, dtype=dtype, alone=self._stream.alone)
+
+    def _centred(self, site: Site, moments: Moments) -> bool:
+        """Whether the sums survive centring.
+
+        It subtracts `μμᵀ` from `G/N`; with means 30 times the deviations, 3 digits of float32 sums
+        are gone, and with 300 the residual reported was 0.07 for a true 4.0.
+        """
+        refuse_non_finite(site, moments)
+        squares, variance = moments.diagonal().sum(), moments.variance().sum()
+        return moments.gram.dtype == torch.float64 or float(squares) <= CENTRING_LIMIT * float(
+            variance
         )
-        if used is not None:
-            report.ridge, report.ridge_used = used.ridge, used.ridge_used
-            report.condition, report.backward_error = used.condition, used.backward_error
-            report.dead_columns, report.precision = used.dead, used.precision
-            notes += used.steps
-        report.steps = notes
-        for note in notes:
+
+    def _repair(
+        self,
+        site: Site,
+        moments: Moments,
+        notes: list[str],
+        kept_units: int,
+        before: dict[str, float],
+    ) -> Tensor:
+        """Repair and shrink a Site; returns the kept columns."""
+        report, shrink = self._repairer.repair(site, moments, notes, kept_units)
+        report.seconds = {k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")}
+        for note in report.steps:
             self.progress.warn(f"{site.name}: {note}")
         self.sites.append(report)
         self.progress.site(report)
-
-        def shrink() -> Tensor:
-            with self.clock.phase("solve"):
-                site.shrink(keep, repaired.weight, bias)
-                after = site.bias()
-                whole = torch.isfinite(site.weight()).all()
-                if not bool(whole if after is None else whole & torch.isfinite(after).all()):
-                    raise InputError(
-                        f"{site.name}: the repaired weights do not fit {weight.dtype}; use "
-                        "--dtype bfloat16 or float32, or a larger --ridge"
-                    )
-            return kept_columns
-
-        return shrink
-
-    def _moments(self, site: Site, inputs: list[Tensor]) -> tuple[Moments, list[str]]:
-        """Moments of all batches, in float32 unless centring would lose them.
-
-        Centring subtracts `μμᵀ` from `G/N`; with means 30 times the deviations, 3 digits of
-        float32 sums are gone, and with 300 the residual reported was 0.07 for a true 4.0.
-        """
-        notes: list[str] = []
-        for dtype in (torch.float32, torch.float64):
-            with self.clock.phase("gram"):
-                moments = Moments.zeros(site.columns, dtype=dtype, device=self.device)
-                for rows in _chunks(inputs, self._masks):
-                    gram(rows, out=moments)
-            _refuse_non_finite(site, moments.gram.diagonal())
-            squares, variance = moments.diagonal().sum(), moments.variance().sum()
-            if float(squares) <= CENTRING_LIMIT * float(variance) or dtype == torch.float64:
-                break
-            notes.append("means far above the deviations: statistics repeated in float64")
-        return moments, notes
-
-    def _solve(self, site: Site, moments: Moments, weight: Tensor, keep: Tensor) -> Repaired:
-        dropped = torch.ones(site.columns, dtype=torch.bool, device=keep.device)
-        dropped[keep] = False
-        task = Task(
-            moments,
-            weight,
-            keep,
-            dropped.nonzero().flatten(),
-            self.recipe.ridge,
-            self._intercept[site.kind],
-        )
-        if task.drop.numel() == 0:
-            return Repaired(weight)
-        try:
-            return self.reconstruction.repair(task)
-        except NumericalError as error:
-            raise NumericalError(f"{site.name}: {error}") from error
+        return shrink()
 
     def _add_biases(self, index: int) -> None:
         """A bias flag of the config holds for all layers and for all linears it names."""
@@ -332,40 +385,7 @@ class Driver:
             site.add_biases(filler=site.spec.bias_flag is not None)
 
 
-def _chunks(inputs: list[Tensor], masks: list[Tensor | None]) -> Iterator[Tensor]:
-    """The valid rows of all batches, at least `CHUNK_TOKENS` at a time but for the last.
-
-    Each Gram call reads and writes all of G and is one more launch: for 1536 columns on one core,
-    300 tokens a call took 17 % longer than 1000.
-    """
-    pending: list[Tensor] = []
-    for x, mask in zip(inputs, masks, strict=True):
-        rows = x.reshape(-1, x.shape[-1])
-        pending.append(rows if mask is None else rows[mask])
-        if sum(part.shape[0] for part in pending) >= CHUNK_TOKENS:
-            yield torch.cat(pending) if len(pending) > 1 else pending[0]
-            pending = []
-    if pending:
-        yield torch.cat(pending)
-
-
-def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    if shift is None:
-        return None
-    return shift if bias is None else bias.double() + shift
-
-
-def _expect(reached: tuple[torch.nn.Module | None, Tensor], site: Site) -> Tensor:
-    module, x = reached
-    if module is not site.consumer:
-        raise RuntimeError(f"the forward pass reached another module before {site.name}")
-    return x
-
-
-def _refuse_non_finite(site: Site, squares: Tensor) -> None:
-    bad = ~torch.isfinite(squares)
-    if bool(bad.any()):
-        raise InputError(
-            f"{site.name}: {int(bad.sum())} of {site.columns} input columns have NaN or infinite "
-            "activations; check the checkpoint, or compute in a wider type with --dtype"
-        )
+def _notes(dtype: torch.dtype) -> list[str]:
+    if dtype == torch.float32:
+        return []
+    return ["means far above the deviations: statistics repeated in float64"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 from liar_ext.report.schema import SiteReport
 
@@ -10,8 +10,8 @@ from liar_ext.report.schema import SiteReport
 class Progress(Protocol):
     """Receives events in order; must not raise."""
 
-    def begin(self, layers: int, label: str) -> None:
-        """A pass over `layers` layers starts."""
+    def begin(self, layers: int, label: str, done: int = 0) -> None:
+        """A pass over `layers` layers starts, of which `done` are done already."""
 
     def site(self, report: SiteReport) -> None:
         """A Site was pruned."""
@@ -26,7 +26,11 @@ class Progress(Protocol):
 class Silent:
     """Watches nothing."""
 
-    def begin(self, layers: int, label: str) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+    def begin(self, layers: int, label: str, done: int = 0) -> None: ...
     def site(self, report: SiteReport) -> None: ...
     def layer(self, index: int) -> None: ...
     def warn(self, message: str) -> None: ...

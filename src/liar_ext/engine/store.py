@@ -22,11 +22,18 @@ class LayerStore(Protocol):
     def close_outside(self) -> None:
         """The embeddings are not needed any more."""
 
+    def prepare(self, widths: list[dict[str, int]], added_biases: list[str], done: int) -> None:
+        """The result's widths are known: units of every Site, layer by layer, and the kinds whose
+        consumers get a bias. Layers below `done` were closed as final by an earlier run."""
+
     def open(self, index: int) -> None:
         """Make layer `index` available."""
 
     def close(self, index: int, *, final: bool) -> None:
         """Give layer `index` up; `final` if it is as it shall be written."""
+
+    def written(self) -> dict[str, str]:
+        """Digests of the layers that are on disk, by layer."""
 
 
 class InMemory:
@@ -37,5 +44,9 @@ class InMemory:
 
     def open_outside(self) -> None: ...
     def close_outside(self) -> None: ...
+    def prepare(self, widths: list[dict[str, int]], added_biases: list[str], done: int) -> None: ...
     def open(self, index: int) -> None: ...
     def close(self, index: int, *, final: bool) -> None: ...
+
+    def written(self) -> dict[str, str]:
+        return {}

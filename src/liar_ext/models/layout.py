@@ -77,6 +77,26 @@ def read(model: PreTrainedModel) -> list[dict[str, int]]:
     return [{s.kind: s.units for s in adapter.sites_of(model, i, kinds)} for i in range(count)]
 
 
+def shapes(
+    config: PretrainedConfig, widths: list[dict[str, int]], added_biases: list[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the pruned model, in the model's order.
+
+    Args:
+        config: of the dense model; widths: units of each layer, see `read`.
+        added_biases: kinds whose consumers are given a bias.
+    """
+    model = empty_model(config)
+    adapter = adapter_for(config)
+    for index, units in enumerate(widths):
+        for site in adapter.sites_of(model, index, tuple(units)):
+            if units[site.kind] < site.units:
+                site.shrink(torch.arange(units[site.kind]))
+            if site.kind in added_biases:
+                site.add_biases(filler=site.spec.bias_flag is not None)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def biased_kinds(model: PreTrainedModel) -> list[str]:
     """Kinds whose consumers have a bias now."""
     adapter = adapter_for(model.config)

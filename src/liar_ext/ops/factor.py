@@ -44,10 +44,10 @@ class Factor(Protocol):
     def pivot(self) -> Tensor: ...
 
     def substitute(self, right: Tensor) -> Tensor:
-        """`Ã⁻¹ right` for (b, s, r), in the dtype of the factor."""
+        """`Ã⁻¹ right` for (b, s, r), in the dtype of the factor; `right` may be overwritten."""
 
     def substitute_few(self, right: Tensor) -> Tensor:
-        """The same for a handful of columns."""
+        """The same for a handful of columns, which are left as they are."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,14 @@ class LibraryFactor:
 
     @classmethod
     def of(cls, scaled: Tensor) -> LibraryFactor:
-        lower, info = torch.linalg.cholesky_ex(scaled)
+        """Factor (b, s, s) in place: its memory holds L, or nothing of use after a failure.
+
+        A factor in memory of its own would be the third matrix beside A and Ã.
+        """
+        # columns are contiguous to the library, and of a symmetric matrix rows are columns
+        lower = scaled.mT
+        info = torch.empty(len(scaled), dtype=torch.int32, device=scaled.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         pivot = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1).double()
         return cls(lower, info, pivot)
 
@@ -102,14 +109,17 @@ class LibraryFactor:
         # larger batches of larger systems go to MAGMA where torch has it: it waits for the device
         if right.is_cuda and len(self.lower) > LIBRARY_BATCH and self.lower.shape[1] > BLOCK:
             pairs = zip(self.lower.split(LIBRARY_BATCH), right.split(LIBRARY_BATCH), strict=True)
-            return torch.cat([_substitute(lower, part) for lower, part in pairs])
-        return _substitute(self.lower, right)
+            for lower, part in pairs:
+                _substitute(lower, part)
+        else:
+            _substitute(self.lower, right)
+        return right
 
     def substitute_few(self, right: Tensor) -> Tensor:
         """By inverted diagonal blocks: a library spends as long on 8 columns as on hundreds."""
         size = self.lower.shape[-1]
         if size <= BLOCK:
-            return self.substitute(right)
+            return self.substitute(right.clone())
         if not self._inverses:
             for start in range(0, size, BLOCK):
                 corner = self.lower[:, start : start + BLOCK, start : start + BLOCK]
@@ -119,10 +129,12 @@ class LibraryFactor:
         return substitute(self.lower, self._inverses, right)
 
 
-def _substitute(lower: Tensor, right: Tensor) -> Tensor:
+def _substitute(lower: Tensor, right: Tensor) -> None:
+    """`(L Lᵀ)⁻¹ right` in place of `right`, (b, s, r) contiguous."""
     # from the right, on the transpose: rows of `right` are columns to the library, no copies
-    half = torch.linalg.solve_triangular(lower.mT, right.mT, upper=True, left=False)
-    return torch.linalg.solve_triangular(lower, half, upper=False, left=False).mT
+    rows = right.mT
+    torch.linalg.solve_triangular(lower.mT, rows, upper=True, left=False, out=rows)
+    torch.linalg.solve_triangular(lower, rows, upper=False, left=False, out=rows)
 
 
 def finish(
@@ -134,15 +146,20 @@ def finish(
     working: torch.dtype,
 ) -> Attempt:
     """Substitution, refinement of a float32 factor, P and the diagnostics."""
-    target = right * system.scale
+    target = torch.empty_like(right, memory_format=torch.contiguous_format)
+    torch.mul(right, system.scale, out=target)
     start = probes(right.shape[1], PROBES, right).expand(right.shape[0], -1, -1)
     largest = _largest(system.times, start)
     smallest = 1.0 / _largest(lambda v: factor.substitute_few(v.to(working)).double(), start)
-    inner = factor.substitute(target.to(working)).double()
     if working == torch.float32:
+        inner = factor.substitute(target.to(working)).double()
         inner, error = _refine(system, factor, inner, target, largest, smallest)
     else:
-        error = _error(system, inner, target, largest)
+        # what the residual needs of the target, which makes room for the solution
+        mixed = _mixed(target)
+        inner = factor.substitute(target)
+        sample = _mixed(inner)
+        error = _relative(system.times(sample) - mixed, sample, mixed, largest)
     del target
     solution = inner.mul_(system.scale).contiguous()
     if mean_kept is None or mean_dropped is None:
@@ -175,11 +192,11 @@ def _largest(apply: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return vectors.norm(dim=1).amax(-1)
 
 
-def _error(system: Scaled, inner: Tensor, target: Tensor, largest: Tensor) -> Tensor:
-    if target.shape[2] > RESIDUAL_COLUMNS:
-        mix = probes(target.shape[2], RESIDUAL_COLUMNS, target)
-        inner, target = inner @ mix, target @ mix
-    return _relative(system.times(inner) - target, inner, target, largest)
+def _mixed(columns: Tensor) -> Tensor:
+    """Random combinations of the columns of (b, s, r), the same ones each time; a few: a copy."""
+    if columns.shape[2] <= RESIDUAL_COLUMNS:
+        return columns.clone()
+    return columns @ probes(columns.shape[2], RESIDUAL_COLUMNS, columns)
 
 
 def _relative(residual: Tensor, inner: Tensor, target: Tensor, largest: Tensor) -> Tensor:
@@ -231,7 +248,7 @@ def _torch(
 
 
 def inverse(matrix: Tensor, strength: float, floor: float) -> Tensor:
-    """`(A + λI)⁻¹` (s, s) float64 in three copies of A, dead rows and columns zero.
+    """`(A + λI)⁻¹` (s, s) float64 in two copies of A, dead rows and columns zero.
 
     Raises:
         NumericalError: it does not exist, or is smaller than the rounding `floor` lets it be known.

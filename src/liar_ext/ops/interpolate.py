@@ -20,7 +20,7 @@ from torch import Tensor
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
 from liar_ext.ops.factor import inverse as factor_inverse
-from liar_ext.ops.moments import Moments
+from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.solve import Precision, Solved, check_not_negative, solve
 
 # norm of the rounding of a scaled, centred Gram matrix over eps · mean square / variance: 5.4, 6.2
@@ -135,7 +135,8 @@ def solve_interpolation(
     """
     moments = Moments(count, sum, gram, order, mirrored)
     system = _system(moments, keep, drop, ridge, center)
-    solved = system.solve(system.cross, ridge, gram.dtype, cast(Precision, precision))
+    right = _cross(moments, keep, drop, center, system.dead)
+    solved = system.solve(right, ridge, gram.dtype, cast(Precision, precision))
     solution, mean = solved.solution[0], moments.mean()
     p = mean[drop] - solution.T @ mean[keep] if center else torch.zeros_like(mean[drop])
     return solution, p, solved.diagnostics[0].encode()
@@ -171,13 +172,17 @@ def repair(
     center: bool = True,
     precision: Precision = "auto",
     inverse: Inverse | None = None,
+    outputs: int | None = None,
 ) -> Repair:
     """Fold the Interpolation into a consumer weight (out, n): `W' = W_S + W_M Qᵀ`, `W_M P`.
 
-    Of the equivalent systems the cheapest is solved (`cheapest`).
+    Of the equivalent systems the cheapest is solved (`cheapest`); `repair_bytes` says what it
+    holds. Rows of W do not see each other, so slices of W can be repaired apart.
 
     Args:
         weight: (out, n) of any floating dtype.
+        outputs: rows of the whole W where `weight` is a slice of it, so that every slice is
+            solved the same way; None for out.
         inverse: `inverse_moments` of the same Moments, if it is there already; it makes small
             removals cheap.
     Raises:
@@ -199,32 +204,67 @@ def repair(
                 f"{inverse.count} tokens of {inverse.theta.shape[0]} columns, not with "
                 f"ridge {ridge}, center {center}, {int(moments.count)} and {moments.columns}"
             )
-    kept_weight, dropped_weight = weight[:, keep].double(), weight[:, drop].double()
-    route = cheapest(keep.numel(), drop.numel(), weight.shape[0], inverse is not None)
+    outputs = weight.shape[0] if outputs is None else outputs
+    route = cheapest(keep.numel(), drop.numel(), outputs, inverse is not None)
     carried = diagnostics = None
     steps: tuple[str, ...] = ()
     if inverse is not None and route.startswith("inverse"):
         _check_partition(moments, keep, drop)
         try:
             carried, diagnostics = _carry_by_inverse(
-                inverse, dropped_weight, keep, drop, moments.gram.dtype, precision
+                inverse, weight, keep, drop, outputs, moments.gram.dtype, precision
             )
         except NumericalError as error:
             # a ridge on the dropped block would be another definition
             steps = (f"inverse: {error}; solved from the Moments",)
-            route = cheapest(keep.numel(), drop.numel(), weight.shape[0], False)
+            route = cheapest(keep.numel(), drop.numel(), outputs, False)
     if carried is None or diagnostics is None:
         system = _system(moments, keep, drop, ridge, center)
-        fold_first = route == "fold first"
-        right = system.cross @ dropped_weight.T if fold_first else system.cross
+        folded = weight if route == "fold first" else None
+        right = _cross(moments, keep, drop, center, system.dead, folded)
         solved = system.solve(right, ridge, moments.gram.dtype, precision)
+        # as large as all that follows
+        del system, right
         z = solved.solution[0]
-        carried = z.T if fold_first else dropped_weight @ z.T
+        carried = z.T.contiguous() if folded is not None else weight[:, drop].double() @ z.T
         diagnostics = solved.diagnostics[0]
         diagnostics = dataclasses.replace(diagnostics, steps=steps + diagnostics.steps)
+        del solved, z
     mean = moments.mean()
-    shift = dropped_weight @ mean[drop] - carried @ mean[keep]
-    return Repair(kept_weight + carried, shift if center else torch.zeros_like(shift), diagnostics)
+    shift = carried.new_zeros(weight.shape[0])
+    if center:
+        shift -= carried @ mean[keep]
+        for start, stop in spans(0, drop.numel()):
+            part = drop[start:stop]
+            shift += weight[:, part].double() @ mean[part]
+    for start, stop in spans(0, keep.numel()):
+        carried[:, start:stop] += weight[:, keep[start:stop]]
+    return Repair(carried, shift, diagnostics)
+
+
+def repair_bytes(kept: int, dropped: int, outputs: int, rows: int | None = None) -> int:
+    """Most bytes that `repair` holds beside its arguments, its result included, on float64.
+
+    Args:
+        kept, dropped, outputs: s, m and rows of W; rows: of the slice that is repaired, None for
+            all of them.
+    Returns:
+        the largest of four moments, with b rows of a block and r right sides (rows, or m where
+        Q is solved for): 8 s² and a gather; 8 (s² + s r) with W_M and a block of C_SM;
+        8 (2 s² + 2 s r), the solve: C_SS and its factor, right sides and solution; and what is
+        left for the result, `8 s r` with that and W_M.
+    """
+    s, m, n = kept, dropped, kept + dropped
+    r = outputs if rows is None else rows
+    matrix, block = 8 * s * s, min(s, BLOCK)
+    built = gather_bytes(s, s, n)
+    if cheapest(kept, dropped, outputs) == "fold first":
+        right, result = 8 * s * r, 8 * s * r
+        crossed = matrix + right + 8 * r * m + gather_bytes(block, m, n)
+    else:
+        right, result = 8 * s * m, 8 * s * r + 8 * r * m
+        crossed = matrix + gather_bytes(s, m, n)
+    return max(built, crossed, 2 * matrix + 2 * right, right + result)
 
 
 def costs(kept: int, dropped: int, outputs: int, inverse: bool) -> dict[str, float]:
@@ -285,9 +325,10 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
 
 def _carry_by_inverse(
     inverse: Inverse,
-    dropped_weight: Tensor,
+    weight: Tensor,
     keep: Tensor,
     drop: Tensor,
+    outputs: int,
     moments_dtype: torch.dtype,
     precision: Precision,
 ) -> tuple[Tensor, Diagnostics]:
@@ -297,7 +338,8 @@ def _carry_by_inverse(
         NumericalError: `Θ_MM` cannot be solved without a ridge of its own.
     """
     block, side = inverse.theta[drop][:, drop], inverse.theta[drop][:, keep]
-    fold_first = dropped_weight.shape[0] < keep.numel()
+    dropped_weight = weight[:, drop].double()
+    fold_first = outputs < keep.numel()
     right = dropped_weight.T if fold_first else side
     solved = solve(block[None], right[None], 0.0, moments_dtype=moments_dtype, precision=precision)
     found = solved.diagnostics[0]
@@ -313,8 +355,10 @@ def _carry_by_inverse(
 
 @dataclass(frozen=True)
 class _System:
+    """`C_SS` (s, s) float64 and its dead columns (s,); mean(diag C); the rounding of its scale."""
+
     kept: Tensor
-    cross: Tensor
+    dead: Tensor
     mean_diagonal: float
     floor: float
 
@@ -334,12 +378,10 @@ class _System:
 
 def _system(moments: Moments, keep: Tensor, drop: Tensor, ridge: float, center: bool) -> _System:
     _check_partition(moments, keep, drop)
-    kept, cross = moments.second(keep, keep), moments.second(keep, drop)
     if int(moments.count) == 0:
         raise InputError("the Moments hold no tokens; nothing was accumulated")
-    # a sum is finite only if all of it is, and needs no mask of the size of the matrix
-    if not all(bool(value.sum().isfinite()) for value in (moments.sum, kept, cross)):
-        raise InputError("the Moments hold NaN or infinite values; check the activations")
+    kept = moments.second(keep, keep)
+    _check_finite(moments.sum, kept)
     if moments.complete:
         mean_diagonal = float((moments.variance() if center else moments.diagonal()).mean())
     elif ridge > 0:
@@ -350,17 +392,52 @@ def _system(moments: Moments, keep: Tensor, drop: Tensor, ridge: float, center: 
     if center:
         mean = moments.mean()
         kept.addr_(mean[keep], mean[keep], alpha=-1)
-        cross.addr_(mean[keep], mean[drop], alpha=-1)
     # a centred variance below the rounding of its own mean square is not a variance: constant
     # columns came out at up to 30 eps after 20000 tokens in float32
     eps = torch.finfo(moments.gram.dtype).eps
     noise = 64 * eps * squares
     dead = kept.diagonal() <= (noise if center else torch.zeros_like(noise))
-    kept[dead], kept[:, dead], cross[dead] = 0.0, 0.0, 0.0
+    kept[dead], kept[:, dead] = 0.0, 0.0
     # G is rounded at the size of its squares: beside a unit variance that is so many times more
     above = (squares / kept.diagonal())[~dead]
     excess = float(above.mean()) - 1.0 if above.numel() else 0.0
-    return _System(kept, cross, mean_diagonal, eps * (1.0 + ROUNDING * max(excess, 0.0)))
+    return _System(kept, dead, mean_diagonal, eps * (1.0 + ROUNDING * max(excess, 0.0)))
+
+
+def _cross(
+    moments: Moments,
+    keep: Tensor,
+    drop: Tensor,
+    center: bool,
+    dead: Tensor,
+    folded: Tensor | None = None,
+) -> Tensor:
+    """`C_SM` (s, m), or `C_SM W_Mᵀ` (s, out) with W (out, n) `folded` in; zero in dead rows.
+
+    Folded by blocks of rows, so that C_SM is never there as a whole.
+    """
+    mean = moments.mean()
+
+    def block(rows: Tensor) -> Tensor:
+        cross = moments.second(rows, drop)
+        _check_finite(cross)
+        return cross.addr_(mean[rows], mean[drop], alpha=-1) if center else cross
+
+    if folded is None:
+        right = block(keep)
+    else:
+        dropped = folded[:, drop].double()
+        right = dropped.new_empty(keep.numel(), dropped.shape[0])
+        for start, stop in spans(0, keep.numel()):
+            torch.mm(block(keep[start:stop]), dropped.T, out=right[start:stop])
+    right[dead] = 0.0
+    return right
+
+
+def _check_finite(*values: Tensor) -> None:
+    # a sum is finite only if all of it is, and needs no mask of the size of the matrix
+    if not all(bool(value.sum().isfinite()) for value in values):
+        raise InputError("the Moments hold NaN or infinite values; check the activations")
 
 
 def _check_partition(moments: Moments, keep: Tensor, drop: Tensor) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# rows of G that are gathered at a time: 100 MB of float32 at 28672 columns
-GATHER_ROWS = 1024
+# rows of G that are gathered at a time: 29 MB of float32 at 28672 columns
+GATHER_ROWS = 256
+# columns, or rows of a block, of what is made from Moments a part at a time (`spans`)
+BLOCK = 512
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Moments:
         raise ValueError("this block needs dropped × dropped entries, which are not there")
 
     def _gather(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """`gram[rows][:, cols]` in float64 by blocks of rows.
+        """`gram[rows][:, cols]` in float64 by blocks of rows (`gather_bytes`).
 
         At the widths of a 70B model a gather of all rows first would be 1.6 GB of float32.
         """
@@ -128,17 +130,6 @@ class Moments:
             part = rows[start : start + GATHER_ROWS]
             block[start : start + GATHER_ROWS] = self.gram[part][:, cols]
         return block
-
-    def second_panel(self, start: int, stop: int) -> Tensor:
-        """Columns `start:stop` of `G/N`, (n, stop − start) float64, natural order, no gather.
-
-        Raises:
-            ValueError: the triangle is incomplete or in another order.
-        """
-        if not self.complete or self.order is not None:
-            raise ValueError("a panel needs the whole triangle in the natural order")
-        self._mirror()
-        return self.gram[:, start:stop].double() / self.count.clamp(min=1)
 
     def _mirror(self) -> None:
         """Fill the upper triangle of the square part from the lower one, in place, by blocks."""
@@ -166,6 +157,19 @@ class Moments:
     def variance(self) -> Tensor:
         """Centred variances `C_jj`, (n,) float64, clamped at 0, natural order."""
         return (self.diagonal() - self.mean() ** 2).clamp(min=0)
+
+
+def spans(start: int, stop: int) -> list[tuple[int, int]]:
+    """`start:stop` in parts of up to `BLOCK`."""
+    return [(first, min(first + BLOCK, stop)) for first in range(start, stop, BLOCK)]
+
+
+def gather_bytes(rows: int, cols: int, panel: int) -> int:
+    """Most bytes that `Moments.second` holds for a block (rows, cols), the block included.
+
+    8 rows cols, and float32 copies of `GATHER_ROWS` rows of G, (·, panel), and of their columns.
+    """
+    return 8 * rows * cols + 4 * min(rows, GATHER_ROWS) * (panel + cols)
 
 
 @dataclass

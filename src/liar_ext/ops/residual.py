@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from liar_ext.ops.moments import Moments
+from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
+from liar_ext.ops.precision import full_precision, no_autocast
 
-COLUMN_BLOCK = 512
+# output rows that one pass over C serves: fewer passes cost memory, more cost time
+ROW_BLOCK = 2048
+# relative error that float32 products may add to an energy, by the bound of `_single_error`; what
+# the rounding of float32 Moments makes of a residual is up to 2.6e-5 (benchmarks/exactness.py)
+SINGLE_TOLERANCE = 1e-5
 
 
 def residual_reference(
@@ -28,42 +36,183 @@ def residual_reference(
 def relative_residual(
     moments: Moments, weight: Tensor, keep: Tensor, new_weight: Tensor, shift: Tensor | None = None
 ) -> float:
-    """The same from Moments, for any reconstruction.
-
-    With `D = [W'_S − W_S | −W_M]` and δ = b' − b:
-    `E‖Dx + δ‖² = tr(D (G/N) Dᵀ) + 2 δᵀDμ + ‖δ‖²`, over `tr(W C Wᵀ)`.
+    """The same from Moments, for any reconstruction: `relative_residual_of(residual_energies)`.
 
     Args:
         weight: dense consumer weight (out, n); new_weight: (out, |S|); shift: δ (out,) or None.
     Returns:
         0 for a perfect repair, 1 for a consumer that outputs only its mean.
+    Raises:
+        ValueError: shapes do not fit together, or the Moments lack the dropped × dropped block.
     """
-    weight = weight.double()
-    difference = -weight
-    difference[:, keep] += new_weight.double()
-    mean = moments.mean()
-    error = _second_trace(moments, difference)
-    if shift is not None:
-        shift = shift.double()
-        error += float(2 * shift @ (difference @ mean) + shift.square().sum())
-    second = _second_trace(moments, weight)
-    # an output that does not vary has no residual to compare with: its rounding stands in
-    rounding = torch.finfo(moments.gram.dtype).eps * second + torch.finfo(torch.float64).tiny
-    dense = second - float((weight @ mean).square().sum())
-    return max(error, 0.0) / max(dense, rounding)
+    return relative_residual_of(residual_energies(moments, weight, keep, new_weight, shift))
 
 
-def _second_trace(moments: Moments, matrix: Tensor) -> float:
-    """`tr(D (G/N) Dᵀ)` from the lower triangle, by column blocks.
+def relative_residual_of(energies: Sequence[float]) -> float:
+    """Error over dense energy, from `residual_energies` or their sum over slices of the rows."""
+    error, dense = energies
+    return max(error, 0.0) / max(dense, torch.finfo(torch.float64).tiny)
 
-    Blocks below the diagonal count twice: half the work of the full product, and no second n × n
-    float64 copy is made.
+
+def residual_energies(
+    moments: Moments, weight: Tensor, keep: Tensor, new_weight: Tensor, shift: Tensor | None = None
+) -> tuple[float, float]:
+    """Energies of the output error and of the dense output, sums over the rows of W.
+
+    With `D = [W'_S − W_S | −W_M]`, `C = G/N − μμᵀ` and δ = b' − b, for each row i
+
+        error_i = d_i C d_iᵀ + (d_i μ + δ_i)²        dense_i = max(w_i C w_iᵀ, eps · E(w_i x)²)
+
+    with the eps of the Moments: an output that does not vary has no residual to compare with, and
+    its rounding stands in. Both are sums over rows, so those of disjoint slices of W add up.
+
+    Three of the quadratic forms are shared: `W_M C_MM W_Mᵀ`, and `W_M C_MS` which is multiplied
+    with D_S and with W_S. That makes out (n² + s²) operations, where two forms over all columns
+    make 2 out n². They are done in float32, with float64 sums over blocks of columns, where the
+    Moments are float32 and that is known to cost less than `SINGLE_TOLERANCE`; else in float64.
+
+    Args:
+        moments: the whole triangle, in any order.
+        weight: dense consumer weight (out, n); new_weight: (out, |S|); shift: δ (out,) or None.
+    Returns:
+        error and dense energy. The error is not clamped: rounding can leave it below zero.
+    Raises:
+        ValueError: shapes do not fit together, or the Moments lack the dropped × dropped block.
     """
-    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for start in range(0, moments.columns, COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, moments.columns)
-        panel, mine = moments.second_panel(start, stop), matrix[:, start:stop]
-        total += ((mine @ panel[start:stop]) * mine).sum()
-        if stop < moments.columns:
-            total += 2 * ((matrix[:, stop:] @ panel[stop:]) * mine).sum()
-    return float(total)
+    weight, new_weight = weight.detach(), new_weight.detach()
+    outputs, columns = weight.shape
+    if columns != moments.columns or tuple(new_weight.shape) != (outputs, keep.numel()):
+        raise ValueError(
+            f"weight must be (out, {moments.columns}) and new_weight (out, {keep.numel()}); "
+            f"got {tuple(weight.shape)} and {tuple(new_weight.shape)}"
+        )
+    dropped = torch.ones(columns, dtype=torch.bool, device=keep.device)
+    dropped[keep] = False
+    order = torch.cat([keep, dropped.nonzero().flatten()])
+    eps = torch.finfo(moments.gram.dtype).eps
+    working = moments.gram.dtype
+    error = dense = 0.0
+    with no_autocast(weight.device), full_precision():
+        for start in range(0, outputs, ROW_BLOCK):
+            rows = slice(start, start + ROW_BLOCK)
+            part = (weight[rows], new_weight[rows], order, keep.numel())
+            found = _row_energies(moments, *part, working)
+            if working == torch.float32 and not _single_is_enough(found, columns):
+                # a repair this good is good in all rows: the next block starts in float64
+                working = torch.float64
+                found = _row_energies(moments, *part, working)
+            (error_rows, dense_rows), (error_mean, dense_mean), _ = found
+            if shift is not None:
+                error_mean = error_mean + shift.detach()[rows].double()
+            error += float(error_rows.sum() + error_mean.square().sum())
+            floor = eps * (dense_rows.abs() + dense_mean.square())
+            dense += float(torch.maximum(dense_rows, floor).sum())
+    return error, dense
+
+
+def residual_bytes(columns: int, outputs: int, kept: int | None = None) -> int:
+    """Most bytes that `residual_energies` holds beside its arguments, in float64.
+
+    Args:
+        columns, outputs: n and rows of W; kept: s, or None for the worst, all columns.
+    Returns:
+        8 (r (n + s) + B n + 4 r B) + a gather, with r rows and B columns of a block: `[D_S; W_S]`
+        and W_M; a panel of C; its product with `[D_S; W_S]`, twice.
+    """
+    kept = columns if kept is None else kept
+    rows, block = min(outputs, ROW_BLOCK), min(columns, BLOCK)
+    held = rows * (columns + kept)
+    products = 2 * (2 * rows * min(block, max(kept, 1)))
+    return 8 * held + max(8 * (block * columns + products), gather_bytes(block, columns, columns))
+
+
+# of rows: (error, dense) variances, means, and sizes of what was added up to the variances
+_Rows = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _row_energies(
+    moments: Moments,
+    weight: Tensor,
+    new_weight: Tensor,
+    order: Tensor,
+    kept: int,
+    working: torch.dtype,
+) -> _Rows:
+    """`d_i C d_iᵀ` and `w_i C w_iᵀ` of each row, `d_i μ` and `w_i μ`, all float64.
+
+    Products in `working`; centring, and sums over blocks of columns, in float64.
+    """
+    rows, columns = weight.shape
+    mean, variance = moments.mean()[order], moments.variance()[order]
+    both = weight.new_empty(2 * rows, kept, dtype=working)
+    dropped = weight.new_empty(rows, columns - kept, dtype=working)
+    own = torch.zeros(2 * rows, dtype=torch.float64, device=weight.device)
+    cross, means, sizes = torch.zeros_like(own), torch.zeros_like(own), torch.zeros_like(own)
+    shared, shared_mean, shared_size = (torch.zeros_like(own[:rows]) for _ in range(3))
+    for start, stop in spans(0, kept):
+        old = weight[:, order[start:stop]].double()
+        both[rows:, start:stop] = old
+        # the difference of what agrees to many digits, before any rounding
+        both[:rows, start:stop] = new_weight[:, start:stop].double() - old
+    for start, stop in spans(kept, columns):
+        dropped[:, start - kept : stop - kept] = weight[:, order[start:stop]]
+    for start, stop in spans(0, kept):
+        panel = _panel(moments, order, mean, start, stop).to(working)
+        left = both[:, start:stop]
+        own += 2 * _dots(both[:, start:] @ panel[:, : kept - start].T, left)
+        side = dropped @ panel[:, kept - start :].T
+        cross[:rows] += _dots(side, left[:rows])
+        cross[rows:] += _dots(side, left[rows:])
+        means += left.double() @ mean[start:stop]
+        sizes += left.double().square_() @ variance[start:stop]
+    for start, stop in spans(kept, columns):
+        panel = _panel(moments, order, mean, start, stop).to(working)
+        left = dropped[:, start - kept : stop - kept]
+        shared += 2 * _dots(dropped[:, start - kept :] @ panel.T, left)
+        shared_mean += left.double() @ mean[start:stop]
+        shared_size += left.double().square_() @ variance[start:stop]
+    sizes += own
+    error, dense = own.split(rows)
+    return (
+        (error - 2 * cross[:rows] + shared, dense + 2 * cross[rows:] + shared),
+        (means[:rows] - shared_mean, means[rows:] + shared_mean),
+        (sizes[:rows] + shared_size + shared, sizes[rows:] + shared_size + shared),
+    )
+
+
+def _panel(moments: Moments, order: Tensor, mean: Tensor, start: int, stop: int) -> Tensor:
+    """Rows `start:stop` of C from the diagonal on, in `order`, (·, n − start) float64.
+
+    The block on the diagonal is halved: twice a product with the panel is then a product with
+    the symmetric matrix.
+    """
+    panel = moments.second(order[start:stop], order[start:])
+    panel.addr_(mean[start:stop], mean[start:], alpha=-1)
+    panel[:, : stop - start] *= 0.5
+    return panel
+
+
+def _dots(left: Tensor, right: Tensor) -> Tensor:
+    """Dot products of rows, float64. The sum over a block of columns is pairwise in torch."""
+    return (left * right).sum(1).double()
+
+
+def _single_is_enough(found: _Rows, columns: int) -> bool:
+    """Whether float32 products left both energies within `SINGLE_TOLERANCE`. NaN is no.
+
+    A dot product of K terms has K roundings u of its partial sums, and a partial sum is the
+    covariance of a part of the output with a column: at most its deviation times σ_j. Roundings
+    are as often up as down, so the form `Σ_j d_ij p_ij` is off by at most `u √n · size_i` (one
+    deviation), where size_i adds up `Σ_j d_ij² σ_j²` and the forms over S and over M, which are
+    what cancels; and rows by the root of their squares. Rounding C itself adds `u Σ size_i`.
+
+    The true error was 1/20 to 1/600 of this, for residuals from 1e-7 to 0.5, 8 to 512 rows and
+    1024 to 2048 columns; it grows as 1/residual, so that what is repaired to about 1 % or better
+    goes to float64.
+    """
+    unit = torch.finfo(torch.float32).eps / 2
+    for energy, size in zip(found[0], found[2], strict=True):
+        bound = unit * float(size.sum() + math.sqrt(columns) * size.norm())
+        if not bound <= SINGLE_TOLERANCE * float(energy.sum()):
+            return False
+    return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.errors import NumericalError
-from liar_ext.ops.attempt import attempt
+from liar_ext.ops.attempt import Attempt, attempt
 from liar_ext.ops.diagnostics import Diagnostics
 
 Precision = Literal["auto", "float64", "float32"]
@@ -113,13 +113,18 @@ def solve(
         _State((unit[i] if unit is not None else 0.0) or means[i], working, ridge)
         for i in range(matrix.shape[0])
     ]
-    solution = shift = None
+    solution: Tensor | None = None
+    shift: Tensor | None = None
+    tried: Attempt | None = None
     size = matrix.shape[1]
     done: list[Diagnostics | None] = [None] * len(states)
     while pending := [i for i, found in enumerate(done) if found is None]:
         # one precision at a time: after a float32 failure a batch is in both
         same = [i for i in pending if states[i].working == states[pending[0]].working]
         every = len(same) == len(states)
+        if every:
+            # a solution that is to be repeated is as large as the right sides
+            solution = shift = tried = None
         tried = attempt(
             matrix if every else matrix[same],
             right if every else right[same],
@@ -129,7 +134,7 @@ def solve(
             states[same[0]].working,
         )
         if solution is None or shift is None:
-            # the first attempt holds all systems, so its tensors are the result unless some fail
+            # the last attempt at all systems: its tensors are the result unless some fail
             solution, shift = tried.solution, tried.shift
         numbers = zip(
             tried.info.tolist(),

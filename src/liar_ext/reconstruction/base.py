@@ -18,6 +18,7 @@ class Task:
     Attributes:
         moments: statistics of its input; weight: dense (out, n); keep, drop: columns S and M.
         ridge: relative λ; intercept: whether a bias may be changed or added.
+        outputs: rows of the consumer, of which `weight` may be some; None if it has all.
     """
 
     moments: Moments
@@ -26,6 +27,7 @@ class Task:
     drop: Tensor
     ridge: float
     intercept: bool
+    outputs: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
     change,
-    duration,
     is_hub_id,
     number,
     parameters,
@@ -123,8 +122,7 @@ def _what(report: Report) -> str:
         f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
         f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
         f"statistics {_code(recipe['statistics'])}\n"
-        f"- time: {duration(report.seconds.get('total'))} on "
-        f"{_plain(str(report.environment.get('device', 'an unknown device')))}\n"
+        f"- made on {_plain(str(report.environment.get('device', 'an unknown device')))}\n"
     )
 
 

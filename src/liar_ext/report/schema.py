@@ -58,6 +58,9 @@ class Report:
         environment: versions and device.
         layout: `stock`, or `liar_ext` if only `liar_ext.load` can load the result.
         config: the `config.json` of the result.
+        source_files: sha256 of the source's weight files (the hub shows the same sums).
+        run: how it ran and what does not show in the result: ranks, the layer that it was resumed
+            at, where hidden states were, backends, peak memory.
     """
 
     source: str
@@ -70,6 +73,8 @@ class Report:
     layout: str
     config: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    source_files: dict[str, str] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,3 @@
+from liar_ext.cli import main
+
+raise SystemExit(main())

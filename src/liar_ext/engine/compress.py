@@ -1,0 +1,313 @@
+"""`liar_ext.compress`: from checkpoint to checkpoint, a layer at a time, on one process or many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liar_ext.allocation import ALLOCATIONS
+from liar_ext.calibration.batches import Calibration
+from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
+from liar_ext.checkpoint.journal import check_identity
+from liar_ext.checkpoint.load import resolve
+from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.checkpoint.store import CheckpointStore, Placement
+from liar_ext.checkpoint.writer import check_output, copy_other_files
+from liar_ext.costs import held_bytes
+from liar_ext.engine.compression import Compression, write_records
+from liar_ext.engine.driver import targeted_layers
+from liar_ext.engine.execution import Execution, choose_place, make_shelf
+from liar_ext.engine.inputs import (
+    check_backends,
+    compute_dtype,
+    load_calibration,
+    resolve_device,
+)
+from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.progress import Progress
+from liar_ext.engine.ranks import Ranks
+from liar_ext.environment import environment
+from liar_ext.errors import InputError
+from liar_ext.models import adapter_for, layout
+from liar_ext.ops import backends
+from liar_ext.ops.solve import working_dtype
+from liar_ext.recipe import Recipe
+from liar_ext.report import Report
+
+
+def compress(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    execution: Execution | None = None,
+    ranks: Ranks | None = None,
+) -> Report:
+    """Prune a checkpoint into a new folder, layer by layer; the source is only read.
+
+    Args:
+        source: folder or hub id; out: folder to make.
+        overwrite: replace `out` if it exists, once the new one is complete.
+        execution: where hidden states wait, how often the journal is written, resuming.
+        ranks: the processes that share the work; None is this one alone. All call this with the
+            same arguments; `out` is on a file system that all of them see.
+    Returns:
+        the Report, as in `out/liar_report.json`.
+    Raises:
+        InputError: anything in the input that cannot be used; `out` is then as it was. What was
+            done by then is kept beside it if the journal has an entry.
+    """
+    started = time.perf_counter()
+    execution, ranks = execution or Execution(), ranks or Ranks.single()
+    folder = resolve(source)
+    check_output(Path(out), folder, overwrite=overwrite or execution.resume)
+    device = resolve_device(recipe.device) if ranks.size == 1 else ranks.device
+    check_backends(device)
+    reader = CheckpointReader(folder)
+    if layout.KEY in reader.config:
+        raise InputError(
+            f"{folder}: pruned already, to shapes of its own; start from the dense one"
+        )
+    config = layout.config_object(reader.config)
+    adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
+    model = layout.empty_model(config)
+    left_over = reader.bind(model)
+    layers = adapter.layer_list(model)[0] + "."
+    beyond = [name for name in left_over if layers in name]
+    if beyond:
+        raise InputError(
+            f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "
+            f"{type(model).__name__}; check num_hidden_layers in config.json"
+        )
+    calibration = load_calibration(folder, model, recipe)
+    dtype = compute_dtype(recipe.dtype, device) or reader.main_dtype()
+    identity = _identity(recipe, reader, calibration, device, dtype)
+    for name, value in identity.items():
+        ranks.same(name, value)
+    if execution.resume:
+        before = ranks.broadcast(_finished(Path(out), reader, identity) if not ranks.rank else None)
+        if before is not None:
+            return before
+    with (
+        _shared_job(Path(out), folder, overwrite, execution.resume, ranks) as job,
+        _scratch(job, execution, ranks) as scratch,
+    ):
+        entry = job.journal.read()
+        if entry is not None:
+            known = {n: v for n, v in entry["identity"].items() if n != "source_sha256"}
+            check_identity(known, identity, job.journal.path)
+        reader.start_hashing()
+        done = entry["written"] if entry else {}
+        placement = Placement(job.output, device, dtype, recipe.dtype, ranks, done)
+        store = CheckpointStore(model, reader, placement)
+        try:
+            run = Compression(store, reader.config, recipe, device, progress, ranks)
+            run.keeper = Keeper(
+                job,
+                store,
+                identity,
+                seconds=execution.journal_seconds,
+                layers=len(adapter.layer_list(model)[1]),
+                ranks=ranks,
+                source=reader,
+            )
+            positions = sum(batch.input_ids.numel() for batch in calibration.batches)
+            held = held_bytes(model, adapter, recipe, positions, dtype.itemsize) // ranks.size
+            place = choose_place(execution.hidden_states, held, device)
+            run.facts["hidden_states"] = run.clock.hidden_states = place
+            run.shelf = make_shelf(place, scratch, device)
+            run.library = _library(job, execution, recipe, identity, store, reader, ranks)
+            if left_over:
+                run.warn(
+                    f"{len(left_over)} tensors of the source are no part of "
+                    f"{type(model).__name__} and were left out, first {left_over[0]}"
+                )
+            report = run.run(calibration.batches, str(source), calibration.to_json())
+            with run.clock.phase("write"):
+                store.finish()
+                run.keeper.check_source()
+                report.source_files = reader.hashes()
+        finally:
+            store.stop()
+            reader.stop_hashing()
+        assert store.writer is not None
+        if recipe.dtype != "auto":
+            report.config["dtype"] = recipe.dtype
+            report.config.pop("torch_dtype", None)
+        report.totals |= {"bytes_before": reader.bytes(), "bytes_after": store.writer.bytes}
+        report.seconds = {**run.clock.seconds, "total": time.perf_counter() - started}
+        if ranks.rank == 0:
+            copy_other_files(folder, job.output)
+            write_records(job.output, report)
+            job.complete()
+        ranks.barrier()
+    return report
+
+
+def _identity(
+    recipe: Recipe,
+    reader: CheckpointReader,
+    calibration: Calibration,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Everything that the result depends on, as JSON data."""
+    tokens = hashlib.sha256()
+    for batch in calibration.batches:
+        for tensor in (batch.input_ids, batch.attention_mask):
+            tokens.update(json.dumps(list(tensor.shape)).encode())
+            tokens.update(tensor.contiguous().numpy().tobytes())
+    here = environment(device)
+    return {
+        "recipe": recipe.to_json(),
+        "source": {
+            "config": hashlib.sha256(json.dumps(reader.config).encode()).hexdigest(),
+            **{file: found["size"] for file, found in reader.sizes().items()},
+        },
+        "calibration": {
+            "source": calibration.source,
+            "corpus_sha256": calibration.sha256,
+            "tokens_sha256": tokens.hexdigest(),
+        },
+        "versions": {name: here[name] for name in ("liar_ext", "torch", "transformers")},
+        "compute": {
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "gram": backends.select("gram", device, dtype).backend,
+            "solve": backends.select("solve", device, working_dtype("auto", device)).backend,
+        },
+    }
+
+
+@contextmanager
+def _shared_job(
+    out: Path, source: Path, overwrite: bool, resume: bool, ranks: Ranks
+) -> Iterator[Job]:
+    """The job folder: rank 0 makes and locks it, the others look for it.
+
+    Raises:
+        InputError: another rank does not see the folder that rank 0 made.
+    """
+    if ranks.rank == 0:
+        with open_job(out, source, overwrite=overwrite, resume=resume) as job:
+            ranks.barrier()
+            yield job
+        return
+    ranks.barrier()
+    job = Job(job_folder(out), out)
+    if not job.scratch.is_dir():
+        raise InputError(
+            f"--out {out}: rank {ranks.rank} does not see {job.folder}, which rank 0 made; give a "
+            "folder on a file system that all hosts share"
+        )
+    yield job
+
+
+def _finished(out: Path, reader: CheckpointReader, identity: dict[str, Any]) -> Report | None:
+    """The report of `out` if it is what this run would make: then there is nothing to resume.
+
+    A run may have been killed after its output had its name, or nobody saw that it ended.
+    """
+    if Job(job_folder(out), out).unfinished:
+        return None
+    try:
+        report = Report.read(out)
+    except InputError:
+        return None
+    calibration = report.calibration.get("sha256"), report.calibration.get("source")
+    wanted = identity["calibration"]["corpus_sha256"], identity["calibration"]["source"]
+    versions = {name: report.environment.get(name) for name in identity["versions"]}
+    if report.recipe != identity["recipe"] or calibration != wanted:
+        return None
+    if versions != identity["versions"] or report.source_files != reader.hashes():
+        return None
+    clear_finished(out)
+    return report
+
+
+@contextmanager
+def _scratch(job: Job, execution: Execution, ranks: Ranks) -> Iterator[Path]:
+    """A folder of this process for what does not outlive it.
+
+    Raises:
+        InputError: what is wrong with files in it, with the options that help.
+    """
+    if execution.scratch is None:
+        folder, option = job.scratch / f"rank-{ranks.rank}", f"--out {job.out}"
+    else:
+        # the same for this output each time: what a killed run left there is found again
+        place = hashlib.sha256(os.fsencode(job.out)).hexdigest()[:8]
+        folder = execution.scratch / f"liar-ext{job.folder.name}-{place}-{ranks.rank}"
+        option = f"--scratch {execution.scratch}"
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(folder):
+            raise
+        raise InputError(
+            f"{option}: hidden states cannot wait there ({error.strerror}); give a --scratch with "
+            "more room, or --hidden-states device, which keeps them in memory"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _library(
+    job: Job,
+    execution: Execution,
+    recipe: Recipe,
+    identity: dict[str, Any],
+    store: CheckpointStore,
+    reader: CheckpointReader,
+    ranks: Ranks,
+) -> Any:
+    """Moments on disk: where the user wants them, or where they save a second pass.
+
+    Only those of the dense path can be used again, so `--statistics oneshot` only.
+
+    Raises:
+        InputError: a folder of Moments was given, and statistics are sequential.
+    """
+    if recipe.statistics != "oneshot":
+        if execution.moments is not None:
+            raise InputError(
+                "--moments: sequential statistics depend on what was pruned before and cannot be "
+                "used again; give --statistics oneshot too"
+            )
+        return None
+    from liar_ext.engine.moments_store import MomentsStore
+
+    folder = execution.moments
+    if folder is None:
+        if not ALLOCATIONS[recipe.allocation].needs_scores:
+            return None
+        adapter = adapter_for(store.model.config)
+        columns = [
+            site.columns
+            for index in targeted_layers(store, recipe)
+            for site in adapter.sites_of(store.model, index, recipe.target)
+        ]
+        # with twice the room: the output is to fit as well
+        if 2 * MomentsStore.bytes_needed(columns) > shutil.disk_usage(job.folder).free:
+            return None
+        folder = job.folder / "moments"
+    fingerprint = {name: identity[name] for name in ("calibration", "versions", "compute")}
+    fingerprint["source"] = {"config": identity["source"]["config"], **reader.hashes()}
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        MomentsStore(folder, fingerprint)
+    ranks.barrier()
+    return MomentsStore(folder, fingerprint)

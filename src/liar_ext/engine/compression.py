@@ -1,0 +1,184 @@
+"""Compression: the driver between a dense config and a Report, whatever holds the weights."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.batches import Batch, check_enough
+from liar_ext.checkpoint.reader import tied_names
+from liar_ext.checkpoint.writer import write_json
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.driver import Driver, budgets, targeted_layers
+from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.progress import Progress, Silent
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.shelf import DeviceShelf, Shelf
+from liar_ext.engine.store import LayerStore
+from liar_ext.environment import environment
+from liar_ext.models import adapter_for, layout
+from liar_ext.ops import backends
+from liar_ext.ops.solve import working_dtype
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction import RECONSTRUCTIONS
+from liar_ext.report import Report
+from liar_ext.report.card import model_card
+from liar_ext.report.schema import FILE
+
+if TYPE_CHECKING:
+    from liar_ext.engine.moments_store import MomentsStore
+
+# asked and achieved sparsity may differ by this much before it is worth a warning
+SPARSITY_TOLERANCE = 0.02
+
+
+class Compression:
+    """One run of the driver, from a dense config to a Report.
+
+    Attributes:
+        clock: where the time goes; shelf, library, keeper: see `Driver`.
+        facts: for the `run` field of the report.
+    """
+
+    def __init__(
+        self,
+        store: LayerStore,
+        dense: dict[str, Any],
+        recipe: Recipe,
+        device: torch.device,
+        progress: Progress | None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.clock = Clock(device)
+        self.shelf: Shelf = DeviceShelf()
+        self.library: MomentsStore | None = None
+        self.keeper: Keeper | None = None
+        self.facts: dict[str, Any] = {}
+        self._ranks = ranks or Ranks.single(device)
+        self._store = store
+        self._dense = dense
+        self._recipe = recipe
+        self._device = device
+        self._progress = progress or Silent()
+        self._warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self._warnings.append(message)
+        self._progress.warn(message)
+
+    def run(self, batches: Sequence[Batch], source: str, calibration: dict[str, Any]) -> Report:
+        started = time.perf_counter()
+        model, recipe = self._store.model, self._recipe
+        adapter = adapter_for(model.config)
+        if RECONSTRUCTIONS[recipe.reconstruct].solves:
+            columns = [
+                site.columns
+                for index in targeted_layers(self._store, recipe)
+                for site in adapter.sites_of(model, index, recipe.target)
+            ]
+            few = check_enough(int(calibration["tokens"]), max(columns, default=0))
+            if few is not None:
+                self.warn(few)
+        before = layout.read(model)
+        costs = budgets(self._store, recipe)
+        parameters = _parameters(model)
+        driver = Driver(
+            self._store,
+            batches,
+            recipe,
+            self._device,
+            self._progress,
+            self.clock,
+            self._ranks,
+            self.shelf,
+            self.library,
+            self.keeper,
+        )
+        self._reset_peak()
+        driver.run()
+        removed = sum(
+            (site.units_before - site.units_after) * costs[site.layer, site.kind].cost
+            for site in driver.sites
+        )
+        targeted = sum(budget.units * budget.cost for budget in costs.values())
+        achieved = removed / targeted
+        if abs(achieved - recipe.sparsity) > SPARSITY_TOLERANCE:
+            self.warn(
+                f"asked for sparsity {recipe.sparsity:.3f}, got {achieved:.3f}: the widths that "
+                "units and --round-to allow come no closer"
+            )
+        for site in driver.sites:
+            self._warnings += [f"{site.name}: {step}" for step in site.steps]
+        config = layout.describe(
+            self._dense,
+            adapter,
+            layout.read(model),
+            layout.equal_values(model, before),
+            driver.added_biases,
+        )
+        return Report(
+            source=source,
+            recipe=recipe.to_json(),
+            sites=driver.sites,
+            totals={
+                "parameters_before": parameters,
+                "parameters_after": _parameters(model),
+                "site_parameters_before": targeted,
+                "site_parameters_after": targeted - removed,
+                "sparsity_asked": recipe.sparsity,
+                "sparsity": achieved,
+            },
+            seconds={**self.clock.seconds, "total": time.perf_counter() - started},
+            calibration=calibration,
+            environment=environment(self._device),
+            layout=layout.loader_of(config, self._dense),
+            config=config,
+            warnings=self._warnings,
+            run={
+                "ranks": self._ranks.size,
+                "resumed_at": None if self.keeper is None else self.keeper.resumed,
+                **self.facts,
+                "backends": self._backends(),
+                **self._peak(),
+            },
+        )
+
+    def _backends(self) -> dict[str, str]:
+        """What ran; a kernel that failed its self-test on this GPU is not among it."""
+        dtype = next(self._store.model.parameters()).dtype
+        return {
+            "gram": backends.select("gram", self._device, dtype).backend,
+            "solve": backends.select(
+                "solve", self._device, working_dtype("auto", self._device)
+            ).backend,
+        }
+
+    def _reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _peak(self) -> dict[str, int]:
+        """Most bytes that were in use at once: of the process, and of torch on a GPU."""
+        # Linux counts in KiB
+        found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if self._device.type == "cuda":
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        return found
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    tied = tied_names(model)
+    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+
+
+def write_records(folder: Path, report: Report) -> None:
+    write_json(folder / "config.json", report.config)
+    write_json(folder / "recipe.json", report.recipe)
+    write_json(folder / FILE, report.to_json())
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")

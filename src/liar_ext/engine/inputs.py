@@ -1,0 +1,79 @@
+"""What a compression is given, checked and loaded: calibration, tokenizer, device, dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from liar_ext.calibration.batches import Calibration, make_batches
+from liar_ext.calibration.sources import read
+from liar_ext.checkpoint.reader import read_json
+from liar_ext.errors import InputError
+from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.ops import backends
+from liar_ext.ops.solve import working_dtype
+from liar_ext.recipe import Recipe
+
+
+def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Calibration:
+    """The recipe's calibration tokens for the model in `folder`.
+
+    Raises:
+        InputError: no or unusable calibration text, or no tokenizer.
+    """
+    if recipe.calibration is None:
+        raise InputError("--calibration is missing: give a .txt, .jsonl, .csv or token file")
+    corpus = read(recipe.calibration)
+    text = text_config(model.config)
+    adapter = adapter_for(model.config)
+    tokenizer = None if corpus.tokens is not None else load_tokenizer(folder)
+    return make_batches(
+        corpus,
+        tokenizer,
+        packed=adapter.decoder,
+        samples=recipe.samples,
+        seq_len=min(recipe.seq_len, adapter.max_positions(text)),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        vocab_size=text.vocab_size,
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, from local files only."""
+    # with its config given, transformers does not stumble over model_type liar_ext
+    config = layout.config_object(layout.base_data(read_json(folder / "config.json")))
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: no usable tokenizer ({reason})") from error
+
+
+def check_backends(device: torch.device) -> None:
+    """Before any work: what `LIAR_BACKEND` forces has to run here.
+
+    Raises:
+        BackendError: it cannot, or the setting means nothing.
+    """
+    if backends.forced("gram") is not None:
+        backends.select("gram", device, torch.float32)
+    if backends.forced("solve") is not None:
+        backends.select("solve", device, working_dtype("auto", device))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises InputError for a forced GPU that is missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """None is the checkpoint's main one. On a CPU `auto` is float32, exact for bf16 files."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else None

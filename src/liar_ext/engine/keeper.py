@@ -1,0 +1,197 @@
+"""Keeper: after a layer, what an interrupted compression goes on from.
+
+Hidden states go to files, then the journal names them, then those before them are removed. A kill
+at any moment leaves a journal whose files are all there, and what it says is exact: layers that are
+repeated give the same bits again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from liar_ext.checkpoint.job import Job
+from liar_ext.checkpoint.journal import check_identity, sync_folder
+from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.shelf import Item, restored
+from liar_ext.engine.store import LayerStore
+from liar_ext.errors import InputError
+from liar_ext.report.schema import SiteReport
+
+# (layer, kind) -> kept units
+Widths = dict[tuple[int, str], int]
+SCORES = "scores.safetensors"
+# keeping may take this share of the time
+_SHARE = 0.05
+
+
+@dataclass
+class Position:
+    """Where a compression is.
+
+    Attributes:
+        stage: `score` while an allocation collects scores, then `prune`.
+        layer: the next one.
+        widths: kept units of each targeted Site, once they are known.
+        scores: of the Sites that the first pass has been at.
+        sites: reports of those that are pruned.
+        generator: state of the random generator, None for that of the seed.
+    """
+
+    stage: Literal["score", "prune"]
+    layer: int = 0
+    widths: Widths = field(default_factory=dict)
+    scores: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    sites: list[SiteReport] = field(default_factory=list)
+    generator: Tensor | None = None
+
+
+class Keeper:
+    """Writes journal entries for one job, and reads the one there is.
+
+    Args:
+        store: what writes the layers: an entry waits until they are on disk.
+        identity: see `journal`; the sums of the source's files are added when they are known.
+        seconds: least time between two entries; 0 is an entry after every layer.
+        source: what is read.
+    Attributes:
+        resumed: layers that an earlier run had done, None if there was none.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: LayerStore,
+        identity: dict[str, Any],
+        *,
+        seconds: float,
+        layers: int,
+        ranks: Ranks,
+        source: CheckpointReader,
+    ) -> None:
+        self._job, self._store, self._identity, self._ranks = job, store, identity, ranks
+        self._source = source
+        self._least, self._layers = seconds, layers
+        self._last = time.monotonic()
+        self._entry = job.journal.read()
+        self.resumed: int | None = None if self._entry is None else self._entry["layer"]
+
+    def found(self) -> Position | None:
+        """Where the earlier run was, or None."""
+        entry = self._entry
+        if entry is None:
+            return None
+        return Position(
+            entry["stage"],
+            entry["layer"],
+            {(layer, kind): units for layer, kind, units in entry["widths"]},
+            self._scores(self._job.folder / entry["folder"] / SCORES),
+            [SiteReport(**site) for site in entry["sites"]],
+            torch.tensor(list(bytes.fromhex(entry["generator"])), dtype=torch.uint8),
+        )
+
+    def _scores(self, path: Path) -> dict[tuple[int, str], Tensor]:
+        try:
+            stored = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"--resume: {path}, scores of an earlier run, cannot be read ({error}); "
+                "start again with --overwrite instead"
+            ) from error
+        keys = {name: name.partition(".") for name in stored}
+        return {(int(keys[n][0]), keys[n][2]): scores for n, scores in stored.items()}
+
+    def hidden(self, batches: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The hidden states of these batches that were kept.
+
+        Raises:
+            InputError: a file is missing or of another size.
+        """
+        assert self._entry is not None
+        for number in batches:
+            path = self._job.folder / self._entry["folder"] / f"{number}"
+            try:
+                yield number, restored(path, self._entry["hidden"][str(number)], device)
+            except (OSError, KeyError) as error:
+                raise InputError(
+                    f"--resume: {path}, hidden states of an earlier run, cannot be read "
+                    f"({error}); start again with --overwrite instead"
+                ) from error
+
+    def check_source(self) -> None:
+        """Raises InputError if the source is not what the earlier run read."""
+        if self._entry is not None:
+            known = self._entry["identity"]["source_sha256"]
+            check_identity(
+                {"source_sha256": known},
+                {"source_sha256": self._source.hashes()},
+                self._job.journal.path,
+            )
+
+    def keep(self, position: Position, hidden: Mapping[int, Item]) -> None:
+        """Write an entry if it is time for one; everything that it names is on disk first."""
+        now = time.monotonic()
+        assert position.generator is not None, "the driver sets it"
+        # an entry without the sums could not be told from one of another checkpoint
+        due = now - self._last >= self._least and (not self._least or self._source.hashed())
+        # rank 0 has the clock
+        if not self._ranks.broadcast(due):
+            return
+        self.check_source()
+        name = f"hidden-{position.stage}-{position.layer}"
+        folder = self._job.folder / name
+        if self._ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+            folder.mkdir()
+        self._ranks.barrier()
+        mine = {}
+        for number, item in hidden.items():
+            mine[str(number)] = item.save(folder / str(number))
+            _sync(folder / str(number))
+        digests = self._store.written()
+        found: list[tuple[dict[str, Any], dict[str, str]]] = self._ranks.gather((mine, digests))
+        entry = {
+            "stage": position.stage,
+            "layer": position.layer,
+            "layers": self._layers,
+            "identity": self._identity | {"source_sha256": self._source.hashes()},
+            "widths": [[*key, units] for key, units in position.widths.items()],
+            "sites": [asdict(site) for site in position.sites],
+            "generator": bytes(position.generator.tolist()).hex(),
+            "folder": name,
+            "hidden": {number: data for part, _ in found for number, data in part.items()},
+            "written": {layer: digest for _, part in found for layer, digest in part.items()},
+        }
+        if self._ranks.rank == 0:
+            scores = {f"{layer}.{kind}": s for (layer, kind), s in position.scores.items()}
+            save_file(scores, folder / SCORES)
+            _sync(folder / SCORES)
+            sync_folder(folder)
+            self._job.journal.write(entry)
+            for old in self._job.folder.glob("hidden-*"):
+                if old.name != name:
+                    shutil.rmtree(old, ignore_errors=True)
+        self._ranks.barrier()
+        self._entry = entry
+        self._last = time.monotonic()
+        # where a disk is slow, entries are rarer
+        self._least = max(self._least, (self._last - now) / _SHARE if self._least else 0.0)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

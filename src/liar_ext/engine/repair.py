@@ -1,0 +1,136 @@
+"""One Site from its statistics to repaired weights: score, select, solve, measure, shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from liar_ext.criteria import CRITERIA, Columns, unit_scores
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.ranks import Ranks
+from liar_ext.errors import InputError, NumericalError
+from liar_ext.models import Site
+from liar_ext.ops.moments import Moments
+from liar_ext.ops.residual import relative_residual_of, residual_energies
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
+from liar_ext.report.schema import SiteReport
+
+
+class Repairer:
+    """Selects and repairs Sites as a recipe says; ranks share the output rows of a repair.
+
+    Attributes:
+        generator: what random criteria draw from, in the order of the Sites.
+    """
+
+    def __init__(self, recipe: Recipe, intercept: dict[str, bool], ranks: Ranks, clock: Clock):
+        self._recipe, self._intercept, self._ranks, self._clock = recipe, intercept, ranks, clock
+        self._criterion = CRITERIA[recipe.criterion]
+        self._reconstruction = RECONSTRUCTIONS[recipe.reconstruct]
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+
+    def score(self, site: Site, statistics: Columns) -> Tensor:
+        """Scores of a Site's columns or units, on the CPU."""
+        refuse_non_finite(site, statistics)
+        with self._clock.phase("solve"):
+            return self._criterion.score(site, statistics, self.generator).cpu()
+
+    def repair(
+        self, site: Site, moments: Moments, notes: Sequence[str], kept_units: int
+    ) -> tuple[SiteReport, Callable[[], Tensor]]:
+        """Select and solve.
+
+        Returns:
+            the report, and a function that applies the result to the layer and returns the kept
+            columns.
+        """
+        units, columns = site.units, site.columns
+        with self._clock.phase("solve"):
+            scores = self._criterion.score(site, moments, self.generator)
+            order = unit_scores(site, scores).argsort(descending=True, stable=True)
+            keep = self._ranks.broadcast(order[:kept_units].sort().values)
+            kept_columns = site.unit_columns(keep)
+            repaired, residual = self._solve(site, moments, kept_columns)
+        bias = _shifted(site.bias(), repaired.shift)
+        used = repaired.diagnostics
+        report = SiteReport(
+            layer=site.layer,
+            kind=site.kind,
+            name=site.name,
+            units_before=units,
+            units_after=keep.numel(),
+            columns_before=columns,
+            columns_after=kept_columns.numel(),
+            bias_added=bias is not None and site.bias() is None,
+            relative_residual=residual,
+            steps=list(notes),
+        )
+        if used is not None:
+            report.ridge, report.ridge_used = used.ridge, used.ridge_used
+            report.condition, report.backward_error = used.condition, used.backward_error
+            report.dead_columns, report.precision = used.dead, used.precision
+            report.steps += used.steps
+
+        def shrink() -> Tensor:
+            with self._clock.phase("solve"):
+                dtype = site.weight().dtype
+                site.shrink(keep, repaired.weight, bias)
+                after = site.bias()
+                whole = torch.isfinite(site.weight()).all()
+                if not bool(whole if after is None else whole & torch.isfinite(after).all()):
+                    raise InputError(
+                        f"{site.name}: the repaired weights do not fit {dtype}; use "
+                        "--dtype bfloat16 or float32, or a larger --ridge"
+                    )
+            return kept_columns
+
+        return report, shrink
+
+    def _solve(self, site: Site, moments: Moments, keep: Tensor) -> tuple[Repaired, float]:
+        """The repaired consumer and its residual; each rank solves for its own output rows."""
+        dropped = torch.ones(site.columns, dtype=torch.bool, device=keep.device)
+        dropped[keep] = False
+        whole = site.weight()
+        outputs = whole.shape[0]
+        weight = whole[self._ranks.rows(outputs)]
+        task = Task(
+            moments,
+            weight,
+            keep,
+            dropped.nonzero().flatten(),
+            self._recipe.ridge,
+            self._intercept[site.kind],
+            outputs,
+        )
+        try:
+            part = self._reconstruction.repair(task) if task.drop.numel() else Repaired(task.weight)
+        except NumericalError as error:
+            raise NumericalError(f"{site.name}: {error}") from error
+        energies = residual_energies(moments, weight, keep, part.weight, part.shift)
+        total = torch.tensor(energies, dtype=torch.float64, device=keep.device)
+        self._ranks.sum_(total)
+        gathered = Repaired(
+            self._ranks.gather_rows(part.weight, outputs),
+            None if part.shift is None else self._ranks.gather_rows(part.shift, outputs),
+            part.diagnostics,
+        )
+        return gathered, relative_residual_of(total.tolist())
+
+
+def refuse_non_finite(site: Site, statistics: Columns) -> None:
+    """Raises InputError, naming the Site, for NaN or infinite statistics."""
+    bad = ~torch.isfinite(statistics.diagonal())
+    if bool(bad.any()):
+        raise InputError(
+            f"{site.name}: {int(bad.sum())} of {site.columns} input columns have NaN or infinite "
+            "activations; check the checkpoint, or compute in a wider type with --dtype"
+        )
+
+
+def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    if shift is None:
+        return None
+    return shift if bias is None else bias.double() + shift

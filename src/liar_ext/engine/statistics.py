@@ -1,0 +1,126 @@
+"""Statistics of one Site over all calibration batches, the same on any number of ranks.
+
+float32 sums depend on their order, and a solve magnifies that by its condition. So the batches are
+cut into segments that depend on the calibration tokens alone; a segment is summed in float32 by one
+rank, in order; segments are added in float64, where order does not show; the result is rounded to
+float32 once. That also keeps long sums from drifting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liar_ext.calibration.batches import Batch
+from liar_ext.engine.ranks import Ranks
+from liar_ext.ops.gram import gram
+from liar_ext.ops.moments import ColumnMoments, Moments
+
+# tokens of a Gram call at least, where there are so many: each call reads and writes all of G and
+# is one more launch; for 1536 columns on one core, 300 tokens a call took 17 % longer than 1000
+CHUNK_TOKENS = 4096
+# enough for 64 ranks; closing a segment reads and writes the triangle once more
+MOST_SEGMENTS = 64
+# rows of G that are added or rounded at a time
+_ROWS = 1024
+
+
+def segments(batches: Sequence[Batch]) -> list[int]:
+    """The segment of each batch: never falling, about equal tokens, `CHUNK_TOKENS` each or more."""
+    tokens = [batch.tokens for batch in batches]
+    total = sum(tokens)
+    count = max(1, min(MOST_SEGMENTS, total // CHUNK_TOKENS, len(tokens)))
+    found, before = [], 0
+    for own in tokens:
+        # where the middle of the batch lies
+        found.append(min((2 * before + own) * count // max(2 * total, 1), count - 1))
+        before += own
+    # numbered without gaps, so that ranks can share them evenly
+    names = {name: position for position, name in enumerate(dict.fromkeys(found))}
+    return [names[name] for name in found]
+
+
+class SiteMoments:
+    """Accumulates the Moments of one Site, batch by batch in the order of the batches.
+
+    Args:
+        dtype: float32, or float64 where centring would lose float32 sums.
+        alone: all batches are one segment, so that there is nothing to add up in float64.
+    """
+
+    def __init__(
+        self, columns: int, device: torch.device, *, dtype: torch.dtype, alone: bool
+    ) -> None:
+        self._part = Moments.zeros(columns, dtype=dtype, device=device)
+        self._whole: Tensor | None = None
+        if not alone and dtype != torch.float64:
+            self._whole = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self._segment = 0
+        self._pending: list[Tensor] = []
+
+    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
+        """Accumulate the valid rows of `x` (..., n), a batch of `segment`."""
+        if segment != self._segment:
+            self._close()
+            self._segment = segment
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            rows = rows[mask]
+        if not self._pending and rows.shape[0] >= CHUNK_TOKENS:
+            gram(rows, out=self._part)
+            return
+        # a copy: the batch may leave memory before there are enough rows
+        self._pending.append(rows.clone() if mask is None else rows)
+        if sum(part.shape[0] for part in self._pending) >= CHUNK_TOKENS:
+            self._flush()
+
+    def finish(self, ranks: Ranks) -> Moments:
+        """The Moments of all batches of all ranks; nothing can be added afterwards."""
+        self._close()
+        moments = self._part
+        total = moments.gram if self._whole is None else self._whole
+        ranks.sum_triangle_(total)
+        ranks.sum_(moments.sum)
+        ranks.sum_(moments.count)
+        if self._whole is not None:
+            moments.gram.copy_(self._whole)
+            self._whole = None
+        return moments
+
+    def _flush(self) -> None:
+        if self._pending:
+            gram(
+                torch.cat(self._pending) if len(self._pending) > 1 else self._pending[0],
+                out=self._part,
+            )
+            self._pending = []
+
+    def _close(self) -> None:
+        """Move the segment's sums to the float64 ones."""
+        self._flush()
+        if self._whole is None:
+            return
+        for start in range(0, self._whole.shape[0], _ROWS):
+            stop = start + _ROWS
+            # the triangle: what is above the diagonal blocks is unspecified
+            self._whole[start:stop, :stop] += self._part.gram[start:stop, :stop]
+        self._part.gram.zero_()
+
+
+class SiteColumns:
+    """Accumulates column statistics of one Site; float64 sums, so the order does not show."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._columns = ColumnMoments.zeros(columns, device)
+
+    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
+        """Accumulate the valid rows of `x` (..., n)."""
+        self._columns.add(x.reshape(-1, x.shape[-1]), mask)
+
+    def finish(self, ranks: Ranks) -> ColumnMoments:
+        """The statistics of all batches of all ranks."""
+        for value in (self._columns.count, self._columns.sum, self._columns.squares):
+            ranks.sum_(value)
+        return self._columns

@@ -1,0 +1,182 @@
+"""The calibration batches on their way through the layers, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import Batch
+from liar_ext.engine.capture import LayerCall, LayerRun, pausing, record_calls, shared
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.statistics import segments
+from liar_ext.models import Site
+
+
+class Accumulator(Protocol):
+    """What takes the inputs of a Site's consumer, batch by batch in order."""
+
+    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None: ...
+
+
+# hands the inputs of a Site, of all batches of this rank, to an accumulator; may be called again
+Feed = Callable[[Accumulator], None]
+# a Site and its feed -> the columns the forward goes on with, or None for all
+Visit = Callable[[Site, Feed], Tensor | None]
+
+
+class Stream:
+    """Hidden states of this rank's batches, and how the model calls its layers on them.
+
+    A rank has whole segments (`statistics.segments`), so that sums do not depend on how many ranks
+    there are.
+
+    Attributes:
+        hidden: what enters the next layer, by the number of the batch; on the shelf.
+        alone: all batches are one segment.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        layers: nn.ModuleList,
+        *,
+        device: torch.device,
+        shelf: Shelf,
+        ranks: Ranks,
+        clock: Clock,
+    ) -> None:
+        self._layers, self._device, self._shelf, self._clock = layers, device, shelf, clock
+        self._segments = segments(batches)
+        count = self._segments[-1] + 1 if self._segments else 0
+        mine = ranks.share(count)
+        self._batches = {
+            i: batch
+            for i, (batch, segment) in enumerate(zip(batches, self._segments, strict=True))
+            if segment in mine
+        }
+        self.alone = count <= 1
+        self.hidden: dict[int, Item] = {}
+        self._calls: dict[int, list[LayerCall]] = {}
+        self._masks: dict[int, Tensor | None] = {}
+
+    @property
+    def batches(self) -> list[int]:
+        """The numbers of this rank's batches."""
+        return list(self._batches)
+
+    def embed(self, backbone: nn.Module, options: dict[str, Any]) -> None:
+        """Enter the first layer: embeddings, and every layer's own arguments."""
+        known: dict[tuple[Any, ...], list[Tensor]] = {}
+        for number, batch in self._batches.items():
+            with self._clock.phase("forward"):
+                states, calls = record_calls(backbone, self._layers, batch, self._device, options)
+                self._calls[number] = shared(calls, known)
+            with self._clock.phase("hold"):
+                self.hidden[number] = self._shelf.put(states)
+            whole = bool(batch.attention_mask.all())
+            self._masks[number] = None if whole else batch.attention_mask.flatten().to(self._device)
+
+    def advance(self, later: Mapping[int, Item]) -> None:
+        """Replace the hidden states; the old ones are freed."""
+        for number, item in self.hidden.items():
+            if later.get(number) is not item:
+                item.free()
+        self.hidden = dict(later)
+
+    def shelve(self, states: Iterable[tuple[int, Tensor]]) -> None:
+        """Hidden states from elsewhere (a snapshot) take the place of the present ones."""
+        self.advance({number: self._shelf.put(tensor) for number, tensor in states})
+
+    def through(
+        self, index: int, taps: Sequence[tuple[Site, Accumulator]], *, onward: bool
+    ) -> dict[int, Item]:
+        """One forward of each batch through a layer as it is; nothing of a batch is held.
+
+        Args:
+            taps: Sites and what takes their inputs.
+            onward: whether the outputs are wanted.
+        Returns:
+            the outputs; hidden states stay what they were until `advance`.
+        """
+        later: dict[int, Item] = {}
+        with pausing([site for site, _ in taps]):
+            for number, run in self._runs(index).items():
+                try:
+                    for site, accumulator in taps:
+                        with self._clock.phase("forward"):
+                            x = _expect(run.to_next(), site)
+                        with self._clock.phase("gram"):
+                            accumulator.add(x, self._masks[number], self._segments[number])
+                        run.keep(None)
+                        del x
+                    if onward:
+                        with self._clock.phase("forward"):
+                            states = run.to_next()[1]
+                        with self._clock.phase("hold"):
+                            later[number] = self._shelf.put(states)
+                finally:
+                    run.close()
+        return later
+
+    def stopping(self, index: int, sites: Sequence[Site], visit: Visit, *, onward: bool) -> None:
+        """Each batch stops at each Site until all have been there and `visit` has acted on it.
+
+        Forwards that stand at a Site wait on the shelf. Afterwards the hidden states are the
+        layer's outputs, or there are none where nobody wants them (`onward`).
+        """
+        runs = self._runs(index)
+        try:
+            with pausing(sites):
+                for site in sites:
+                    columns = visit(site, self._feed(site, runs))
+                    for run in runs.values():
+                        run.keep(columns)
+                for number, run in runs.items():
+                    if onward:
+                        with self._clock.phase("forward"):
+                            states = run.to_next()[1]
+                        with self._clock.phase("hold"):
+                            later = self._shelf.put(states)
+                            del states
+                            self.hidden[number].free()
+                            self.hidden[number] = later
+        finally:
+            for run in runs.values():
+                run.close()
+        if not onward:
+            self.advance({})
+
+    def _feed(self, site: Site, runs: Mapping[int, LayerRun]) -> Feed:
+        arrived: set[int] = set()
+
+        def feed(accumulator: Accumulator) -> None:
+            for number, run in runs.items():
+                with self._clock.phase("forward"):
+                    x = run.again() if number in arrived else _expect(run.to_next(), site)
+                    arrived.add(number)
+                with self._clock.phase("gram"):
+                    accumulator.add(x, self._masks[number], self._segments[number])
+                del x
+                with self._clock.phase("hold"):
+                    run.shelve()
+
+        return feed
+
+    def _runs(self, index: int) -> dict[int, LayerRun]:
+        layer = self._layers[index]
+        return {
+            number: LayerRun(layer, self.hidden[number], self._calls[number][index], self._shelf)
+            for number in self._batches
+        }
+
+
+def _expect(reached: tuple[torch.nn.Module | None, Tensor], site: Site) -> Tensor:
+    module, x = reached
+    if module is not site.consumer:
+        raise RuntimeError(f"the forward pass reached another module before {site.name}")
+    return x
