@@ -132,14 +132,23 @@ step gram 120 "${liar[@]}" bench gram --device cuda --dtypes bfloat16 \
 step gram-other 60 "${liar[@]}" bench gram --device cuda --dtypes float16:11008 float32:11008 \
   --json "$out/gram-other-gpu-$today.json"
 step solve 60 "${liar[@]}" bench solve --device cuda --json "$out/solve-gpu-$today.json"
-if step model 40 "$python" -P benchmarks/random_llama.py "$work/llama"; then
-  step prune-llama 60 "${liar[@]}" bench prune "$work/llama/model" --name random-llama-4096x4 \
-    --calibration "$work/llama/tokens.npy" --target ffn,heads --sparsity 0.5 --samples 64 \
-    --seq-len 2048 --batch-size 8 --repeats 3 --device cuda \
-    --json "$out/prune-random-llama-gpu-$today.json"
-else
-  skip prune-llama "there is no model to prune"
-fi
+# whole compressions from disk to disk, of the shapes of LLaMA-7B (all of it) and of two layers of
+# LLaMA-70B; the disk holds one at a time
+compress() { # NAME LIMIT OPTIONS OF random_llama.py...
+  local name=$1 limit=$2
+  shift 2
+  if step "model-$name" 60 "$python" -P benchmarks/random_llama.py "$work/llama" --shard 5GB "$@"; then
+    step "prune-$name" "$limit" "${liar[@]}" bench prune "$work/llama/model" --streamed \
+      --name "random-llama-$name" --calibration "$work/llama/tokens.npy" --target ffn,heads \
+      --sparsity 0.5 --samples 128 --seq-len 2048 --batch-size 8 --repeats 1 --device cuda \
+      --json "$out/prune-llama-$name-gpu-$today.json"
+  else
+    skip "prune-$name" "there is no model to prune"
+  fi
+  rm -rf "$work/llama"
+}
+compress 7b 120 --layers 32 --vocabulary 32000
+compress 70b-2-layers 60 --hidden 8192 --ffn 28672 --layers 2 --key-value-heads 8
 sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 sanitize() { # TOOL LIMIT
   if [[ -z $sanitizer ]]; then
@@ -155,10 +164,6 @@ sanitize() { # TOOL LIMIT
 sanitize memcheck 120
 step tune 60 "${liar[@]}" bench tune --sizes 11008 --dtypes bfloat16 --out "$work/tuned.json" \
   --json "$out/tune-gpu-$today.json"
-demo=$("$python" -P -c 'import liar_ext.demo as d; print(d.FOLDER)' 2>>"$log")
-step prune-demo 40 "${liar[@]}" bench prune "$demo/model" --name demo \
-  --calibration "$demo/calibration.txt" --target ffn,heads --sparsity 0.5 --seq-len 256 \
-  --repeats 5 --device cuda --json "$out/prune-demo-gpu-$today.json"
 # last, and it does not count: whether it knows copy engines, mbarriers and setmaxnreg is not known
 COUNTS=0 sanitize racecheck 60
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from liar_ext.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_random_llama_is_made_and_compressed(tmp_path, capsys):
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+def test_a_random_llama_is_made_and_compressed(streamed, tmp_path, capsys):
     script = ROOT / "benchmarks" / "random_llama.py"
     sizes = ["--hidden", "32", "--ffn", "48", "--layers", "1", "--vocabulary", "64"]
     done = subprocess.run(
@@ -26,7 +29,7 @@ def test_a_random_llama_is_made_and_compressed(tmp_path, capsys):
     file = tmp_path / "result.json"
     words = ["--calibration", str(tmp_path / "tokens.npy"), "--target", "ffn", "--repeats", "1"]
     words += ["--sparsity", "0.5", "--samples", "8", "--seq-len", "16", "--name", "small"]
-    words += ["--device", "cpu"]
+    words += ["--device", "cpu", *(["--streamed"] if streamed else [])]
     assert main(["bench", "prune", str(model), *words, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["source"] == "small"
@@ -34,4 +37,8 @@ def test_a_random_llama_is_made_and_compressed(tmp_path, capsys):
     assert result["tokens"] == 128
     assert result["ratio"]["median"] > 0
     assert result["peak_bytes"] is None
+    assert result["streamed"] == streamed
+    assert result["layers"] == 1
+    assert ("hidden_states" in result["run"]) == streamed
+    assert result["run"]["backends"]["gram"] in ("cpu", "torch")
     assert "ratio" in capsys.readouterr().out

@@ -20,7 +20,8 @@ from liar_ranks import SUM_DTYPES, SUM_SHAPES, TOTALS, TRIANGLES, drawn
 from liar_testing import assert_close_rms
 
 from liar_ext.engine import ranks as module
-from liar_ext.engine.ranks import RankError, RankInputError, Ranks
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.rendezvous import NEEDED, RankError, RankInputError
 from liar_ext.errors import InputError, LiarError
 
 SIZES = (2, 3, 4)
@@ -96,7 +97,7 @@ def test_shapes_that_no_triangle_or_share_has_are_refused() -> None:
 
 
 def set_variables(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    for name in module.NEEDED:
+    for name in NEEDED:
         monkeypatch.delenv(name, raising=False)
     for pair in text.split():
         monkeypatch.setenv(*pair.split("=", 1))
@@ -285,6 +286,27 @@ def test_a_busy_rank_notices_before_it_enters_a_collective(seen: list[dict[Any, 
         assert "busy entered" not in view
 
 
+def test_what_fails_after_another_rank_is_reported_as_its_cause(seen: list[dict[Any, Any]]) -> None:
+    for view in seen[1:]:
+        reason = "stopped because rank 0 failed: no room"
+        assert_stopped(view, "consequence", reason, 0.5 + PROMPT)
+
+
+def test_an_interrupt_is_one_on_every_rank_and_says_what_is_kept(
+    seen: list[dict[Any, Any]],
+) -> None:
+    assert seen[0]["all interrupted"][1] == "interrupted after 2 of 4 layers"
+    for view in seen[1:]:
+        kinds, text, _ = view["all interrupted"]
+        assert "Interrupted" in kinds and text == "interrupted; rank 0 says what is kept"
+
+
+def test_the_same_error_on_every_rank_stays_what_it_is(seen: list[dict[Any, Any]]) -> None:
+    for view in seen:
+        kinds, text, _ = view["same"]
+        assert kinds[0] == "InputError" and text == "it exists"
+
+
 def test_the_agents_sigterm_is_reported_as_its_cause(seen: list[dict[Any, Any]]) -> None:
     for view in seen[1:]:
         reason = "stopped because rank 0 failed: a solve failed"
@@ -308,13 +330,14 @@ def test_a_failure_before_the_group_exists_reaches_all(seen: list[dict[Any, Any]
 def test_a_killed_rank_ends_the_others_in_seconds(seen: list[dict[Any, Any]]) -> None:
     assert "killed" not in seen[-1]
     for view in seen[:-1]:
-        reason = "another rank died or stopped answering; its output says why; --resume goes on"
+        last = len(seen) - 1
+        reason = f"stopped because rank {last} died without a word (killed, or out of memory)"
         assert_stopped(view, "killed", reason, 0.3 + PROMPT)
 
 
 def test_the_end_of_the_rank_with_the_store_ends_the_others(tmp_path: Path) -> None:
     seen = liar_ranks.launch(tmp_path, 2, "first rank dies", agent=False)
-    reason = "another rank died or stopped answering; its output says why; --resume goes on"
+    reason = "another rank died or stopped answering; its output says why"
     assert_stopped(seen[1], "killed", reason, 0.3 + PROMPT)
 
 

@@ -95,6 +95,54 @@ def test_an_inverse_at_hand_gives_the_same_repair(columns, kept, outputs, center
     assert found.diagnostics.steps == ()
 
 
+@pytest.mark.parametrize("with_inverse", [False, True], ids=["moments", "inverse"])
+@pytest.mark.parametrize("rows", [0, 1, 7, 30])
+@pytest.mark.parametrize(("kept", "outputs"), [(40, 31), (40, 90), (60, 31), (60, 90)])
+def test_slices_of_a_weight_are_repaired_like_the_whole(kept, outputs, rows, with_inverse):
+    x, weight = activations(65), torch.randn(outputs, 65)
+    keep, drop = split(65, kept)
+    moments = gram_reference(x)
+    inverse = inverse_moments(moments, ridge=1e-3) if with_inverse else None
+    whole = repair(moments, weight, keep, drop, ridge=1e-3, inverse=inverse)
+    part = repair(
+        moments, weight[1 : rows + 1], keep, drop, ridge=1e-3, inverse=inverse, outputs=outputs
+    )
+    # the same system, so only roundings of products of another shape
+    assert error(part.weight, whole.weight[1 : rows + 1]) <= 1e-12
+    assert error(part.shift, whole.shift[1 : rows + 1]) <= 1e-12
+    assert part.diagnostics.ridge_used == whole.diagnostics.ridge_used
+    assert part.diagnostics.condition == whole.diagnostics.condition
+    assert part.weight.shape == (rows, kept)
+    assert part.weight.is_contiguous()
+
+
+def test_a_slice_takes_the_route_of_the_whole(monkeypatch):
+    x, weight = activations(65), torch.randn(90, 65)
+    keep, drop = split(65, 40)
+    asked = []
+    monkeypatch.setitem(
+        repair.__globals__, "cheapest", lambda *shape: asked.append(shape) or cheapest(*shape)
+    )
+    repair(gram(x), weight[:3], keep, drop, ridge=1e-3, outputs=90)
+    repair(gram(x), weight[:3], keep, drop, ridge=1e-3)
+    assert [shape[2] for shape in asked] == [90, 3]
+
+
+def test_a_ladder_step_solves_the_system_it_was_given():
+    """The factor of a failed attempt is made in place of a copy, never of the system itself."""
+    x, weight = activations(600, 900), torch.randn(9, 600)
+    x[:, 1] = x[:, 0]
+    keep, drop = torch.arange(560), torch.arange(560, 600)
+    moments = gram(x)
+    climbed = repair(moments, weight, keep, drop, ridge=0.0)
+    assert climbed.diagnostics.steps
+    used = climbed.diagnostics.ridge_used
+    direct = repair(moments, weight, keep, drop, ridge=used)
+    assert direct.diagnostics.steps == ()
+    assert torch.equal(climbed.weight, direct.weight)
+    assert climbed.diagnostics.backward_error == direct.diagnostics.backward_error
+
+
 def test_an_inverse_that_would_not_help_is_not_used():
     x, weight = activations(40), torch.randn(5, 40)
     keep, drop = split(40, 4)

@@ -20,6 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from liar_families import FAMILIES, randomise, write_tokens
+from transformers import LlamaForCausalLM
+
 from liar_ext import Recipe
 from liar_ext.checkpoint.job import Job, job_folder
 from liar_ext.engine.execution import Execution
@@ -27,6 +30,8 @@ from liar_ext.engine.execution import Execution
 CONTEXT = multiprocessing.get_context("forkserver")
 # for a compression that takes a second alone, on a machine that others use
 LIMIT_SECONDS = 120.0
+LAYERS = 4
+EAGER = Execution(hidden_states="device", journal_seconds=0)
 # what differs between two runs of the same work
 TRANSIENT = ("seconds", "run")
 
@@ -75,7 +80,7 @@ class Work:
     source: Path
     out: Path
     recipe: Recipe
-    execution: Execution = Execution(hidden_states="device", journal_seconds=0)
+    execution: Execution = EAGER
     overwrite: bool = False
     threads: int = 1
 
@@ -92,7 +97,8 @@ class End:
     """How a process ended.
 
     Attributes:
-        killed: by SIGKILL; error: type and text of what was raised; code, told: of a command line.
+        killed: by a signal that nobody handled.
+        error: type and text of what was raised; code, told: of a command line.
         seconds: from the first line of the work to its end.
         journal: what the journal says at the end, None without one.
     """
@@ -108,15 +114,41 @@ class End:
     def done(self) -> bool:
         return not self.killed and self.error is None and not self.code
 
+    @property
+    def error_line(self) -> str:
+        """The last line of a command's standard error."""
+        return self.told.rstrip("\n").rpartition("\n")[2]
+
+
+def make_source(folder: Path, *, shard: str = "1GB") -> Path:
+    """A small LLaMA of random weights with `LAYERS` layers, and a file that is copied."""
+    config = FAMILIES["llama-mha"].build().config
+    config.num_hidden_layers = LAYERS
+    randomise(LlamaForCausalLM(config)).save_pretrained(folder, max_shard_size=shard)
+    (folder / "LICENSE").write_text("as you like\n" * 1000)
+    return folder
+
 
 def compress(work: Work, *, at: str | None = None, nth: int = 1, after: float | None = None) -> End:
     """Run `work`, killed at the `nth` time it comes to a point or `after` so many seconds."""
     return _run(_compress, (work, None if at is None else POINTS[at], nth), work.job, after)
 
 
-def command(arguments: Sequence[str], out: Path, setup: Callable[[], None] | None = None) -> End:
-    """Run the command line in a process; `setup` is called there before."""
-    return _run(_command, (list(arguments), setup), Job(job_folder(out), out), None)
+def command(
+    arguments: Sequence[str],
+    out: Path,
+    setup: Callable[[], None] | None = None,
+    *,
+    after: float | None = None,
+    number: signal.Signals = signal.SIGTERM,
+) -> End:
+    """Run the command line in a process; `setup` is called there before.
+
+    Args:
+        after: seconds until the process gets a signal, `number`.
+    """
+    job = Job(job_folder(out), out)
+    return _run(_command, (list(arguments), setup), job, after, number)
 
 
 def resume(work: Work) -> End:
@@ -124,6 +156,38 @@ def resume(work: Work) -> End:
     end = compress(work.resumed())
     assert end.done, end
     return end
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and calibration tokens in `root`, and results without a break, by recipe."""
+
+    root: Path
+
+    @property
+    def source(self) -> Path:
+        return self.root / "dense"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "tokens.npy"
+
+    @classmethod
+    def make(cls, root: Path) -> Bench:
+        make_source(root / "dense")
+        write_tokens(root / "tokens.npy")
+        return cls(root)
+
+    def recipe(self, **changes: Any) -> Recipe:
+        values = {"calibration": str(self.tokens), "seq_len": 24, "samples": 24, "sparsity": 0.5}
+        return Recipe(**{**values, "target": ("ffn", "heads"), **changes})
+
+    def whole(self, recipe: Recipe) -> Path:
+        """The result without a break."""
+        folder = self.root / str(abs(hash(recipe)))
+        if not folder.exists():
+            assert compress(Work(self.source, folder, recipe)).done
+        return folder
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -147,7 +211,13 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + [path.name for path in other.parent.glob(f".{other.name}.*")]
 
 
-def _run(target: Callable[..., None], given: tuple[Any, ...], job: Job, after: float | None) -> End:
+def _run(
+    target: Callable[..., None],
+    given: tuple[Any, ...],
+    job: Job,
+    after: float | None,
+    number: signal.Signals = signal.SIGKILL,
+) -> End:
     CONTEXT.set_forkserver_preload(["liar_ext.engine.compress", "liar_ext.engine.moments_store"])
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_child, args=(sender, target, given), daemon=True)
@@ -157,12 +227,12 @@ def _run(target: Callable[..., None], given: tuple[Any, ...], job: Job, after: f
         assert _next(receiver) == "begun"
         started = time.monotonic()
         process.join(LIMIT_SECONDS if after is None else after)
-        if process.is_alive():
+        if process.is_alive() and process.pid is not None:
             assert after is not None, f"no end in {LIMIT_SECONDS} seconds"
-            process.kill()
-            process.join()
+            os.kill(process.pid, number)
+            process.join(LIMIT_SECONDS)
         told = _next(receiver) or {}
-    assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode}"
+    assert process.exitcode in (0, -signal.SIGKILL, -number), f"exit code {process.exitcode}"
     killed = process.exitcode != 0 and not told
     journal = job.journal.progress() if job.journal.path.exists() else None
     return End(killed, time.monotonic() - started, journal, **told)
@@ -202,9 +272,7 @@ def _compress(sender: Connection, work: Work, point: Point | None, nth: int) -> 
     sender.send({"error": error})
 
 
-def _command(
-    sender: Connection, arguments: list[str], setup: Callable[[], None] | None
-) -> None:
+def _command(sender: Connection, arguments: list[str], setup: Callable[[], None] | None) -> None:
     from liar_ext.cli import main
 
     # a shell that starts tests in the background leaves SIGINT ignored

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from liar_ext.engine import ranks as module
 from liar_ext.engine.ranks import Ranks
-from liar_ext.errors import InputError, LiarError
+from liar_ext.errors import InputError, Interrupted, LiarError
 
 SUM_SHAPES = ((), (1,), (7,), (3, 5), (10007,))
 SUM_DTYPES = (torch.float32, torch.float64, torch.int64)
@@ -131,15 +131,18 @@ def observe(ranks: Ranks) -> dict[Any, Any]:
 
 @contextmanager
 def failing(seen: dict[str, Any], name: str, *, device: str = "cpu") -> Iterator[Ranks]:
-    """One job; seen[name] is (type of the error, its text, seconds since `started`)."""
-    started = time.monotonic()
+    """One job; seen[name] is (type of the error, its text, seconds until it was raised)."""
+    raised = 0.0
     try:
         with Ranks.from_environment(device) as ranks:
             started = time.monotonic()
-            yield ranks
+            try:
+                yield ranks
+            finally:
+                raised = time.monotonic() - started
     except (Exception, KeyboardInterrupt) as error:
         kinds = [kind.__name__ for kind in type(error).__mro__]
-        seen[name] = (kinds, str(error), time.monotonic() - started)
+        seen[name] = (kinds, str(error), raised)
 
 
 def fail(seen: dict[str, Any]) -> None:
@@ -169,6 +172,18 @@ def fail(seen: dict[str, Any]) -> None:
             raise LiarError("a solve failed")
         time.sleep(0.5)
         raise KeyboardInterrupt
+    with failing(seen, "consequence") as ranks:
+        if ranks.rank == 0:
+            raise LiarError("no room")
+        time.sleep(0.5)
+        raise FileNotFoundError("a folder that rank 0 has removed")
+    with failing(seen, "all interrupted") as ranks:
+        if ranks.rank == 0:
+            raise Interrupted("interrupted after 2 of 4 layers")
+        time.sleep(0.2 * ranks.rank)
+        raise KeyboardInterrupt
+    with failing(seen, "same") as ranks:
+        raise InputError("it exists")
     with failing(seen, "at the end") as ranks:
         if ranks.rank == 0:
             time.sleep(0.3)

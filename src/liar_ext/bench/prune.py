@@ -7,6 +7,7 @@ import copy
 import datetime
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
 from liar_ext.engine.api import prune
+from liar_ext.engine.compress import compress
+from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
@@ -32,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--name", help="what to call the model in the result; default its folder")
+    parser.add_argument(
+        "--streamed",
+        action="store_true",
+        help="from disk to disk as `liar prune` does, not in memory; reading and writing included",
+    )
+    parser.add_argument("--hidden-states", default="auto", metavar="PLACE", help="see liar prune")
     add_recipe_options(parser)
 
 
@@ -39,24 +48,37 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure and print.
 
     The forward is that of the headless model (compression needs no head either), on the same
-    batches, dtype and device, alternating with compressions of fresh copies in memory.
+    batches, dtype and device, alternating with compressions: of fresh copies in memory, or with
+    `--streamed` from disk to disk, when the dense model is not in memory meanwhile.
     """
     if arguments.repeats < 1:
         raise InputError(f"--repeats {arguments.repeats}: must be at least 1")
     recipe = recipe_of(arguments)
     folder = resolve(arguments.source)
     device = resolve_device(recipe.device)
-    model = load(folder, dtype=compute_dtype(recipe.dtype, device), device=device)
-    batches = load_calibration(folder, model, recipe).batches
-    _forward(model, batches, device)
+    execution = Execution(hidden_states=arguments.hidden_states, journal_seconds=1e9)
+
+    def loaded() -> PreTrainedModel:
+        return load(folder, dtype=compute_dtype(recipe.dtype, device), device=device)
+
+    dense = loaded()
+    batches = load_calibration(folder, dense, recipe).batches
+    # the first pass pays for threads and libraries; a batch is enough for that
+    _forward(dense, batches[:1], device)
+    model: PreTrainedModel | None = dense
+    del dense
     forward, compression, phases = [], [], []
+    reports: list[Report] = []
     for _ in range(arguments.repeats):
-        forward.append(_timed(lambda: _forward(model, batches, device), device))
-        fresh = copy.deepcopy(model)
-        reports: list[Report] = []
-        work = functools.partial(_prune_into, reports, fresh, batches, recipe)
+        model = model or loaded()
+        forward.append(_timed(functools.partial(_forward, model, batches, device), device))
+        if arguments.streamed:
+            model = None
+            work = functools.partial(_compress_into, reports, folder, recipe, execution)
+        else:
+            work = functools.partial(_prune_into, reports, copy.deepcopy(model), batches, recipe)
         compression.append(_timed(work, device))
-        phases.append(reports[0].seconds)
+        phases.append(reports[-1].seconds)
     ratios = [c / f for c, f in zip(compression, forward, strict=True)]
     tokens = sum(batch.tokens for batch in batches)
     result = {
@@ -64,6 +86,8 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": device.type,
         "date": datetime.date.today().isoformat(),
         "source": arguments.name or Path(arguments.source).name,
+        "streamed": arguments.streamed,
+        "layers": len({site.layer for site in reports[-1].sites}),
         "tokens": tokens,
         "repeats": arguments.repeats,
         "forward_seconds": _spread(forward),
@@ -74,8 +98,10 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         "recipe": recipe.to_json() | {"calibration": Path(str(recipe.calibration)).name},
         "environment": environment(device),
         "machine": machine_state(),
-        # the dense model, which every repeat starts from, is there beside the copy being pruned
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        # in memory, the dense model is there beside the copy being pruned
+        "peak_bytes": reports[-1].run.get("peak_device_bytes"),
+        "run": reports[-1].run,
+        "residual": statistics.mean(site.relative_residual for site in reports[-1].sites),
     }
     print(
         f"{tokens} tokens: forward {result['forward_seconds']['median']:.2f} s, compression "
@@ -100,6 +126,13 @@ def _prune_into(
     reports: list[Report], model: PreTrainedModel, batches: tuple[Batch, ...], recipe: Recipe
 ) -> None:
     reports.append(prune(model, batches, recipe))
+
+
+def _compress_into(
+    reports: list[Report], folder: Path, recipe: Recipe, execution: Execution
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="liar-bench-") as temporary:
+        reports.append(compress(folder, Path(temporary) / "out", recipe, execution=execution))
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

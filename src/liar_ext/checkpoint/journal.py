@@ -14,6 +14,10 @@ from typing import Any
 from liar_ext.errors import InputError
 
 VERSION = 1
+KEYS = {
+    *("stage", "layer", "layers", "identity", "widths", "sites", "generator", "folder"),
+    *("hidden", "written"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Journal:
                 f"{self.path}: written by another release; start again with --overwrite instead "
                 "of --resume"
             )
+        if missing := sorted(KEYS - data.keys()):
+            raise InputError(
+                f"{self.path}: damaged, {missing[0]} is missing; start again with --overwrite "
+                "instead of --resume"
+            )
         return data
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -69,9 +78,10 @@ class Journal:
 def check_identity(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Raises InputError, naming what changed since the journal was written.
 
-    Nested dictionaries are compared key by key.
+    Nested dictionaries are compared key by key, in order: the settings come before what follows
+    from them.
     """
-    for key in sorted({*then, *now}):
+    for key in {**now, **then}:
         before, after = then.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             check_identity(

@@ -93,8 +93,12 @@ class CheckpointStore:
         """
         ranks, resumed = self._place.ranks, done > 0
         specs = self._specs(widths, added_biases)
-        if ranks.rank == 0:
-            self.writer = ShardWriter(self._place.output, specs, create=not resumed)
+        try:
+            if ranks.rank == 0:
+                self.writer = ShardWriter(self._place.output, specs, create=not resumed)
+        except InputError as error:
+            # made files raise OSError
+            raise InputError(f"--resume: {error}") from error
         ranks.barrier()
         if self.writer is None:
             self.writer = ShardWriter(self._place.output, specs, create=False)
@@ -129,7 +133,8 @@ class CheckpointStore:
                 full = f"{self._layers_path}.{index}.{name}"
                 tensor = self._as_stored(full, parameter.detach())
                 if mine:
-                    stored.append((full, tensor.to("cpu")))
+                    # from a GPU the writing thread fetches it, while the next layer is computed
+                    stored.append((full, tensor))
             _assign(layer, name, parameter.detach().to("meta"))
         if final and self.writer is not None:
             if mine:

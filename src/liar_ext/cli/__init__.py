@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser(argv).parse_args(argv)
     _quiet_libraries()
     # a closed terminal and SIGTERM clean up as Ctrl-C does: temporary folders are removed
-    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         result = arguments.run(arguments)
     except InputError as error:
@@ -63,11 +65,21 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(FAILURE, "out of memory; lower --batch-size, --samples or --seq-len")
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _interrupt:
+                signal.signal(number, handler)
     if result is not None and getattr(arguments, "json", False):
         sys.stdout.flush()
         print(json.dumps(result, allow_nan=False), flush=True)
     return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Interrupt, as Ctrl-C does. Under torchrun only once: a Ctrl-C reaches this process and also
+    torchrun, which passes it on, and that must not interrupt the cleaning up."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        for each in (signal.SIGINT, *SIGNALS):
+            signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fail(code: int, message: str) -> int:

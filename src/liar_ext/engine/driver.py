@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
 
 # mean square over variance, summed over a Site's columns; at 140 the rounding of float32 sums, seen
-# from the variances, is the default ridge (`interpolate.ROUNDING`)
+# from the variances, is the default ridge (`system.ROUNDING`)
 CENTRING_LIMIT = 100.0
 
 
@@ -141,8 +141,11 @@ class Driver:
 
     def _forwards_needed(self) -> bool:
         """Whether any statistics are not in the library yet."""
+        if self.library is None:
+            return True
         sites = [(index, kind) for index in self.targets for kind in self.recipe.target]
-        return self.library is None or not self.library.complete(sites)
+        # another job may write there meanwhile: all ranks go by what rank 0 sees
+        return self.ranks.broadcast(not self.library.complete(sites))
 
     def _enter(self, position: Position) -> None:
         """Hidden states that enter the layer of `position`: embedded, or as they were kept."""
@@ -317,7 +320,9 @@ class Driver:
         """Kinds of a layer whose Moments other jobs will ask the library for."""
         if self.library is None:
             return []
-        return [k for k in self.library.wanted(index) if not self.library.has(index, k)]
+        return self.ranks.broadcast(
+            [k for k in self.library.wanted(index) if not self.library.has(index, k)]
+        )
 
     def _in_library(self, index: int) -> bool:
         """Whether nothing of a layer has to be measured."""
@@ -325,7 +330,8 @@ class Driver:
             return False
         kinds = self.recipe.target if index in self.targets else ()
         extra = self._flows(index) and self._extra(index)
-        return all(self.library.has(index, k) for k in kinds) and not extra
+        known = self.ranks.broadcast(all(self.library.has(index, k) for k in kinds))
+        return known and not extra
 
     def _pass_on(self, index: int) -> None:
         """Take the hidden states, if there are any, through a layer as it is."""
@@ -348,7 +354,8 @@ class Driver:
         return moments, _notes(moments.gram.dtype)
 
     def _gram(self, site: Site, dtype: torch.dtype) -> SiteMoments:
-        return SiteMoments(site.columns, self.device, dtype=dtype, alone=self._stream.alone)
+        with self.clock.phase("gram"):
+            return SiteMoments(site.columns, self.device, dtype=dtype, alone=self._stream.alone)
 
     def _centred(self, site: Site, moments: Moments) -> bool:
         """Whether the sums survive centring.

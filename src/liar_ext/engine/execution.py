@@ -46,11 +46,12 @@ class Execution:
             raise InputError(f"--scratch {self.scratch}: no such folder")
 
 
-def choose_place(wanted: str, needed: int, device: torch.device) -> str:
+def choose_place(wanted: str, needed: int, device: torch.device, processes: int = 1) -> str:
     """Where `needed` bytes of hidden states and paused forwards go.
 
     Args:
         wanted: `Execution.hidden_states`.
+        processes: how many of them share the host's memory, each with as much.
     Raises:
         InputError: `host` without a GPU.
     """
@@ -58,9 +59,11 @@ def choose_place(wanted: str, needed: int, device: torch.device) -> str:
         raise InputError("--hidden-states host: is memory beside a GPU; use device or disk")
     if wanted != "auto":
         return wanted
-    if needed <= _SHARE * free_bytes(device):
+    on_device = needed if device.type == "cuda" else needed * processes
+    if on_device <= _SHARE * free_bytes(device):
         return "device"
-    if device.type == "cuda" and needed <= _SHARE * free_bytes(torch.device("cpu")):
+    on_host = needed * processes
+    if device.type == "cuda" and on_host <= _SHARE * free_bytes(torch.device("cpu")):
         return "host"
     return "disk"
 

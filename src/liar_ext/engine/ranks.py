@@ -5,24 +5,18 @@
             gram(rows_of(batches[index]), out=moments)
         ranks.sum_triangle_(moments.gram)
 
-Every rank makes the same calls in the same order; in a single process each is an identity. Nothing
-else in this package imports `torch.distributed`.
-
-When one rank fails, all end. It leaves its reason in the key-value store of torchrun's agent, which
-outlives the ranks. The others look there before and while they wait for a collective, and see
-closed connections when a rank died without a word; either way they raise `RankError`.
+Every rank makes the same calls in the same order; in a single process each is an identity. How they
+find each other, and how all end when one fails, is in `rendezvous`; nothing else in this package
+uses `torch.distributed`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Self
 
@@ -30,36 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liar_ext.errors import InputError, LiarError
+from liar_ext.engine.rendezvous import LOOK_EVERY, TIMEOUT, Place, Rendezvous
+from liar_ext.errors import InputError
 
-# a rank may wait this long for another one's solve, or for its checkpoint on a slow disk
-TIMEOUT = timedelta(minutes=30)
 # flat buffers of `sum_triangle_`: long enough to run at the speed of the wire
 BUFFER_BYTES = 128 << 20
 # rows packed as one rectangle: each sends half of this many entries from above the diagonal, 0.6 %
 # of a triangle of 11008 columns
 TRIANGLE_ROWS = 64
-# seconds between two looks at the store while waiting for a collective
-LOOK_EVERY = 0.25
-# seconds the others have after the last collective to receive it, before the connections close
-LEAVE_WITHIN = 5.0
 # Gloo reduces a segment on one rank and hands it on: the same bits everywhere (tested). NCCL has
 # several algorithms and promises nothing; there rank 0's sum is broadcast, 14 % more traffic with
 # 8 ranks
 SAME_BITS = ("gloo",)
-NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-FAILED = "failed"
-
-# a second job in one process must not meet the keys of the first; all ranks count alike
-_jobs = itertools.count()
-
-
-class RankError(LiarError):
-    """Another rank failed or died, so this one stops as well."""
-
-
-class RankInputError(RankError, InputError):
-    """Another rank met input that cannot be used: exit code 2 on every rank."""
 
 
 class Ranks:
@@ -72,14 +48,16 @@ class Ranks:
     Attributes:
         rank: this process, 0 ≤ rank < size.
         size: how many processes; `Ranks()` is a single one that never touches torch.distributed.
+        local_size: how many of them share this host's memory.
         device: where this rank computes.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.rank, self.size, self.device = 0, 1, torch.device(device)
+        self.rank, self.size, self.local_size = 0, 1, 1
+        self.device = torch.device(device)
         self._timeout = TIMEOUT
         self._same_bits = True
-        self._store: Any = None  # a dist.Store
+        self._others: Rendezvous  # where size > 1
         self._works: list[Any] = []  # the dist.Work of the latest collective
 
     @classmethod
@@ -98,7 +76,7 @@ class Ranks:
             InputError: variables are missing or make no sense, fewer GPUs than local ranks, nobody
                 answers at MASTER_ADDR. What one rank raises reaches the others.
         """
-        place = _place(os.environ)
+        place = Place.of(os.environ)
         if place is None:
             return cls(_device(device_name, None))
         if not dist.is_available() or dist.is_initialized():
@@ -107,38 +85,16 @@ class Ranks:
                 "leave the process group to liar-ext"
             )
         ranks = cls()
-        ranks.rank, ranks.size, local_rank = place
+        ranks.rank, ranks.size, ranks.local_size = place.rank, place.size, place.local_size
         ranks._timeout = timeout
-        ranks._store = _connect(ranks.rank, timeout)
+        ranks._others = Rendezvous(place, timeout)
         try:
-            ranks.device = _device(device_name, local_rank)
-            ranks._join()
+            ranks.device = _device(device_name, place.local_rank)
+            ranks._same_bits = ranks._others.join(ranks.device) in SAME_BITS
         except BaseException as error:
             ranks._leave(error)
             raise
         return ranks
-
-    def _join(self) -> None:
-        """Wait for all ranks, then make the process group."""
-        # in Python first: making the group blocks in C++, deaf to signals, until all ranks came
-        if not self._meet("joined", self._timeout.total_seconds()):
-            raise RankError(f"not all of {self.size} ranks came within {self._timeout}")
-        backend, device_id = "gloo", None
-        if self.device.type == "cuda":
-            backend, device_id = "nccl", self.device
-            torch.cuda.set_device(self.device)
-            # errors as exceptions of wait(); torchrun asks for a watchdog that aborts instead
-            os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_BLOCKING_WAIT": "1"}
-        self._same_bits = backend in SAME_BITS
-        with self._peers():
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("group", self._store),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=self._timeout,
-                device_id=device_id,
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -146,38 +102,21 @@ class Ranks:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.size == 1:
             return
-        try:
-            if error is None:
+        if error is None:
+            try:
                 self.barrier()
-        except BaseException as late:
-            error = late
-            raise
-        finally:
-            self._leave(error)
-        # the agent ends the survivors with SIGTERM: say why instead of "interrupted"
-        reason = self._announced() if isinstance(error, KeyboardInterrupt) else None
-        if reason is not None:
-            raise reason from error
+            except BaseException as late:
+                self._leave(late)
+                raise
+        self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Tell the others, then close the connections, which wakes those waiting for this rank."""
-        # an interrupt is no reason of its own: mostly it is the agent ending the survivors
-        if isinstance(error, Exception) and not isinstance(error, RankError):
-            self.announce(error)
-        if error is None:
-            with suppress(RankError):
-                self._meet("left", LEAVE_WITHIN)
-        if not dist.is_initialized():
-            return
-        group: Any = dist.group.WORLD
-        if not all(work.is_completed() for work in self._works):
-            # its destructor waits for the collective, which waits for the peers: never run it
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        """End this rank's part; raises the cause if `error` is only a consequence of it."""
+        cause = None if error is None else self._others.cause(error)
+        self._others.leave(cause, self.device, self._works)
         self._works = []
-        if error is not None and self.device.type == "cuda":
-            group.abort()  # an orderly end of NCCL would wait for the peers
-        else:
-            dist.destroy_process_group()
+        if cause is not None and cause is not error:
+            raise cause from error
 
     def share(self, count: int, rank: int | None = None) -> range:
         """The contiguous share of `count` items of a rank, by default of this one.
@@ -323,64 +262,19 @@ class Ranks:
 
     def announce(self, error: BaseException | str) -> None:
         """Leave the reason why this rank stops for the others; the first one of all ranks stays."""
-        if self.size == 1:
-            return
-        text = " ".join(str(error).split())
-        if not isinstance(error, str | LiarError):
-            text = f"{type(error).__name__}: {text}"
-        record = {"rank": self.rank, "text": text, "input": isinstance(error, InputError)}
-        with suppress(RuntimeError):  # the store is gone, and so are those who would read it
-            self._store.compare_set(FAILED, "", json.dumps(record))
-
-    def _announced(self) -> RankError | None:
-        """The error that a rank left, if the store still answers."""
-        with suppress(RuntimeError):
-            if self._store.check([FAILED]):
-                record = json.loads(self._store.get(FAILED))
-                kind = RankInputError if record["input"] else RankError
-                return kind(f"stopped because rank {record['rank']} failed: {record['text']}")
-        return None
-
-    @contextmanager
-    def _peers(self) -> Iterator[None]:
-        """Turn what torch raises when a peer or the store is gone into a RankError."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise self._announced() or RankError(
-                "another rank died or stopped answering; its output says why; --resume goes on"
-            ) from error
-
-    def _look(self) -> None:
-        """Raise if a rank announced an error: one round trip, 0.05 ms on one host."""
-        with self._peers():
-            if self._store.check([FAILED]):
-                raise self._announced() or RankError("another rank failed; its output says why")
-
-    def _meet(self, key: str, seconds: float) -> bool:
-        """Wait until all ranks came here, through the store only; False if some did not."""
-        deadline = time.monotonic() + seconds
-        with self._peers():
-            self._store.add(key, 1)
-            while self._store.add(key, 0) < self.size:
-                self._look()
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.01)
-        return True
+        if self.size > 1:
+            self._others.announce(error)
 
     def _run(self, *starts: Callable[[], Any]) -> None:
         """Start collectives and wait for all of them.
 
         By polling: `wait()` sits in C++, where neither a signal nor an announcement gets through.
         """
-        self._look()
+        self._others.look()
         deadline = time.monotonic() + self._timeout.total_seconds()
         look, pause = time.monotonic() + LOOK_EVERY, 2e-5
         self._works = []
-        with self._peers():
+        with self._others.peers():
             for start in starts:
                 self._works.append(start())
             for work in self._works:
@@ -388,7 +282,7 @@ class Ranks:
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"no answer within {self._timeout}")
                     if time.monotonic() > look:
-                        self._look()
+                        self._others.look()
                         look = time.monotonic() + LOOK_EVERY
                     time.sleep(pause)
                     pause = min(pause * 1.5, 5e-3)
@@ -415,25 +309,6 @@ class Ranks:
         return tensor.detach()
 
 
-def _place(variables: Mapping[str, str]) -> tuple[int, int, int] | None:
-    """(rank, size, local rank) of torchrun's variables; None without them or for one process.
-
-    Raises:
-        InputError: some are missing, or they are no numbers in range.
-    """
-    if not any(name in variables for name in NEEDED[:3]) or variables.get("WORLD_SIZE") == "1":
-        return None
-    values = [variables.get(name, "") for name in NEEDED]
-    numbers = [int(value) if value.isdecimal() else -1 for value in values]
-    rank, size, local_rank, _, port = numbers
-    if not values[3] or min(local_rank, port) < 0 or not 0 <= rank < size or port > 65535:
-        raise InputError(
-            " ".join(f"{name}={value}" for name, value in zip(NEEDED, values, strict=True))
-            + ": start several processes with torchrun, or unset these variables for a single one"
-        )
-    return rank, size, local_rank
-
-
 def _device(name: str, local_rank: int | None) -> torch.device:
     """The device of a single process (`local_rank` None) or of one of several.
 
@@ -451,24 +326,6 @@ def _device(name: str, local_rank: int | None) -> torch.device:
             f"torchrun --nproc-per-node {count}"
         )
     return torch.device("cuda") if local_rank is None else torch.device("cuda", local_rank)
-
-
-def _connect(rank: int, timeout: timedelta) -> Any:
-    """The store at MASTER_ADDR under keys of this job: in torchrun's agent, else in rank 0."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = dist.TCPStore(
-            host, port, None, hosts, timeout, wait_for_workers=False, multi_tenant=True
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"MASTER_ADDR={host}, MASTER_PORT={port}: {reason}; start the ranks with torchrun"
-        ) from error
-    # after a restart the agent still has the keys of the attempt that failed
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"liar/{attempt}/{next(_jobs)}", store)
 
 
 def _difference(first: Any, second: Any) -> tuple[str, str]:

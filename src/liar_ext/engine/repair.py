@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class Repairer:
             outputs,
         )
         try:
-            part = self._reconstruction.repair(task) if task.drop.numel() else Repaired(task.weight)
+            part = self._agreed(task) if task.drop.numel() else Repaired(task.weight)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
         energies = residual_energies(moments, weight, keep, part.weight, part.shift)
@@ -118,6 +119,26 @@ class Repairer:
             part.diagnostics,
         )
         return gathered, relative_residual_of(total.tolist())
+
+    def _agreed(self, task: Task) -> Repaired:
+        """The rows of this rank, with the same ridge on all ranks.
+
+        The ladder looks at the backward error of the right sides at hand; where that decides, a
+        rank may end on another rung than the rest.
+        """
+        part = self._reconstruction.repair(task)
+        used = None if part.diagnostics is None else part.diagnostics.ridge_used
+        every = self._ranks.gather(used)
+        if len(set(every)) == 1:
+            return part
+        highest = max(every)
+        agreed = self._reconstruction.repair(replace(task, ridge=highest))
+        assert agreed.diagnostics is not None
+        assert part.diagnostics is not None
+        steps = (*part.diagnostics.steps, f"ridge {highest:.1e} for all ranks")
+        return replace(
+            agreed, diagnostics=replace(agreed.diagnostics, ridge=task.ridge, steps=steps)
+        )
 
 
 def refuse_non_finite(site: Site, statistics: Columns) -> None:

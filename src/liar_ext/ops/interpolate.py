@@ -17,15 +17,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError, NumericalError
+from liar_ext.errors import NumericalError
 from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
 from liar_ext.ops.factor import inverse as factor_inverse
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
-from liar_ext.ops.solve import Precision, Solved, check_not_negative, solve
-
-# norm of the rounding of a scaled, centred Gram matrix over eps · mean square / variance: 5.4, 6.2
-# and 6.3 for means of 3, 10 and 30 deviations (64 columns, 20000 tokens, float32)
-ROUNDING = 6.0
+from liar_ext.ops.solve import Precision, check_not_negative, solve
+from liar_ext.ops.system import check_partition, cross_block, kept_system
 
 
 @dataclass(frozen=True)
@@ -134,8 +131,8 @@ def solve_interpolation(
     encoded Diagnostics.
     """
     moments = Moments(count, sum, gram, order, mirrored)
-    system = _system(moments, keep, drop, ridge, center)
-    right = _cross(moments, keep, drop, center, system.dead)
+    system = kept_system(moments, keep, drop, ridge, center)
+    right = cross_block(moments, keep, drop, center, system.dead)
     solved = system.solve(right, ridge, gram.dtype, cast(Precision, precision))
     solution, mean = solved.solution[0], moments.mean()
     p = mean[drop] - solution.T @ mean[keep] if center else torch.zeros_like(mean[drop])
@@ -209,7 +206,7 @@ def repair(
     carried = diagnostics = None
     steps: tuple[str, ...] = ()
     if inverse is not None and route.startswith("inverse"):
-        _check_partition(moments, keep, drop)
+        check_partition(moments, keep, drop)
         try:
             carried, diagnostics = _carry_by_inverse(
                 inverse, weight, keep, drop, outputs, moments.gram.dtype, precision
@@ -219,9 +216,9 @@ def repair(
             steps = (f"inverse: {error}; solved from the Moments",)
             route = cheapest(keep.numel(), drop.numel(), outputs, False)
     if carried is None or diagnostics is None:
-        system = _system(moments, keep, drop, ridge, center)
+        system = kept_system(moments, keep, drop, ridge, center)
         folded = weight if route == "fold first" else None
-        right = _cross(moments, keep, drop, center, system.dead, folded)
+        right = cross_block(moments, keep, drop, center, system.dead, folded)
         solved = system.solve(right, ridge, moments.gram.dtype, precision)
         # as large as all that follows
         del system, right
@@ -249,10 +246,11 @@ def repair_bytes(kept: int, dropped: int, outputs: int, rows: int | None = None)
         kept, dropped, outputs: s, m and rows of W; rows: of the slice that is repaired, None for
             all of them.
     Returns:
-        the largest of four moments, with b rows of a block and r right sides (rows, or m where
-        Q is solved for): 8 s² and a gather; 8 (s² + s r) with W_M and a block of C_SM;
-        8 (2 s² + 2 s r), the solve: C_SS and its factor, right sides and solution; and what is
-        left for the result, `8 s r` with that and W_M.
+        the largest of four moments, with r right sides (rows, or m where Q is solved for):
+        8 s² and a gather; 8 (s² + s r) with W_M and a block of C_SM; the solve,
+        8 (2 s² + 2 s r + 512 (s + 1024)), with C_SS and its factor, right sides and solution, and
+        the inverted blocks of the factor; and the result, with the solution and W_M. Libraries
+        take up to 25 MB of their own at their first call.
     """
     s, m, n = kept, dropped, kept + dropped
     r = outputs if rows is None else rows
@@ -264,7 +262,8 @@ def repair_bytes(kept: int, dropped: int, outputs: int, rows: int | None = None)
     else:
         right, result = 8 * s * m, 8 * s * r + 8 * r * m
         crossed = matrix + gather_bytes(s, m, n)
-    return max(built, crossed, 2 * matrix + 2 * right, right + result)
+    solved = 2 * matrix + 2 * right + (8 * BLOCK * (s + 2 * BLOCK) if s > BLOCK else 0)
+    return max(built, crossed, solved, right + result)
 
 
 def costs(kept: int, dropped: int, outputs: int, inverse: bool) -> dict[str, float]:
@@ -312,7 +311,7 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
     if not moments.complete:
         raise ValueError("the inverse needs all columns: accumulate without keep")
     every = torch.arange(moments.columns, device=moments.sum.device)
-    system = _system(moments, every, every[:0], ridge, center)
+    system = kept_system(moments, every, every[:0], ridge, center)
     strength = ridge * system.mean_diagonal
     try:
         theta = factor_inverse(system.kept, strength, system.floor)
@@ -351,100 +350,3 @@ def _carry_by_inverse(
     return carried, dataclasses.replace(
         found, ridge=inverse.ridge, ridge_used=inverse.ridge, strength=inverse.strength
     )
-
-
-@dataclass(frozen=True)
-class _System:
-    """`C_SS` (s, s) float64 and its dead columns (s,); mean(diag C); the rounding of its scale."""
-
-    kept: Tensor
-    dead: Tensor
-    mean_diagonal: float
-    floor: float
-
-    def solve(
-        self, right: Tensor, ridge: float, moments_dtype: torch.dtype, precision: Precision
-    ) -> Solved:
-        return solve(
-            self.kept[None],
-            right[None],
-            ridge,
-            unit=[self.mean_diagonal],
-            moments_dtype=moments_dtype,
-            floor=self.floor,
-            precision=precision,
-        )
-
-
-def _system(moments: Moments, keep: Tensor, drop: Tensor, ridge: float, center: bool) -> _System:
-    _check_partition(moments, keep, drop)
-    if int(moments.count) == 0:
-        raise InputError("the Moments hold no tokens; nothing was accumulated")
-    kept = moments.second(keep, keep)
-    _check_finite(moments.sum, kept)
-    if moments.complete:
-        mean_diagonal = float((moments.variance() if center else moments.diagonal()).mean())
-    elif ridge > 0:
-        raise ValueError("a ridge is relative to all columns: accumulate the whole triangle")
-    else:
-        mean_diagonal = 0.0
-    squares = kept.diagonal().clone()
-    if center:
-        mean = moments.mean()
-        kept.addr_(mean[keep], mean[keep], alpha=-1)
-    # a centred variance below the rounding of its own mean square is not a variance: constant
-    # columns came out at up to 30 eps after 20000 tokens in float32
-    eps = torch.finfo(moments.gram.dtype).eps
-    noise = 64 * eps * squares
-    dead = kept.diagonal() <= (noise if center else torch.zeros_like(noise))
-    kept[dead], kept[:, dead] = 0.0, 0.0
-    # G is rounded at the size of its squares: beside a unit variance that is so many times more
-    above = (squares / kept.diagonal())[~dead]
-    excess = float(above.mean()) - 1.0 if above.numel() else 0.0
-    return _System(kept, dead, mean_diagonal, eps * (1.0 + ROUNDING * max(excess, 0.0)))
-
-
-def _cross(
-    moments: Moments,
-    keep: Tensor,
-    drop: Tensor,
-    center: bool,
-    dead: Tensor,
-    folded: Tensor | None = None,
-) -> Tensor:
-    """`C_SM` (s, m), or `C_SM W_Mᵀ` (s, out) with W (out, n) `folded` in; zero in dead rows.
-
-    Folded by blocks of rows, so that C_SM is never there as a whole.
-    """
-    mean = moments.mean()
-
-    def block(rows: Tensor) -> Tensor:
-        cross = moments.second(rows, drop)
-        _check_finite(cross)
-        return cross.addr_(mean[rows], mean[drop], alpha=-1) if center else cross
-
-    if folded is None:
-        right = block(keep)
-    else:
-        dropped = folded[:, drop].double()
-        right = dropped.new_empty(keep.numel(), dropped.shape[0])
-        for start, stop in spans(0, keep.numel()):
-            torch.mm(block(keep[start:stop]), dropped.T, out=right[start:stop])
-    right[dead] = 0.0
-    return right
-
-
-def _check_finite(*values: Tensor) -> None:
-    # a sum is finite only if all of it is, and needs no mask of the size of the matrix
-    if not all(bool(value.sum().isfinite()) for value in values):
-        raise InputError("the Moments hold NaN or infinite values; check the activations")
-
-
-def _check_partition(moments: Moments, keep: Tensor, drop: Tensor) -> None:
-    together = torch.cat([keep, drop]).sort().values
-    expected = torch.arange(moments.columns, device=together.device)
-    if together.shape != expected.shape or not bool(torch.equal(together, expected)):
-        raise ValueError(
-            f"keep ({keep.numel()}) and drop ({drop.numel()}) must be a partition of the "
-            f"{moments.columns} columns"
-        )

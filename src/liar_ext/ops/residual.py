@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,11 +12,14 @@ from torch import Tensor
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.precision import full_precision, no_autocast
 
-# output rows that one pass over C serves: fewer passes cost memory, more cost time
-ROW_BLOCK = 2048
+# output rows that one pass over C serves. Gathering and centring C took a third of the time with
+# 2048 rows of 11008 columns; with all 4096 the pass still holds less than the repair before it
+ROW_BLOCK = 4096
+# rows that try float32 first: a repair too good for it would have wasted a third of the time
+TRIAL_ROWS = 128
 # relative error that float32 products may add to an energy, by the bound of `_single_error`; what
 # the rounding of float32 Moments makes of a residual is up to 2.6e-5 (benchmarks/exactness.py)
-SINGLE_TOLERANCE = 1e-5
+SINGLE_TOLERANCE = 2e-5
 
 
 def residual_reference(
@@ -93,12 +97,14 @@ def residual_energies(
     working = moments.gram.dtype
     error = dense = 0.0
     with no_autocast(weight.device), full_precision():
-        for start in range(0, outputs, ROW_BLOCK):
-            rows = slice(start, start + ROW_BLOCK)
+        trial = TRIAL_ROWS if working == torch.float32 else 0
+        edges = {0, *range(min(trial, outputs), outputs, ROW_BLOCK), outputs}
+        for start, stop in pairwise(sorted(edges)):
+            rows = slice(start, stop)
             part = (weight[rows], new_weight[rows], order, keep.numel())
             found = _row_energies(moments, *part, working)
-            if working == torch.float32 and not _single_is_enough(found, columns):
-                # a repair this good is good in all rows: the next block starts in float64
+            if working == torch.float32 and not _single_is_enough(found, columns, outputs):
+                # a repair this good is good in all rows: the next block is float64 at once
                 working = torch.float64
                 found = _row_energies(moments, *part, working)
             (error_rows, dense_rows), (error_mean, dense_mean), _ = found
@@ -143,7 +149,7 @@ def _row_energies(
     Products in `working`; centring, and sums over blocks of columns, in float64.
     """
     rows, columns = weight.shape
-    mean, variance = moments.mean()[order], moments.variance()[order]
+    mean, variance = moments.mean()[order], moments.variance()[order].to(working)
     both = weight.new_empty(2 * rows, kept, dtype=working)
     dropped = weight.new_empty(rows, columns - kept, dtype=working)
     own = torch.zeros(2 * rows, dtype=torch.float64, device=weight.device)
@@ -151,11 +157,17 @@ def _row_energies(
     shared, shared_mean, shared_size = (torch.zeros_like(own[:rows]) for _ in range(3))
     for start, stop in spans(0, kept):
         old = weight[:, order[start:stop]].double()
-        both[rows:, start:stop] = old
         # the difference of what agrees to many digits, before any rounding
-        both[:rows, start:stop] = new_weight[:, start:stop].double() - old
+        change = new_weight[:, start:stop].double() - old
+        both[:rows, start:stop], both[rows:, start:stop] = change, old
+        means[:rows] += change @ mean[start:stop]
+        means[rows:] += old @ mean[start:stop]
+        del old, change
     for start, stop in spans(kept, columns):
-        dropped[:, start - kept : stop - kept] = weight[:, order[start:stop]]
+        old = weight[:, order[start:stop]].double()
+        dropped[:, start - kept : stop - kept] = old
+        shared_mean += old @ mean[start:stop]
+        del old
     for start, stop in spans(0, kept):
         panel = _panel(moments, order, mean, start, stop).to(working)
         left = both[:, start:stop]
@@ -163,14 +175,14 @@ def _row_energies(
         side = dropped @ panel[:, kept - start :].T
         cross[:rows] += _dots(side, left[:rows])
         cross[rows:] += _dots(side, left[rows:])
-        means += left.double() @ mean[start:stop]
-        sizes += left.double().square_() @ variance[start:stop]
+        sizes += left.square() @ variance[start:stop]
+        del panel, side
     for start, stop in spans(kept, columns):
         panel = _panel(moments, order, mean, start, stop).to(working)
         left = dropped[:, start - kept : stop - kept]
         shared += 2 * _dots(dropped[:, start - kept :] @ panel.T, left)
-        shared_mean += left.double() @ mean[start:stop]
-        shared_size += left.double().square_() @ variance[start:stop]
+        shared_size += left.square() @ variance[start:stop]
+        del panel
     sizes += own
     error, dense = own.split(rows)
     return (
@@ -197,8 +209,10 @@ def _dots(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(1).double()
 
 
-def _single_is_enough(found: _Rows, columns: int) -> bool:
-    """Whether float32 products left both energies within `SINGLE_TOLERANCE`. NaN is no.
+def _single_is_enough(found: _Rows, columns: int, outputs: int) -> bool:
+    """Whether float32 products leave both energies within `SINGLE_TOLERANCE`. NaN is no.
+
+    `found` are some of the `outputs` rows, and stand for all of them.
 
     A dot product of K terms has K roundings u of its partial sums, and a partial sum is the
     covariance of a part of the output with a column: at most its deviation times σ_j. Roundings
@@ -207,12 +221,14 @@ def _single_is_enough(found: _Rows, columns: int) -> bool:
     what cancels; and rows by the root of their squares. Rounding C itself adds `u Σ size_i`.
 
     The true error was 1/20 to 1/600 of this, for residuals from 1e-7 to 0.5, 8 to 512 rows and
-    1024 to 2048 columns; it grows as 1/residual, so that what is repaired to about 1 % or better
+    1024 to 2048 columns; it grows as 1/residual, so that what is repaired to about 2 % or better
     goes to float64.
     """
     unit = torch.finfo(torch.float32).eps / 2
     for energy, size in zip(found[0], found[2], strict=True):
-        bound = unit * float(size.sum() + math.sqrt(columns) * size.norm())
+        # of `outputs` rows like these the deviations add up by their squares
+        scatter = math.sqrt(columns * size.numel() / outputs) * size.norm()
+        bound = unit * float(size.sum() + scatter)
         if not bound <= SINGLE_TOLERANCE * float(energy.sum()):
             return False
     return True

@@ -9,7 +9,13 @@ from liar_ext.reconstruction.base import Reconstruction, Repaired, Task
 
 def repair(task: Task) -> Repaired:
     folded = fold(
-        task.moments, task.weight, task.keep, task.drop, ridge=task.ridge, center=task.intercept
+        task.moments,
+        task.weight,
+        task.keep,
+        task.drop,
+        ridge=task.ridge,
+        center=task.intercept,
+        outputs=task.outputs,
     )
     return Repaired(folded.weight, folded.shift if task.intercept else None, folded.diagnostics)
 

@@ -1,0 +1,75 @@
+"""The clock: phases on a GPU are measured by events, without draining it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from liar_ext.engine.clock import PHASES, Clock
+
+
+def test_seconds_go_to_the_phase_they_were_spent_in():
+    clock = Clock(torch.device("cpu"))
+    with clock.phase("gram"):
+        time.sleep(0.02)
+    with clock.phase("load"):
+        time.sleep(0.01)
+    assert 0.02 <= clock.seconds["gram"] < 5
+    assert 0.01 <= clock.seconds["load"] < 5
+    assert set(clock.seconds) == set(PHASES)
+    assert clock.seconds["forward"] == clock.seconds["solve"] == 0
+
+
+def test_a_phase_on_a_gpu_is_timed_by_its_events_and_never_waits(monkeypatch):
+    waited = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+            Event.made += 1
+            self.at = Event.made * 500.0  # milliseconds
+
+        def record(self, stream):
+            assert stream == "stream"
+
+        def synchronize(self):
+            waited.append(self)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("drained the device"))
+    clock = Clock(torch.device("cuda", 0))
+    for _ in range(3):
+        with clock.phase("forward"):
+            pass
+    with clock.phase("load"):
+        pass
+    assert not waited
+    assert clock.seconds["forward"] == pytest.approx(1.5)
+    assert len(waited) == 3
+    assert clock.seconds["forward"] == pytest.approx(1.5), "read again, not added again"
+    assert Event.made == 6, "host phases need no event"
+
+
+@pytest.mark.gpu
+def test_the_device_s_time_is_counted_though_the_host_goes_on():
+    clock = Clock(torch.device("cuda"))
+    x = torch.randn(4096, 4096, device="cuda")
+    x @ x
+    torch.cuda.synchronize()
+    with clock.phase("gram"):
+        start = time.perf_counter()
+        for _ in range(50):
+            x @ x
+        host = time.perf_counter() - start
+    begin = time.perf_counter()
+    torch.cuda.synchronize()
+    total = time.perf_counter() - begin + host
+    assert clock.seconds["gram"] == pytest.approx(total, rel=0.3)
