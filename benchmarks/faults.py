@@ -141,8 +141,7 @@ def interrupt(case: Case, chance: random.Random) -> str:
     arguments += ["--hidden-states", work.execution.hidden_states]
     arguments += ["--journal-seconds", str(work.execution.journal_seconds)]
     arguments += ["--overwrite"] * work.overwrite
-    # the command line takes a while to begin
-    moment = chance.uniform(0, 1.3 * case.seconds)
+    moment = chance.uniform(0, case.seconds)
     end = liar_kill.command(arguments, work.out, after=moment, number=number)
     line, kept = end.error_line, work.job.folder.exists()
     if end.code == 0:

@@ -1,9 +1,9 @@
-"""FLOPs, bytes and seconds of one compression, counted from shapes."""
+"""FLOPs and seconds of one compression, counted from shapes, and what waits meanwhile."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +11,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from liar_ext.allocation import ALLOCATIONS
 from liar_ext.models import Site, linear
 from liar_ext.models.adapter import Adapter, text_config
+from liar_ext.ops.gram import gram
+from liar_ext.ops.interpolate import Repair, costs, repair
+from liar_ext.ops.moments import Moments
+from liar_ext.ops.residual import residual_energies
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 
-# both dtypes are measured within one second, first calls included
+# four rates within two seconds, first calls included
 MEASURE_SECONDS = 0.3
-MEASURE_SIZE = {"cpu": 512, "cuda": 8192}
+# columns, and tokens of a Gram: as large as that allows, because rates grow with them
+MEASURE_SIZE = {"cpu": (1024, 4096), "cuda": (8192, 16384)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Tokens:
     Attributes:
         tokens: valid ones; positions: with padding.
         samples: sequences; seq_len: tokens of the longest.
+        batch: positions of the largest batch; segments: of tokens, see `engine.statistics`.
         counted: False when they are assumed from the recipe.
     """
 
@@ -51,6 +56,8 @@ class Tokens:
     positions: int
     samples: int
     seq_len: int
+    batch: int
+    segments: int
     counted: bool
 
 
@@ -76,37 +83,34 @@ def head_flops(model: PreTrainedModel) -> int:
 
 
 def compression_flops(
-    sites: Sequence[SitePlan], tokens: Tokens, forward: int, recipe: Recipe
+    sites: Sequence[SitePlan], tokens: Tokens, forward: int, recipe: Recipe, passes: int
 ) -> dict[str, int]:
     """FLOPs of one compression by what they are for.
 
     Args:
         forward: of one token through the layers that the compression runs.
+        passes: of forwards through them.
     Returns:
-        `forward`; `gram`, `n² T` for the triangle; `solve`, `s³/3 + 2 s² min(m, out)` and folding
-        the result into the weight; `residual`, the report's diagnostic.
+        `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`;
+        `residual`, the report's diagnostic, `out (n² + s²)`.
     """
     solves = RECONSTRUCTIONS[recipe.reconstruct].solves
-    passes = 2 if ALLOCATIONS[recipe.allocation].needs_scores else 1
-    solve = 0
-    for s in sites:
-        dropped = s.columns_before - s.columns_after
-        if solves and dropped:
-            solve += s.columns_after**3 // 3 + 2 * s.columns_after**2 * min(dropped, s.outputs)
-            solve += 2 * s.outputs * s.columns_after * dropped
     return {
         "forward": passes * tokens.positions * forward,
         "gram": sum(s.columns_before**2 for s in sites) * tokens.tokens,
-        "solve": solve,
-        "residual": sum(2 * s.outputs * s.columns_before**2 for s in sites),
+        "solve": sum(solve_flops(s) for s in sites) if solves else 0,
+        "residual": sum(residual_flops(s) for s in sites),
     }
 
 
-def weight_bytes(model: PreTrainedModel, adapter: Adapter, item: int) -> dict[str, int]:
-    """Bytes of the weights held at once: what runs before the layers, and the largest layer."""
-    backbone = adapter.backbone(model)[1]
-    layers = [_parameters(layer) for layer in adapter.layer_list(model)[1]]
-    return {"embeddings": (_parameters(backbone) - sum(layers)) * item, "layer": max(layers) * item}
+def solve_flops(site: SitePlan) -> int:
+    """Of the cheapest way to the repaired rows of a Site; 0 where nothing is dropped."""
+    kept, dropped = site.columns_after, site.columns_before - site.columns_after
+    return int(min(costs(kept, dropped, site.outputs, False).values())) if dropped else 0
+
+
+def residual_flops(site: SitePlan) -> int:
+    return site.outputs * (site.columns_before**2 + site.columns_after**2)
 
 
 def held_bytes(
@@ -134,59 +138,43 @@ def producer_rows(site: Site) -> int:
     return sum(linear.weight(module).shape[0] for module in modules.values())
 
 
-def activation_bytes(
-    sites: Sequence[SitePlan], tokens: Tokens, hidden: int, item: int, recipe: Recipe
-) -> dict[str, int]:
-    """Bytes of activations, statistics and solve at the Site that needs most.
-
-    The inputs of one Site are held for all tokens, because every forward is paused there.
-    """
-    solves = RECONSTRUCTIONS[recipe.reconstruct].solves
-    needs = []
-    for s in sites:
-        n, kept = s.columns_before, s.columns_after
-        right = min(n - kept, s.outputs)
-        # system, centred copy, scaled copy and factor; cross block; right side, solution, scratch
-        system = 4 * kept**2 + kept * (n - kept) + 3 * kept * right if solves else 0
-        # a paused forward keeps its normed input, and its residual stream or its q, k and v
-        frames = hidden + (s.producer_rows if s.kind == "heads" else hidden)
-        needs.append(
-            {
-                "site_inputs": tokens.positions * n * item,
-                "paused_forwards": tokens.positions * frames * item,
-                "moments": 4 * n**2,
-                "solve": 8 * (system + 2 * s.outputs * n),
-            }
-        )
-    worst = max(needs, key=lambda need: sum(need.values()))
-    return {"hidden_states": tokens.positions * hidden * item, **worst}
-
-
 def measure(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of square matmuls for each phase, on this machine as it is loaded now.
+    """FLOP/s of each phase by its own kernels, on this machine as it is loaded now.
 
-    The forward pass computes in `dtype`; the Gram does so on a GPU and in float32 on a CPU; the
-    solve is float64.
+    The forward pass is a matmul in `dtype`; statistics are a Gram of values in `dtype`; a solve is
+    a repair that keeps half of the columns, and the residual is that of its result.
     """
-    wanted = {"forward": dtype, "solve": torch.float64}
-    wanted["gram"] = dtype if device.type == "cuda" else torch.float32
-    rates = {kind: _matmul_rate(device, kind) for kind in set(wanted.values())}
-    return {phase: rates[kind] for phase, kind in wanted.items()}
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    n = MEASURE_SIZE[device.type]
+    n, tokens = MEASURE_SIZE[device.type]
     # zeros draw less power than data, and a GPU would clock higher for them
-    a = torch.randn(n, n, device=device).to(dtype)
-    out = a @ a  # the first call pays for threads and libraries
+    x = torch.randn(tokens, n, device=device).to(dtype)
+    square = x[:n].contiguous()
+    moments = Moments.zeros(n, device=device)
+    weight = torch.randn(n // 2, n, device=device).to(dtype)
+    keep, drop = torch.arange(n, device=device).split(n // 2)
+    found: list[Repair] = []
+
+    def solve() -> None:
+        found[:] = [repair(moments, weight, keep, drop, ridge=1e-2)]
+
+    def residual() -> None:
+        residual_energies(moments, weight, keep, found[0].weight, found[0].shift)
+
+    own = SitePlan(0, "", "", n, n // 2, n, n // 2, n // 2, n)
+    with torch.no_grad():
+        return {
+            "forward": _rate(device, 2 * n**3, lambda: torch.mm(square, square)),
+            "gram": _rate(device, tokens * n**2, lambda: gram(x, out=moments)),
+            "solve": _rate(device, solve_flops(own), solve),
+            "residual": _rate(device, residual_flops(own), residual),
+        }
+
+
+def _rate(device: torch.device, flops: int, call: Callable[[], object]) -> float:
+    call()  # the first call pays for threads and libraries
     done, elapsed, start = 0, 0.0, time.perf_counter()
     while elapsed < MEASURE_SECONDS:
-        torch.mm(a, a, out=out)
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         done, elapsed = done + 1, time.perf_counter() - start
-    return done * 2 * n**3 / elapsed
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return done * flops / elapsed

@@ -1,8 +1,9 @@
 """`liar plan`: what a compression will give and cost, from shapes alone.
 
 The model is built on `meta` and shrunk there by the code that shrinks real ones, so parameters,
-bytes and the loader are those of the result. Costs are counted, not measured, except for a short
-matmul that turns FLOPs into seconds. No weight is read: safetensors headers give the dtypes.
+bytes and the loader are those of the result. Costs are counted, not measured, except for short
+runs of the kernels that turn FLOPs into seconds. No weight is read: safetensors headers give the
+dtypes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS
@@ -30,54 +28,69 @@ from liar_ext.checkpoint.reader import (
     read_json,
     tied_names,
 )
-from liar_ext.checkpoint.writer import SHARD_BYTES
 from liar_ext.costs import (
     SitePlan,
     Tokens,
-    activation_bytes,
     compression_flops,
     head_flops,
     layer_flops,
     measure,
     producer_rows,
-    weight_bytes,
 )
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
+from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
+from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS, segments
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
+from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
-from liar_ext.report.text import change, count, duration, parameters, percent, size
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
 
 
 def plan(
-    source: str | Path, recipe: Recipe, *, rates: Mapping[str, float] | None = None
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    execution: Execution | None = None,
+    ranks: int = 1,
+    out: Path | None = None,
+    device_memory: int | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Shapes, sizes, costs and the loader of one compression.
 
     Args:
         source: a folder with at least `config.json`, or a hub id.
-        rates: FLOP/s of `forward`, `gram` and `solve`, instead of measuring them (below 1 s).
+        execution: as `compress` will get it.
+        ranks: of how many processes; memory is then that of one of them.
+        out: the folder to be made, whose disk has to have room; None is the working directory.
+        device_memory: bytes of a GPU that need not be here; times are then not predicted.
+        rates: FLOP/s of `forward`, `gram`, `solve` and `residual`, instead of measuring them.
     Returns:
         JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `flops_per_token`,
-        `calibration`, `flops`, `memory` (bytes), `seconds`, `loader`, `notes`. `exact` is False
-        where the allocation decides only after it has seen the tokens.
+        `calibration`, `flops`, `memory` (bytes, parts of the phase that needs most), `phases`,
+        `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact` is False where the allocation
+        decides only after it has seen the tokens.
     Raises:
         InputError: as `liar prune` would, before it computes anything.
     """
+    execution = execution or Execution()
+    if ranks < 1:
+        raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
     dense = _dense_config(folder)
-    device = resolve_device(recipe.device)
+    hypothetical = device_memory is not None
+    device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
     adapter = adapter_for(model.config)
     notes: list[str] = []
@@ -91,31 +104,37 @@ def plan(
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
     dtype = compute_dtype(recipe.dtype, device) or _dtype_of(stored)
-    memory = weight_bytes(model, adapter, dtype.itemsize)
     if bytes_before is None:
         bytes_before = _written(model, adapter, stored, "auto")
+    weights = weights_of(model, adapter, stored, dtype)
+    held = weights.held(model, adapter, recipe, tokens)
 
     sites = _shrink(model, adapter, recipe, driver, notes)
     removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
     bytes_after = _written(model, adapter, stored, recipe.dtype)
-    hidden = text_config(model.config).hidden_size
-    memory |= activation_bytes(sites, tokens, hidden, dtype.itemsize, recipe)
-    # safetensors copies a shard once more to write it
-    memory["write_buffer"] = 2 * min(bytes_after, SHARD_BYTES)
-    beside = memory["write_buffer"] if device.type == "cuda" else 0
-    memory["peak"] = sum(memory.values()) - beside
-    flops = compression_flops(sites, tokens, sum(by_layer[: driver.targets.stop]), recipe)
-    rates = rates or measure(device, dtype)
-    seconds = {
-        "forward": flops["forward"] / rates["forward"],
-        "gram": flops["gram"] / rates["gram"],
-        "solve": (flops["solve"] + flops["residual"]) / rates["solve"],
-    }
+    found = needs(
+        weights,
+        sites,
+        tokens,
+        recipe,
+        execution,
+        process=resident_bytes(),
+        written=_layer_written(model, adapter, stored, recipe.dtype),
+        output=bytes_after,
+        held=held,
+        ranks=ranks,
+        out=out,
+        device=device,
+        device_memory=device_memory,
+    )
+    passes = 2 if ALLOCATIONS[recipe.allocation].needs_scores and not found.pop("library") else 1
+    flops = compression_flops(sites, tokens, sum(by_layer[: driver.targets.stop]), recipe, passes)
     return {
         "source": str(source),
         "model_type": adapter.model_type,
         "layers": len(widths),
         "recipe": recipe.to_json(),
+        "ranks": ranks,
         "exact": not ALLOCATIONS[recipe.allocation].needs_scores,
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
@@ -128,16 +147,20 @@ def plan(
         },
         "calibration": asdict(tokens) | _needed(sites, tokens, recipe),
         "flops": flops,
-        "memory": memory,
-        "seconds": {
-            **seconds,
-            "total": sum(seconds.values()),
-            "device": device_name(device),
-            "rates": dict(rates),
-        },
+        **found,
+        "seconds": _seconds(flops, None if hypothetical else rates or measure(device, dtype))
+        | {"device": "a GPU that is not here" if hypothetical else device_name(device)},
         "loader": _loader(model, adapter, recipe, dense, widths, driver.added_biases),
         "notes": notes,
     }
+
+
+def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dict[str, Any]:
+    """Of one process; None without rates."""
+    if rates is None:
+        return {**dict.fromkeys((*flops, "total")), "rates": None}
+    found = {phase: flops[phase] / rates[phase] for phase in flops}
+    return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
 def _dense_config(folder: Path) -> dict[str, Any]:
@@ -193,9 +216,15 @@ def _tokens(
     if complete and recipe.calibration is not None and Path(recipe.calibration).is_file():
         found = load_calibration(folder, model, recipe)
         shapes = [batch.input_ids.shape for batch in found.batches]
-        positions = sum(shape.numel() for shape in shapes)
-        longest = max(shape[1] for shape in shapes)
-        return Tokens(found.tokens, positions, found.samples, longest, counted=True)
+        return Tokens(
+            found.tokens,
+            positions=sum(shape.numel() for shape in shapes),
+            samples=found.samples,
+            seq_len=max(shape[1] for shape in shapes),
+            batch=max(shape.numel() for shape in shapes),
+            segments=segments(found.batches)[-1] + 1,
+            counted=True,
+        )
     adapter = adapter_for(model.config)
     length = min(recipe.seq_len, adapter.max_positions(text_config(model.config)))
     total = recipe.samples * length
@@ -203,7 +232,9 @@ def _tokens(
     notes.append(
         f"calibration not counted: {recipe.samples} samples of {length} tokens assumed{short}"
     )
-    return Tokens(total, total, recipe.samples, length, counted=False)
+    batch = min(recipe.batch_size, recipe.samples)
+    parts = min(MOST_SEGMENTS, total // CHUNK_TOKENS, -(-recipe.samples // batch))
+    return Tokens(total, total, recipe.samples, length, batch * length, max(1, parts), False)
 
 
 def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
@@ -257,16 +288,36 @@ def _written(
     model: PreTrainedModel, adapter: Adapter, stored: Mapping[str, str], dtype: str
 ) -> int:
     """Bytes of the result's weight files; `dtype` as in the recipe."""
+    return sum(_written_bytes(model, adapter, stored, dtype).values())
+
+
+def _layer_written(
+    model: PreTrainedModel, adapter: Adapter, stored: Mapping[str, str], dtype: str
+) -> int:
+    """Bytes of the largest layer of the result."""
+    path = adapter.layer_list(model)[0]
+    found: dict[str, int] = {}
+    for name, size in _written_bytes(model, adapter, stored, dtype).items():
+        if name.startswith(f"{path}."):
+            layer = name.removeprefix(f"{path}.").partition(".")[0]
+            found[layer] = found.get(layer, 0) + size
+    return max(found.values())
+
+
+def _written_bytes(
+    model: PreTrainedModel, adapter: Adapter, stored: Mapping[str, str], dtype: str
+) -> dict[str, int]:
+    """Of each tensor of the result."""
     wanted = "" if dtype == "auto" else NAMES[getattr(torch, dtype)]
     layers = f"{adapter.layer_list(model)[0]}."
-    total = 0
+    sizes = {}
     for name, tensor in model.state_dict().items():
         # a bias that was added is written like its weight
         found = stored.get(name) or stored.get(f"{name.removesuffix('bias')}weight")
         if found is not None and (name in stored or name.startswith(layers)):
             kept = wanted if wanted and found in FLOATING else found
-            total += tensor.numel() * DTYPE_BYTES[kept]
-    return total
+            sizes[name] = tensor.numel() * DTYPE_BYTES[kept]
+    return sizes
 
 
 def _loader(
@@ -305,75 +356,3 @@ def _loader(
         "with": f"transformers.{auto_class(config)}" if stock else "liar_ext.load",
         "why_not_stock": reason,
     }
-
-
-def render(plan: Mapping[str, Any]) -> RenderableType:
-    """A plan as rich tables."""
-    about = "" if plan["exact"] else "about "
-    result = _table("before", "after", "change")
-    for label, key, show in (
-        ("parameters", "parameters", parameters),
-        ("weight files", "bytes", size),
-        ("FLOPs per token", "flops_per_token", count),
-    ):
-        before, after = plan[key]["before"], plan[key]["after"]
-        result.add_row(label, show(before), about + show(after), change(before, after))
-    for kind in dict.fromkeys(site["kind"] for site in plan["sites"]):
-        own = [site for site in plan["sites"] if site["kind"] == kind]
-        units = [[site[f"units_{when}"] for site in own] for when in ("before", "after")]
-        result.add_row(
-            f"{kind} units in {len(own)} layers",
-            _listed(units[0]),
-            about + _listed(units[1]),
-            change(sum(units[0]), sum(units[1])),
-        )
-    flops, seconds = plan["flops"], plan["seconds"]
-    cost = _table("FLOPs", "time")
-    cost.add_row("forward", count(flops["forward"]), duration(seconds["forward"]))
-    cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
-    solving = flops["solve"] + flops["residual"]
-    cost.add_row("solve and residual", count(solving), duration(seconds["solve"]))
-    cost.add_row("together, about", "", duration(seconds["total"]))
-    memory = _table("memory")
-    for key, value in plan["memory"].items():
-        memory.add_row(key.replace("_", " "), size(value))
-    return Group(
-        _heading(f"{plan['source']} after pruning"),
-        result,
-        _heading("The compression itself"),
-        cost,
-        _heading("Held in memory at once"),
-        memory,
-        Text("\n".join(_lines(plan, about))),
-    )
-
-
-def _lines(plan: Mapping[str, Any], about: str) -> list[str]:
-    data, loader, asked = plan["calibration"], plan["loader"], plan["sparsity"]["asked"]
-    why = f", because {loader['why_not_stock']}" if loader["why_not_stock"] else ""
-    return [
-        f"sparsity: {percent(asked)} asked, {about}{percent(plan['sparsity']['achieved'])} reached",
-        f"loads with {loader['with']}{why}",
-        f"calibration: {data['tokens']:,} tokens; {data['minimum']:,} needed, "
-        f"{data['recommended']:,} recommended",
-        f"time: FLOPs at the matmul rate of {plan['seconds']['device']} measured just now; "
-        "reading, writing and memory-bound work come on top",
-        *([f"warning: {data['problem']}"] if data["problem"] else []),
-        *plan["notes"],
-    ]
-
-
-def _table(*heads: str) -> Table:
-    table = Table("")
-    for head in heads:
-        table.add_column(head, justify="right")
-    return table
-
-
-def _heading(text: str) -> Text:
-    return Text(f"\n{text}", style="bold")
-
-
-def _listed(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

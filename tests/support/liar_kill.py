@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -279,7 +279,7 @@ def _command(sender: Connection, arguments: list[str], setup: Callable[[], None]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if setup is not None:
         setup()
-    with redirect_stderr(io.StringIO()) as told:
+    with redirect_stderr(io.StringIO()) as told, redirect_stdout(io.StringIO()):
         code = main(arguments)
     sender.send({"code": code, "told": told.getvalue()})
 

@@ -162,7 +162,7 @@ def _paused(arguments: Sequence[str]) -> Iterator[None]:
     """All ranks stay in layer 2, and say so by a file, until they are interrupted."""
 
     def act() -> None:
-        (Path(sys.argv[1]) / f"paused-{os.environ.get('RANK')}").touch()
+        (Path(sys.argv[1]) / f"paused-{os.environ.get('RANK', 0)}").touch()
         time.sleep(LIMIT_SECONDS)
 
     with _at_layer_2(act):

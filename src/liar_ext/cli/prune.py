@@ -33,6 +33,18 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
     )
     group.add_argument(
+        "--journal-seconds",
+        type=float,
+        metavar="S",
+        default=30.0,
+        help="least time between two journal entries; 0 is one after every layer (default 30)",
+    )
+    add_places(group)
+
+
+def add_places(group: Any) -> None:
+    """Where what does not fit into memory goes; `liar plan` has these, too."""
+    group.add_argument(
         "--hidden-states",
         metavar="PLACE",
         default="auto",
@@ -44,13 +56,6 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         type=Path,
         help="for --hidden-states disk; default beside DIR",
-    )
-    group.add_argument(
-        "--journal-seconds",
-        type=float,
-        metavar="S",
-        default=30.0,
-        help="least time between two journal entries; 0 is one after every layer (default 30)",
     )
     group.add_argument(
         "--moments",
@@ -81,12 +86,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
         source = resolve(arguments.source, config_only=True)
         check_output(Path(arguments.out), source, overwrite=arguments.overwrite)
-        return plan.show(arguments.source, recipe, execution, as_json=arguments.json)
+        return plan.show(
+            arguments.source, recipe, execution, as_json=arguments.json, out=Path(arguments.out)
+        )
     from liar_ext.cli.output import Watcher, print_table, summary
+    from liar_ext.engine.allocator import steady_allocator
     from liar_ext.engine.compress import compress
     from liar_ext.engine.progress import Silent
     from liar_ext.engine.ranks import Ranks
 
+    # so that memory is what `liar plan` says
+    steady_allocator()
     with Ranks.from_environment(recipe.device) as ranks:
         first = ranks.rank == 0
         with Watcher() if first else Silent() as watcher:

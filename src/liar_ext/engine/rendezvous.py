@@ -11,9 +11,11 @@ import ctypes
 import itertools
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +36,7 @@ LEAVE_WITHIN = 5.0
 # seconds from a closed connection until the process that had it is seen to be gone
 _DIES_WITHIN = 0.5
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILED, INTERRUPTED = "failed", "interrupted"
 
 # a second job in one process must not meet the keys of the first; all ranks count alike
@@ -209,6 +212,12 @@ class Rendezvous:
         self, error: BaseException | None, device: torch.device, works: Sequence[Any]
     ) -> None:
         """Tell the others, then close the connections, which wakes those waiting for this rank."""
+        with _undisturbed() if error is not None else nullcontext():
+            self._leave(error, device, works)
+
+    def _leave(
+        self, error: BaseException | None, device: torch.device, works: Sequence[Any]
+    ) -> None:
         # an interrupt is no reason of its own: mostly it is the agent ending the survivors
         if isinstance(error, Exception):
             if not isinstance(error, RankError):
@@ -231,8 +240,7 @@ class Rendezvous:
     def _let_all_hear(self) -> None:
         """Wait a little until all ranks have heard of a failure, if one was announced."""
         deadline = time.monotonic() + LEAVE_WITHIN
-        # whoever interrupts this wants it to end
-        with suppress(RuntimeError, KeyboardInterrupt):
+        with suppress(RuntimeError):
             if not self._store.check([FAILED]):
                 return
             self._store.add("heard", 1)
@@ -278,6 +286,20 @@ class Rendezvous:
         """Machine, process id and device type of a rank that has come."""
         machine, process, kind = json.loads(self._store.get(f"process-{rank}"))
         return machine, process, kind
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No signal interrupts: the SIGTERM of torchrun must not hide the reason that is known."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _line(error: BaseException | str) -> str:

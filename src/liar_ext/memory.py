@@ -1,0 +1,333 @@
+"""Bytes that one compression holds at once: its phases, each a sum of named parts.
+
+Nothing here depends on the number of layers. A part is in the memory of the device or in that of
+the host; on a CPU these are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from liar_ext.checkpoint.reader import PIECE_BYTES
+from liar_ext.costs import SitePlan
+from liar_ext.engine.moments_file import BLOCK_BYTES
+from liar_ext.engine.statistics import CHUNK_TOKENS
+from liar_ext.ops.gram import TOKENS
+from liar_ext.ops.interpolate import repair_bytes
+from liar_ext.ops.residual import residual_bytes
+
+# what `csrc/cpu/gram.cpp` packs at a time: fp32 bytes, or that many tokens if they are more
+_PACKED_BYTES, _PACKED_TOKENS = 16 << 20, 2048
+# columns of G that `ops.gram` multiplies at a time on a GPU
+_PANEL = 2048
+
+# which flag lowers a part
+FLAGS = {
+    "hidden_states": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
+    "paused_forwards": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
+    "passing_batch": "a smaller --batch-size or a shorter --seq-len",
+    "attention_masks": "a shorter --seq-len",
+    "statistics_of_other_sites": "--statistics sequential",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the phases are made of; bytes unless said otherwise.
+
+    Attributes:
+        cuda: computes beside the host's memory.
+        place: where hidden states and paused forwards wait: device, host or disk.
+        process: interpreter, libraries, calibration tokens.
+        item: of a number in the compute dtype. hidden: width of the hidden states, in numbers.
+        outside: of embeddings and whatever is beside the layers, in the compute dtype;
+            outside_read: of the largest of them as it is stored, if that is another dtype.
+        layer: the largest layer in the compute dtype; read: as it is stored; pinned: that, each
+            tensor rounded up to a power of two; largest: its largest tensor as it is stored, if
+            that is another dtype; written: the pruned layer as it is stored.
+        layers, ranks: how many.
+        positions: tokens of this rank, with padding; batch: of its largest batch.
+        masks: of the attention masks of all batches.
+        alone: there is one segment of tokens.
+    """
+
+    cuda: bool
+    place: str
+    process: int
+    item: int
+    hidden: int
+    outside: int
+    outside_read: int
+    layer: int
+    read: int
+    pinned: int
+    largest: int
+    written: int
+    layers: int
+    ranks: int
+    positions: int
+    batch: int
+    masks: int
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Attributes: name; parts in the memory of the device, and in the host's beside a GPU."""
+
+    name: str
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+class Phases:
+    """The phases of a compression.
+
+    Args:
+        sites: of the layer that needs most, in the order in which they are pruned.
+        sequential: forwards stand at one Site; else the Moments of a layer are made in one pass.
+        scores: there is a pass that scores before anything is pruned.
+        library: Moments are kept on disk.
+        solves: weights are fitted.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        sites: Sequence[SitePlan],
+        *,
+        sequential: bool,
+        scores: bool,
+        library: bool,
+        solves: bool,
+    ) -> None:
+        self._sizes, self._sites, self._solves = sizes, sites, solves
+        self._sequential, self._scores, self._library = sequential, scores, library
+
+    def all(self) -> list[Phase]:
+        """In the order in which they come first."""
+        found = [self._embedding()]
+        if self._scores and not self._library:
+            found += [self._scoring(site) for site in self._sites]
+        if self._sequential:
+            for first, site in enumerate(self._sites):
+                found += self._stopping(site, written=not first)
+        else:
+            found += self._through()
+        return [*found, self._opening(), self._copying()]
+
+    def _phase(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
+        s = self._sizes
+        host = {"process": s.process} | host
+        if not s.cuda:
+            device, host = host | device, {}
+        device, host = ({k: v for k, v in part.items() if v} for part in (device, host))
+        return Phase(name, device, host)
+
+    def _embedding(self) -> Phase:
+        s = self._sizes
+        device, host = self._waiting()
+        device |= {"embeddings": s.outside, "passing_batch": s.batch * s.hidden * s.item}
+        (host if s.cuda else device)["next_layer"] = s.outside_read
+        return self._phase("embedding", device, host)
+
+    def _opening(self) -> Phase:
+        device, host = self._standing(written=True)
+        host["opened_tensor"] = 0 if self._sizes.cuda else self._sizes.largest
+        return self._phase("opening a layer", device, host)
+
+    def _copying(self) -> Phase:
+        return self._phase("copying what is beside the layers", {}, {"pieces": 2 * PIECE_BYTES})
+
+    def _scoring(self, site: SitePlan) -> Phase:
+        """Column statistics: a float32 copy of a batch, and its squares."""
+        s = self._sizes
+        device, host = self._standing(written=False, leaving=True)
+        squares = s.batch * site.columns_before * (4 if s.item == 4 else 8)
+        device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), squares)
+        return self._phase(f"scoring {site.kind}", device, host)
+
+    def _stopping(self, site: SitePlan, *, written: bool) -> list[Phase]:
+        """Forwards to a Site, the Gram of the last of them, and the repair, nothing freed."""
+        s = self._sizes
+        n = site.columns_before
+        device, host = self._standing(written=written)
+        held = self._frame(site, s.batch if s.place != "device" else s.positions)
+        if s.place == "host":
+            host["paused_forwards"] = self._pinned(self._widths(site))
+        sums = self._sums(n)
+        forward = device | {"paused_forwards": held, **sums, "passing_batch": self._passing(site)}
+        gram = device | {"paused_forwards": held, **sums, **self._gram(n)}
+        moved = 0 if s.place != "device" else held
+        repair = self._repair(site)
+        solve = device | {"paused_forwards": moved, "moments": 4 * n * n, "repair": repair}
+        return [
+            self._phase(f"forward to {site.kind}", forward, host),
+            self._phase(f"statistics of {site.kind}", gram, host),
+            self._phase(f"repair of {site.kind}", solve, host),
+        ]
+
+    def _through(self) -> list[Phase]:
+        """One pass for all Sites of a layer, whose Moments are then there together."""
+        s = self._sizes
+        device, host = self._standing(written=True, leaving=True)
+        parts: list[dict[str, int]] = [self._sums(site.columns_before) for site in self._sites]
+        sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+        found = []
+        for site in self._sites:
+            frame = self._frame(site, s.batch)
+            passing = {"passing_batch": frame + self._passing(site)}
+            found.append(self._phase(f"forward to {site.kind}", device | sums | passing, host))
+            gram = {"passing_batch": frame, **self._gram(site.columns_before)}
+            found.append(self._phase(f"statistics of {site.kind}", device | sums | gram, host))
+        device, host = self._standing(written=False)
+        squares = [4 * site.columns_before**2 for site in self._sites]
+        for number, site in enumerate(self._sites):
+            own = {
+                "moments": squares[number],
+                "statistics_of_other_sites": sum(squares[number + 1 :]),
+                "repair": self._repair(site),
+            }
+            if self._library:
+                own["repair"] = max(own["repair"], 2 * BLOCK_BYTES)
+            found.append(self._phase(f"repair of {site.kind}", device | own, host))
+        return found
+
+    def _standing(
+        self, *, written: bool, leaving: bool = False
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Weights and hidden states, on the device and on the host."""
+        s = self._sizes
+        device, host = self._waiting(leaving)
+        device["layer"] = s.layer
+        # a pinned block is kept for the next tensor of its size: those of the open layer, too
+        following = 2 * s.pinned if s.cuda else s.read
+        several = s.layers > 1
+        host["next_layer"] = following if several else following - s.read
+        host["written_layer"] = s.written if written and several else 0
+        return device, host
+
+    def _waiting(self, leaving: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+        """Hidden states that enter a layer, with `leaving` those that leave it, too."""
+        s = self._sizes
+        row = s.hidden * s.item
+        times = 2 if leaving else 1
+        device = {"attention_masks": s.masks}
+        if s.place == "device":
+            return device | {"hidden_states": times * s.positions * row}, {}
+        device["hidden_states"] = times * s.batch * row
+        host = times * self._pinned([s.hidden]) if s.place == "host" else 0
+        return device, {"hidden_states": host} if host else {}
+
+    def _widths(self, site: SitePlan) -> list[int]:
+        """Columns of what a paused forward holds beside the layer's input.
+
+        The Site's input, what the module was given, and q, k and v or what is added to the output.
+        """
+        beside = site.producer_rows if site.kind == "heads" else self._sizes.hidden
+        return [site.columns_before, self._sizes.hidden, beside]
+
+    def _frame(self, site: SitePlan, positions: int) -> int:
+        return positions * sum(self._widths(site)) * self._sizes.item
+
+    def _passing(self, site: SitePlan) -> int:
+        """What a batch makes on its way to a Site, beside what it holds there.
+
+        Three more copies of the queries while positions are turned into them; gate and product of
+        an FFN with its input; the float32 copies of a norm.
+        """
+        s = self._sizes
+        copies = 3 if site.kind == "heads" else 2
+        return s.batch * max(copies * site.columns_before * s.item, 8 * s.hidden)
+
+    def _sums(self, columns: int) -> dict[str, int]:
+        """Sums of a segment, of all segments, and rows that wait until they are a chunk."""
+        s = self._sizes
+        return {
+            "moments": 4 * columns**2,
+            "float64_sums": 0 if s.alone else 8 * columns**2,
+            "waiting_rows": self._rows() * columns * s.item,
+        }
+
+    def _rows(self) -> int:
+        s = self._sizes
+        if s.batch >= CHUNK_TOKENS:
+            return 0
+        return min(s.positions, -(-CHUNK_TOKENS // s.batch) * s.batch)
+
+    def _gram(self, columns: int) -> dict[str, int]:
+        """One copy of the rows of a chunk, and what the kernel makes of them."""
+        s = self._sizes
+        rows = self._rows()
+        tokens = rows or s.batch
+        if not s.cuda:
+            fit = max(_PACKED_TOKENS, _PACKED_BYTES // (4 * columns))
+            packed = 4 * min(tokens, fit) * columns
+        elif s.item == 2:
+            packed = 4 * columns * min(columns, _PANEL)
+        else:
+            # three bfloat16 planes
+            packed = 6 * min(tokens, TOKENS["cuda"]) * columns
+        joined = rows * columns * s.item if rows > s.batch else 0
+        return {"joined_rows": joined, "packed_rows": packed}
+
+    def _repair(self, site: SitePlan) -> int:
+        """The solve, or the residual beside its result, whichever is more."""
+        n, kept, outputs = site.columns_before, site.columns_after, site.outputs
+        rows = -(-outputs // self._sizes.ranks)
+        # the repaired rows, and all of them once those of other ranks are here
+        repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
+        residual = repaired + residual_bytes(n, rows, kept)
+        solve = 0
+        if self._solves and kept < n:
+            solve = repair_bytes(kept, n - kept, outputs, rows)
+        return max(solve, residual)
+
+    def _pinned(self, widths: Sequence[int]) -> int:
+        """Bytes of page-locked copies, one of each width for each batch."""
+        s = self._sizes
+        batches = -(-s.positions // s.batch)
+        return batches * sum(power_of_two(s.batch * width * s.item) for width in widths)
+
+
+def power_of_two(size: int) -> int:
+    """What torch takes for `size` bytes of page-locked memory."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def peak(phases: Sequence[Phase]) -> tuple[Phase, Phase]:
+    """The phases with most bytes on the device, and on the host; on a CPU the same one twice."""
+    device = max(phases, key=lambda phase: phase.device_bytes)
+    host = max(phases, key=lambda phase: phase.host_bytes)
+    return device, host if host.host else device
+
+
+def advice(phase: Phase, elsewhere: str) -> str | None:
+    """Which flag lowers the largest part of a phase that one can lower, if it is a tenth of all.
+
+    Args:
+        elsewhere: further places for hidden states.
+    """
+    parts = [name for name in phase.device if name in FLAGS]
+    if not elsewhere:
+        parts = [name for name in parts if "elsewhere" not in FLAGS[name]]
+    largest = max(parts, key=phase.device.__getitem__, default=None)
+    if largest is None or 10 * phase.device[largest] < phase.device_bytes:
+        return None
+    return FLAGS[largest].format(elsewhere=elsewhere)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        found = dict(line.split(":", 1) for line in lines)
+    return int(found["VmRSS"].split()[0]) * 1024

@@ -1,0 +1,240 @@
+"""Memory and disk that one compression needs, from the bytes of a model, tokens and a recipe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from liar_ext.allocation import ALLOCATIONS
+from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
+from liar_ext.costs import SitePlan, Tokens, held_bytes
+from liar_ext.engine.execution import _SHARE as SHARE
+from liar_ext.engine.execution import Execution, choose_place, free_bytes
+from liar_ext.engine.moments_store import MomentsStore
+from liar_ext.memory import Phases, Sizes, advice, peak, power_of_two, resident_bytes
+from liar_ext.models.adapter import Adapter, text_config
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction import RECONSTRUCTIONS
+from liar_ext.report.text import size
+
+__all__ = ["Weights", "needs", "resident_bytes", "weights_of"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a dense model's weights; as in `memory.Sizes`."""
+
+    item: int
+    hidden: int
+    outside: int
+    outside_read: int
+    layer: int
+    read: int
+    pinned: int
+    largest: int
+    layers: int
+
+    def held(self, model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tokens: Tokens) -> int:
+        """Bytes that wait on the shelf."""
+        return held_bytes(model, adapter, recipe, tokens.positions, self.item)
+
+
+def weights_of(
+    model: PreTrainedModel, adapter: Adapter, stored: Mapping[str, str], dtype: torch.dtype
+) -> Weights:
+    """Of a model on `meta`.
+
+    Args:
+        stored: the dtype of each tensor as safetensors names it. dtype: what is computed in.
+    """
+    path, layers = adapter.layer_list(model)
+    backbone_path, backbone = adapter.backbone(model)
+    most: dict[str, int] = {"layer": 0}
+    for index, layer in enumerate(layers):
+        named = {f"{path}.{index}.{name}": p for name, p in layer.named_parameters()}
+        count = sum(parameter.numel() for parameter in named.values())
+        if count * dtype.itemsize > most["layer"]:
+            read = {name: p.numel() * DTYPE_BYTES[stored[name]] for name, p in named.items()}
+            other = [read[name] for name in named if DTYPES.get(stored[name]) != dtype]
+            most = {
+                "layer": count * dtype.itemsize,
+                "read": sum(read.values()),
+                "pinned": sum(power_of_two(value) for value in read.values()),
+                "largest": max(other, default=0),
+            }
+    outside = {
+        full: parameter
+        for name, parameter in backbone.named_parameters()
+        if not (full := f"{backbone_path}.{name}".lstrip(".")).startswith(f"{path}.")
+    }
+    other = [
+        parameter.numel() * DTYPE_BYTES[stored[name]]
+        for name, parameter in outside.items()
+        if name in stored and DTYPES.get(stored[name]) != dtype
+    ]
+    return Weights(
+        item=dtype.itemsize,
+        hidden=text_config(model.config).hidden_size,
+        outside=sum(parameter.numel() for parameter in outside.values()) * dtype.itemsize,
+        outside_read=max(other, default=0),
+        layers=len(layers),
+        **most,
+    )
+
+
+def needs(
+    weights: Weights,
+    sites: Sequence[SitePlan],
+    tokens: Tokens,
+    recipe: Recipe,
+    execution: Execution,
+    *,
+    process: int,
+    written: int,
+    output: int,
+    held: int,
+    ranks: int,
+    out: Path | None,
+    device: torch.device,
+    device_memory: int | None,
+) -> dict[str, Any]:
+    """`memory`, `phases`, `hidden_states` and `disk` of a plan, and whether there is a `library`.
+
+    Args:
+        process: bytes of the process before anything is computed; written: of the largest pruned
+            layer, output: of all of them; held: of what waits on the shelf, of all ranks.
+    """
+    cuda = device.type == "cuda"
+    place, why = _place(execution, held // ranks, ranks, device, device_memory)
+    snapshots = 2 * tokens.positions * weights.hidden * weights.item
+    disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
+    library = "moments" in disk
+    sizes = Sizes(
+        cuda=cuda,
+        place=place,
+        process=process,
+        written=written,
+        ranks=ranks,
+        positions=_of_rank(tokens, ranks),
+        batch=tokens.batch,
+        masks=tokens.positions * tokens.seq_len if tokens.tokens < tokens.positions else 0,
+        alone=tokens.segments <= 1,
+        **asdict(weights),
+    )
+    widest = {site.kind: site for site in sorted(sites, key=lambda site: site.columns_before)}
+    phases = Phases(
+        sizes,
+        # in the order of a layer's forward
+        [widest[kind] for kind in dict.fromkeys(site.kind for site in sites)],
+        sequential=recipe.statistics == "sequential",
+        scores=ALLOCATIONS[recipe.allocation].needs_scores,
+        library=library,
+        solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
+    ).all()
+    on_device, on_host = peak(phases)
+    further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}
+    most = on_device.device_bytes
+    host_most = on_host.host_bytes if cuda else most
+    free = device_memory if device_memory is not None else free_bytes(device)
+    # what this process has already is not asked for again
+    asked = most if cuda else most - process
+    return {
+        "memory": {
+            **on_device.device,
+            "peak": most,
+            "device_peak": most,
+            "host_peak": host_most,
+        },
+        "phases": {
+            "peak": on_device.name,
+            "host_peak": on_host.name,
+            "lower": advice(on_device, " or ".join(further[place])),
+            "problem": None
+            if asked <= free
+            else f"{size(asked)} are needed on {device.type}, and {size(free)} are free",
+            "all": [asdict(phase) for phase in phases],
+        },
+        "hidden_states": {"place": place, "bytes": held // ranks, "why": why},
+        "disk": disk,
+        "library": library,
+    }
+
+
+def _of_rank(tokens: Tokens, ranks: int) -> int:
+    """Positions of the rank with most; ranks have whole segments."""
+    most = -(-tokens.segments // ranks) * tokens.positions / tokens.segments
+    return min(max(int(most), tokens.batch), tokens.positions)
+
+
+def _place(
+    execution: Execution, held: int, ranks: int, device: torch.device, device_memory: int | None
+) -> tuple[str, str]:
+    """Where hidden states and paused forwards wait, and why."""
+    wanted = execution.hidden_states
+    if wanted == "auto" and device_memory is not None:
+        host = choose_place(wanted, held, torch.device("cpu"), ranks)
+        place = "device" if held <= SHARE * device_memory else {"device": "host"}.get(host, host)
+    else:
+        place = choose_place(wanted, held, device, ranks)
+    if wanted != "auto":
+        return place, "as asked"
+    if place == "device":
+        return place, f"{size(held)} are at most {SHARE:.0%} of the free memory"
+    return place, f"{size(held)} are more than {SHARE:.0%} of the free memory"
+
+
+def _disk(
+    sites: Sequence[SitePlan],
+    recipe: Recipe,
+    execution: Execution,
+    output: int,
+    snapshots: int,
+    scratch: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    """Bytes beside the output folder, what its disk has, and what is wrong with that.
+
+    Of two snapshots of the hidden states one is removed when the other is complete.
+    """
+    folder = _existing(Path.cwd() if out is None else out.absolute().parent)
+    parts = {"output": output, "snapshots": snapshots}
+    elsewhere: list[tuple[Path, int]] = []
+
+    def add(name: str, value: int, own: Path | None) -> None:
+        if own is None:
+            parts[name] = value
+        elif value:
+            elsewhere.append((_existing(own.absolute()), value))
+            parts[name] = value
+
+    add("scratch", scratch, execution.scratch)
+    free = shutil.disk_usage(folder).free
+    moments = MomentsStore.bytes_needed(site.columns_before for site in sites)
+    if recipe.statistics == "oneshot":
+        scores = ALLOCATIONS[recipe.allocation].needs_scores
+        if execution.moments is not None or (scores and 2 * moments <= free):
+            add("moments", moments, execution.moments)
+    total = sum(parts.values())
+    own = total - sum(value for _, value in elsewhere)
+    lacking = [
+        f"{size(value)} are needed in {where}, whose disk has {size(left)} free"
+        for where, value in [(folder, own), *elsewhere]
+        if value > (left := shutil.disk_usage(where).free)
+    ]
+    return {
+        **parts,
+        "total": total,
+        "folder": str(folder),
+        "free": free,
+        "problem": "; ".join(lacking) or None,
+    }
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,0 +1,108 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from liar_ext.report.text import change, count, duration, parameters, percent, size
+
+
+def render(plan: Mapping[str, Any]) -> RenderableType:
+    """A plan as rich tables."""
+    about = "" if plan["exact"] else "about "
+    result = _table("before", "after", "change")
+    for label, key, show in (
+        ("parameters", "parameters", parameters),
+        ("weight files", "bytes", size),
+        ("FLOPs per token", "flops_per_token", count),
+    ):
+        before, after = plan[key]["before"], plan[key]["after"]
+        result.add_row(label, show(before), about + show(after), change(before, after))
+    for kind in dict.fromkeys(site["kind"] for site in plan["sites"]):
+        own = [site for site in plan["sites"] if site["kind"] == kind]
+        units = [[site[f"units_{when}"] for site in own] for when in ("before", "after")]
+        result.add_row(
+            f"{kind} units in {len(own)} layers",
+            _listed(units[0]),
+            about + _listed(units[1]),
+            change(sum(units[0]), sum(units[1])),
+        )
+    flops, seconds = plan["flops"], plan["seconds"]
+    cost = _table("FLOPs", "time")
+    cost.add_row("forward", count(flops["forward"]), duration(seconds["forward"]))
+    cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
+    cost.add_row("solve", count(flops["solve"]), duration(seconds["solve"]))
+    cost.add_row("residual", count(flops["residual"]), duration(seconds["residual"]))
+    cost.add_row("together, about", "", duration(seconds["total"]))
+    own, disk = plan["memory"], plan["disk"]
+    memory = _table("memory")
+    for key, value in own.items():
+        if not key.endswith("peak"):
+            memory.add_row(key.replace("_", " "), size(value))
+    memory.add_row("peak", size(own["peak"]))
+    if own["host_peak"] != own["peak"]:
+        memory.add_row(f"beside it, in the host ({plan['phases']['host_peak']})", "")
+        memory.add_row("peak of the host", size(own["host_peak"]))
+    space = _table("disk")
+    for key in ("output", "snapshots", "scratch", "moments", "total"):
+        if key in disk:
+            space.add_row(key, size(disk[key]))
+    return Group(
+        _heading(f"{plan['source']} after pruning"),
+        result,
+        _heading("The compression itself"),
+        cost,
+        _heading(f"Held in memory at once: {plan['phases']['peak']}{_of(plan)}"),
+        memory,
+        _heading(f"On the disk of {disk['folder']}"),
+        space,
+        Text("\n".join(_lines(plan, about))),
+    )
+
+
+def _lines(plan: Mapping[str, Any], about: str) -> list[str]:
+    data, loader, asked = plan["calibration"], plan["loader"], plan["sparsity"]["asked"]
+    waiting, phases = plan["hidden_states"], plan["phases"]
+    why = f", because {loader['why_not_stock']}" if loader["why_not_stock"] else ""
+    return [
+        f"sparsity: {percent(asked)} asked, {about}{percent(plan['sparsity']['achieved'])} reached",
+        f"loads with {loader['with']}{why}",
+        f"calibration: {data['tokens']:,} tokens; {data['minimum']:,} needed, "
+        f"{data['recommended']:,} recommended",
+        f"hidden states and paused forwards: {size(waiting['bytes'])}, {waiting['place']}, because "
+        f"{waiting['why']}",
+        *([f"less memory: {phases['lower']}"] if phases["lower"] else []),
+        f"time: FLOPs at the rates of {plan['seconds']['device']} measured just now, with one "
+        "process; reading, writing and memory-bound work come on top",
+        *(
+            f"warning: {found['problem']}"
+            for found in (data, phases, plan["disk"])
+            if found["problem"]
+        ),
+        *plan["notes"],
+    ]
+
+
+def _table(*heads: str) -> Table:
+    table = Table("")
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _listed(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _of(plan: Mapping[str, Any]) -> str:
+    return "" if plan["ranks"] == 1 else f", each of {plan['ranks']} processes"
