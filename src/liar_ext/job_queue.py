@@ -128,7 +128,7 @@ class Queue:
             return
         recipe = recipes / f"{job.line}.json"
         recipe.write_text(json.dumps(job.recipe.to_json()), encoding="utf-8")
-        # with both, prune starts again
+        # an unfinished run goes on; what it replaces, if anything, is replaced at its end
         resume = self._resume and job.unfinished
         overwrite = job.overwrite and (not resume or os.path.exists(job.out))
         arguments = [*self._command, "prune", job.source, "--out", job.out]

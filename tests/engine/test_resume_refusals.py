@@ -173,7 +173,8 @@ def _without_sites(folder: Path) -> None:
             "--resume: .*model.safetensors: missing",
         ),
         (_hidden(Path.unlink), "hidden-prune-2/1, hidden states .* cannot be read .*No such file"),
-        (_hidden(lambda path: path.write_bytes(b"1")), "hidden-prune-2/1.* has 1 bytes, not"),
+        (_hidden(lambda path: path.write_bytes(b"1")), "hidden-prune-2/1.* not what that run"),
+        (_hidden(lambda path: _flip(path, 5)), "hidden-prune-2/1.* not what that run wrote"),
         (
             lambda folder: next(folder.glob("hidden-*/scores.safetensors")).unlink(),
             "scores.safetensors, scores of an earlier run, cannot be read",
@@ -184,7 +185,8 @@ def _without_sites(folder: Path) -> None:
         (_without_sites, "journal.json: damaged, sites is missing"),
     ],
     ids=[
-        *("layer", "truncated", "shard-gone", "hidden-gone", "hidden-short", "scores-gone"),
+        *("layer", "truncated", "shard-gone", "hidden-gone", "hidden-short"),
+        *("hidden-flipped", "scores-gone"),
         *("journal", "list", "release", "key"),
     ],
 )

@@ -73,7 +73,13 @@ def start(size: int, folder: Path, commands: Sequence[Command]) -> subprocess.Po
     # not from the repository: `kernels/` there hides a package that transformers looks for
     with open(folder / "agent", "wb") as output:
         return subprocess.Popen(
-            line, env=os.environ | ENVIRONMENT, cwd=folder, stdout=output, stderr=output
+            line,
+            env=os.environ | ENVIRONMENT,
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
         )
 
 

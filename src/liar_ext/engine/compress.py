@@ -34,6 +34,7 @@ from liar_ext.engine.inputs import (
 )
 from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress
+from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
@@ -107,8 +108,7 @@ def compress(
         if entry is not None:
             known = {n: v for n, v in entry["identity"].items() if n != "source_sha256"}
             check_identity(known, identity, job.journal.path)
-        # a core keeps up with a disk of 1.5 GB/s
-        reader.start_hashing(threads=max(1, (os.cpu_count() or 1) // 4))
+        sums = SourceSums(reader, ranks)
         done = entry["written"] if entry else {}
         placement = Placement(job.output, device, dtype, recipe.dtype, ranks, done)
         store = CheckpointStore(model, reader, placement)
@@ -121,14 +121,14 @@ def compress(
                 seconds=execution.journal_seconds,
                 layers=len(adapter.layer_list(model)[1]),
                 ranks=ranks,
-                source=reader,
+                source=sums,
             )
             positions = sum(batch.input_ids.numel() for batch in calibration.batches)
             held = held_bytes(model, adapter, recipe, positions, dtype.itemsize) // ranks.size
             place = choose_place(execution.hidden_states, held, device, ranks.local_size)
             run.facts["hidden_states"] = run.clock.hidden_states = place
             run.shelf = make_shelf(place, scratch, device)
-            run.library = _library(job, execution, recipe, identity, store, reader, ranks)
+            run.library = _library(job, execution, recipe, identity, store, sums, ranks)
             if left_over:
                 run.warn(
                     f"{len(left_over)} tensors of the source are no part of "
@@ -137,11 +137,10 @@ def compress(
             report = run.run(calibration.batches, str(source), calibration.to_json())
             with run.clock.phase("write"):
                 store.finish()
-                run.keeper.check_source()
-                report.source_files = reader.hashes()
+                report.source_files = run.keeper.source_sums()
         finally:
             store.stop()
-            reader.stop_hashing()
+            sums.stop()
         assert store.writer is not None
         if recipe.dtype != "auto":
             report.config["dtype"] = recipe.dtype
@@ -272,7 +271,7 @@ def _library(
     recipe: Recipe,
     identity: dict[str, Any],
     store: CheckpointStore,
-    reader: CheckpointReader,
+    sums: SourceSums,
     ranks: Ranks,
 ) -> Any:
     """Moments on disk: where the user wants them, or where they save a second pass.
@@ -307,7 +306,7 @@ def _library(
             return None
         folder = job.folder / "moments"
     fingerprint = {name: identity[name] for name in ("calibration", "versions", "compute")}
-    fingerprint["source"] = {"config": identity["source"]["config"], **reader.hashes()}
+    fingerprint["source"] = {"config": identity["source"]["config"], **sums.get()}
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         MomentsStore(folder, fingerprint)

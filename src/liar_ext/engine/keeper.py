@@ -7,6 +7,7 @@ repeated give the same bits again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from liar_ext.checkpoint.job import Job
 from liar_ext.checkpoint.journal import check_identity, sync_folder
-from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, restored
 from liar_ext.engine.store import LayerStore
@@ -78,7 +79,7 @@ class Keeper:
         seconds: float,
         layers: int,
         ranks: Ranks,
-        source: CheckpointReader,
+        source: SourceSums,
     ) -> None:
         self._job, self._store, self._identity, self._ranks = job, store, identity, ranks
         self._source = source
@@ -122,33 +123,40 @@ class Keeper:
         for number in batches:
             path = self._job.folder / self._entry["folder"] / f"{number}"
             try:
-                yield number, restored(path, self._entry["hidden"][str(number)], device)
+                data = self._entry["hidden"][str(number)]
+                if _digest(path) != data["sha256"]:
+                    raise OSError("it is not what that run wrote")
+                yield number, restored(path, data, device)
             except (OSError, KeyError) as error:
                 raise InputError(
                     f"--resume: {path}, hidden states of an earlier run, cannot be read "
                     f"({error}); start again with --overwrite instead"
                 ) from error
 
-    def check_source(self) -> None:
-        """Raises InputError if the source is not what the earlier run read."""
+    def source_sums(self) -> dict[str, str]:
+        """sha256 of the source's files; waits for them.
+
+        Raises:
+            InputError: they are not what the earlier run read.
+        """
+        sums = self._source.get()
         if self._entry is not None:
             known = self._entry["identity"]["source_sha256"]
             check_identity(
-                {"source_sha256": known},
-                {"source_sha256": self._source.hashes()},
-                self._job.journal.path,
+                {"source_sha256": known}, {"source_sha256": sums}, self._job.journal.path
             )
+        return sums
 
     def keep(self, position: Position, hidden: Mapping[int, Item]) -> None:
         """Write an entry if it is time for one; everything that it names is on disk first."""
         now = time.monotonic()
         assert position.generator is not None, "the driver sets it"
         # an entry without the sums could not be told from one of another checkpoint
-        due = now - self._last >= self._least and (not self._least or self._source.hashed())
+        due = now - self._last >= self._least and (not self._least or self._source.ready())
         # rank 0 has the clock
         if not self._ranks.broadcast(due):
             return
-        self.check_source()
+        sums = self.source_sums()
         name = f"hidden-{position.stage}-{position.layer}"
         folder = self._job.folder / name
         if self._ranks.rank == 0:
@@ -157,15 +165,17 @@ class Keeper:
         self._ranks.barrier()
         mine = {}
         for number, item in hidden.items():
-            mine[str(number)] = item.save(folder / str(number))
-            _sync(folder / str(number))
+            path = folder / str(number)
+            mine[str(number)] = item.save(path)
+            _sync(path)
+            mine[str(number)]["sha256"] = _digest(path)
         digests = self._store.written()
         found: list[tuple[dict[str, Any], dict[str, str]]] = self._ranks.gather((mine, digests))
         entry = {
             "stage": position.stage,
             "layer": position.layer,
             "layers": self._layers,
-            "identity": self._identity | {"source_sha256": self._source.hashes()},
+            "identity": self._identity | {"source_sha256": sums},
             "widths": [[*key, units] for key, units in position.widths.items()],
             "sites": [asdict(site) for site in position.sites],
             "generator": bytes(position.generator.tolist()).hex(),
@@ -187,6 +197,11 @@ class Keeper:
         self._last = time.monotonic()
         # where a disk is slow, entries are rarer
         self._least = max(self._least, (self._last - now) / _SHARE if self._least else 0.0)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
