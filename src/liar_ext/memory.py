@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from liar_ext.checkpoint.reader import PIECE_BYTES
 from liar_ext.costs import SitePlan
 from liar_ext.engine.moments_file import BLOCK_BYTES
+from liar_ext.engine.ranks import BUFFER_BYTES
 from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.ops.gram import TOKENS
 from liar_ext.ops.interpolate import repair_bytes
@@ -170,11 +171,14 @@ class Phases:
         moved = 0 if s.place != "device" else held
         repair = self._repair(site)
         solve = device | {"paused_forwards": moved, "moments": 4 * n * n, "repair": repair}
-        return [
+        found = [
             self._phase(f"forward to {site.kind}", forward, host),
             self._phase(f"statistics of {site.kind}", gram, host),
-            self._phase(f"repair of {site.kind}", solve, host),
         ]
+        if s.ranks > 1:
+            total = device | {"paused_forwards": moved} | sums | self._exchanged(n)
+            found.append(self._phase(f"sum over ranks of {site.kind}", total, host))
+        return [*found, self._phase(f"repair of {site.kind}", solve, host)]
 
     def _through(self) -> list[Phase]:
         """One pass for all Sites of a layer, whose Moments are then there together."""
@@ -189,6 +193,9 @@ class Phases:
             found.append(self._phase(f"forward to {site.kind}", device | sums | passing, host))
             gram = {"passing_batch": frame, **self._gram(site.columns_before)}
             found.append(self._phase(f"statistics of {site.kind}", device | sums | gram, host))
+        if s.ranks > 1:
+            exchanged = self._exchanged(max(site.columns_before for site in self._sites))
+            found.append(self._phase("sum over ranks", device | sums | exchanged, host))
         device, host = self._standing(written=False)
         squares = [4 * site.columns_before**2 for site in self._sites]
         for number, site in enumerate(self._sites):
@@ -257,6 +264,11 @@ class Phases:
             "float64_sums": 0 if s.alone else 8 * columns**2,
             "waiting_rows": self._rows() * columns * s.item,
         }
+
+    def _exchanged(self, columns: int) -> dict[str, int]:
+        """A buffer of the triangle, whose own rows do not wait any more."""
+        item = 4 if self._sizes.alone else 8
+        return {"exchange": min(BUFFER_BYTES, item * columns**2), "waiting_rows": 0}
 
     def _rows(self) -> int:
         s = self._sizes

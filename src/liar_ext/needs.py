@@ -141,9 +141,7 @@ def needs(
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}
     most = on_device.device_bytes
     host_most = on_host.host_bytes if cuda else most
-    free = device_memory if device_memory is not None else free_bytes(device)
-    # what this process has already is not asked for again
-    asked = most if cuda else most - process
+    lacking = _lacking(device, device_memory, most if cuda else most - process, host_most - process)
     return {
         "memory": {
             **on_device.device,
@@ -155,9 +153,7 @@ def needs(
             "peak": on_device.name,
             "host_peak": on_host.name,
             "lower": advice(on_device, " or ".join(further[place])),
-            "problem": None
-            if asked <= free
-            else f"{size(asked)} are needed on {device.type}, and {size(free)} are free",
+            "problem": lacking,
             "all": [asdict(phase) for phase in phases],
         },
         "hidden_states": {"place": place, "bytes": held // ranks, "why": why},
@@ -187,6 +183,24 @@ def _place(
     if place == "device":
         return place, f"{size(held)} are at most {SHARE:.0%} of the free memory"
     return place, f"{size(held)} are more than {SHARE:.0%} of the free memory"
+
+
+def _lacking(
+    device: torch.device, device_memory: int | None, asked: int, asked_of_host: int
+) -> str | None:
+    """What does not fit. What this process has already is not asked for again."""
+    host = torch.device("cpu")
+    free = device_memory if device_memory is not None else free_bytes(device)
+    found = [(asked, device.type, free)]
+    # the host beside a GPU that is elsewhere is elsewhere, too
+    if device.type == "cuda" and device_memory is None:
+        found.append((asked_of_host, host.type, free_bytes(host)))
+    lines = [
+        f"{size(most)} of memory are needed on {where}, and {size(left)} are free"
+        for most, where, left in found
+        if most > left
+    ]
+    return "; ".join(lines) or None
 
 
 def _disk(

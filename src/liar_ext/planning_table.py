@@ -44,22 +44,19 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     for key, value in own.items():
         if not key.endswith("peak"):
             memory.add_row(key.replace("_", " "), size(value))
-    memory.add_row("peak", size(own["peak"]))
-    if own["host_peak"] != own["peak"]:
-        memory.add_row(f"beside it, in the host ({plan['phases']['host_peak']})", "")
-        memory.add_row("peak of the host", size(own["host_peak"]))
+    memory.add_row("together", size(own["peak"]))
     space = _table("disk")
     for key in ("output", "snapshots", "scratch", "moments", "total"):
-        if key in disk:
-            space.add_row(key, size(disk[key]))
+        if disk.get(key):
+            space.add_row("together" if key == "total" else key, size(disk[key]))
     return Group(
         _heading(f"{plan['source']} after pruning"),
         result,
         _heading("The compression itself"),
         cost,
-        _heading(f"Held in memory at once: {plan['phases']['peak']}{_of(plan)}"),
+        _heading(f"Most memory, {_where(plan)}"),
         memory,
-        _heading(f"On the disk of {disk['folder']}"),
+        _heading("Disk"),
         space,
         Text("\n".join(_lines(plan, about))),
     )
@@ -74,11 +71,16 @@ def _lines(plan: Mapping[str, Any], about: str) -> list[str]:
         f"loads with {loader['with']}{why}",
         f"calibration: {data['tokens']:,} tokens; {data['minimum']:,} needed, "
         f"{data['recommended']:,} recommended",
+        *(
+            [f"memory of the host: {size(plan['memory']['host_peak'])}, {phases['host_peak']}"]
+            if phases["host_peak"] != phases["peak"]
+            else []
+        ),
+        f"disk: {plan['disk']['folder']} has {size(plan['disk']['free'])} free",
         f"hidden states and paused forwards: {size(waiting['bytes'])}, {waiting['place']}, because "
         f"{waiting['why']}",
         *([f"less memory: {phases['lower']}"] if phases["lower"] else []),
-        f"time: FLOPs at the rates of {plan['seconds']['device']} measured just now, with one "
-        "process; reading, writing and memory-bound work come on top",
+        *([_time(plan["seconds"])] if plan["seconds"]["rates"] else []),
         *(
             f"warning: {found['problem']}"
             for found in (data, phases, plan["disk"])
@@ -104,5 +106,13 @@ def _listed(values: list[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _of(plan: Mapping[str, Any]) -> str:
-    return "" if plan["ranks"] == 1 else f", each of {plan['ranks']} processes"
+def _where(plan: Mapping[str, Any]) -> str:
+    each = "" if plan["ranks"] == 1 else f" of each of {plan['ranks']} processes"
+    return f"{plan['phases']['peak']}{each}"
+
+
+def _time(seconds: Mapping[str, Any]) -> str:
+    return (
+        f"time: FLOPs of one process at the rates of {seconds['device']} measured just now; "
+        "reading, writing and memory-bound work come on top"
+    )

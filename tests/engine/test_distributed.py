@@ -223,7 +223,7 @@ def test_any_number_of_ranks_goes_on_and_an_interrupt_keeps_the_journal(
         wait_for(lambda: all((folder / f"paused-{rank}").exists() for rank in range(size)), process)
         if size == 1:
             process.terminate()
-        else:  # as Ctrl-C in a terminal: the ranks have it from there, and from torchrun
+        else:  # as Ctrl-C in a terminal: torchrun passes it on to the ranks
             os.killpg(process.pid, signal.SIGINT)
         process.wait(PROMPT)
     finally:

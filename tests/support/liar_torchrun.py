@@ -79,7 +79,7 @@ def start(size: int, folder: Path, commands: Sequence[Command]) -> subprocess.Po
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
 
