@@ -54,10 +54,13 @@ reported; the error is then that of the ridge."""
 PRUNE_TEXT = """\
 ## A whole compression beside one plain forward
 
-Same model, batches, dtype and device, alternating; the model is in memory. `liar bench prune`.
+Same model, batches, dtype and device, alternating. In memory, or streamed from disk to disk with
+reading and writing included. Peak memory is the process's, or the GPU's where there is one.
+`liar bench prune`.
 
-| result | device | tokens | removed | forward, s | compression, s | ratio | Gram, s | solve, s |
-|---|---|---|---|---|---|---|---|---|"""
+| result | device | tokens | removed | how | forward, s | compression, s | ratio | Gram, s \
+| solve, s | peak, GiB |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def load(folder: Path) -> list[Result]:
@@ -309,12 +312,19 @@ def prune_section(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"| `{data['file']}` | {data['environment']['device']} | {data['tokens']} "
             f"| {' + '.join(recipe['target'])} {recipe['sparsity']:.0%} "
+            f"| {'streamed' if data.get('streamed') else 'in memory'} "
             f"| {data['forward_seconds']['median']:.2f} "
             f"| {data['compression_seconds']['median']:.2f} "
             f"| {data['ratio']['median']:.2f} ({spread}) | {phases['gram']:.2f} "
-            f"| {phases['solve']:.2f} |"
+            f"| {phases['solve']:.2f} | {_peak(data.get('run', {}))} |"
         )
     return lines
+
+
+def _peak(run: Result) -> str:
+    """Peak memory in GiB: of the device where there is one, else of the process."""
+    peak = run.get("peak_device_bytes", run.get("peak_host_bytes"))
+    return "" if peak is None else f"{peak / 2**30:.2f}"
 
 
 def document(results: Sequence[Result]) -> str:

@@ -35,10 +35,9 @@ class Interrupted(KeyboardInterrupt):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, torch or a GPU says so: torch has a type for the last one only."""
-    text = str(error)
+    says = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-        or "not enough memory" in text
+        or any(words in str(error) for words in says)
     )

@@ -220,7 +220,8 @@ class Phases:
         following = 2 * s.pinned if s.cuda else s.read
         several = s.layers > 1
         host["next_layer"] = following if several else following - s.read
-        host["written_layer"] = s.written if written and several else 0
+        # from a GPU the writing thread fetches it by pieces, while the next one is computed
+        (device if s.cuda else host)["written_layer"] = s.written if written and several else 0
         return device, host
 
     def _waiting(self, leaving: bool = False) -> tuple[dict[str, int], dict[str, int]]:

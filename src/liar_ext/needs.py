@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
 from liar_ext.costs import SitePlan, Tokens, held_bytes
-from liar_ext.engine.execution import _SHARE as SHARE
+from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.memory import Phases, Sizes, advice, peak, power_of_two, resident_bytes

@@ -201,3 +201,34 @@ def test_the_policy_takes_the_first_place_with_room():
     assert choose_place("disk", 1, CPU) == "disk"
     with pytest.raises(InputError, match="--hidden-states host"):
         choose_place("host", 1, CPU)
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+@torch.no_grad()
+def test_a_layer_that_writes_to_its_input_gets_back_what_it_wrote(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, "SHELVED_BYTES", 1)
+    model = FAMILIES["llama-mha"].build()
+    site = adapter_for(model.config).sites_of(model, 0, ("ffn",))[0]
+
+    class Layer(torch.nn.Module):
+        def forward(self, states):
+            states.mul_(2)
+            return site.consumer(torch.ones(4, site.columns)).sum() * 0 + states
+
+    shelf = make_shelf(place, tmp_path, CPU)
+    run = LayerRun(Layer(), shelf.put(torch.full((4, 8), 3.0)), capture.LayerCall((), {}), shelf)
+    with pausing([site]):
+        run.to_next()
+        run.shelve()
+        run.keep(None)
+        assert torch.equal(run.to_next()[1], torch.full((4, 8), 6.0))
+
+
+def test_a_control_group_s_limit_counts(monkeypatch):
+    from liar_ext.engine import execution
+
+    monkeypatch.setattr(execution, "_left_in_groups", lambda: iter([1 << 60, 12345]))
+    assert execution.free_bytes(CPU) == 12345
+    monkeypatch.setattr(execution, "_left_in_groups", lambda: iter([-5]))
+    assert execution.free_bytes(CPU) == 0
+    assert choose_place("auto", 1, CPU) == "disk"

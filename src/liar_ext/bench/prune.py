@@ -20,6 +20,7 @@ from liar_ext.bench.measure import machine_state
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.engine.allocator import steady_allocator
 from liar_ext.engine.api import prune
 from liar_ext.engine.compress import compress
 from liar_ext.engine.execution import Execution
@@ -49,7 +50,8 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
 
     The forward is that of the headless model (compression needs no head either), on the same
     batches, dtype and device, alternating with compressions: of fresh copies in memory, or with
-    `--streamed` from disk to disk, when the dense model is not in memory meanwhile.
+    `--streamed` from disk to disk, after all forwards and without the dense model in memory: what
+    `liar prune` asks of the allocator is for good.
     """
     if arguments.repeats < 1:
         raise InputError(f"--repeats {arguments.repeats}: must be at least 1")
@@ -58,27 +60,24 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(recipe.device)
     execution = Execution(hidden_states=arguments.hidden_states, journal_seconds=1e9)
 
-    def loaded() -> PreTrainedModel:
-        return load(folder, dtype=compute_dtype(recipe.dtype, device), device=device)
-
-    dense = loaded()
+    dense = load(folder, dtype=compute_dtype(recipe.dtype, device), device=device)
     batches = load_calibration(folder, dense, recipe).batches
     # the first pass pays for threads and libraries; a batch is enough for that
     _forward(dense, batches[:1], device)
-    model: PreTrainedModel | None = dense
-    del dense
-    forward, compression, phases = [], [], []
+    forward, compression = [], []
     reports: list[Report] = []
     for _ in range(arguments.repeats):
-        model = model or loaded()
-        forward.append(_timed(functools.partial(_forward, model, batches, device), device))
-        if arguments.streamed:
-            model = None
+        forward.append(_timed(functools.partial(_forward, dense, batches, device), device))
+        if not arguments.streamed:
+            work = functools.partial(_prune_into, reports, copy.deepcopy(dense), batches, recipe)
+            compression.append(_timed(work, device))
+    del dense
+    if arguments.streamed:
+        steady_allocator()
+        for _ in range(arguments.repeats):
             work = functools.partial(_compress_into, reports, folder, recipe, execution)
-        else:
-            work = functools.partial(_prune_into, reports, copy.deepcopy(model), batches, recipe)
-        compression.append(_timed(work, device))
-        phases.append(reports[-1].seconds)
+            compression.append(_timed(work, device))
+    phases = [report.seconds for report in reports]
     ratios = [c / f for c, f in zip(compression, forward, strict=True)]
     tokens = sum(batch.tokens for batch in batches)
     result = {

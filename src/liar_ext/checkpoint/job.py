@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from liar_ext.checkpoint.journal import Journal
+from liar_ext.checkpoint.journal import Journal, sync_path, sync_tree
 from liar_ext.checkpoint.writer import check_output, usual_permissions, writing
 from liar_ext.errors import InputError, Interrupted, LiarError
 
@@ -61,10 +61,12 @@ class Job:
             InputError: it cannot be renamed; what had the name has it again.
         """
         usual_permissions(self.output)
+        sync_tree(self.output)
         try:
             if self.out.exists():
                 self.out.rename(self.replaced)
             self.output.rename(self.out)
+            sync_path(self.out.parent)
         except OSError as error:
             raise InputError(f"--out {self.out}: cannot be renamed ({error.strerror})") from error
         finally:
@@ -126,7 +128,8 @@ def open_job(
             yield job
             keep = False
     except BaseException as error:
-        keep = keep or job.unfinished
+        # what has its name already is complete, whatever came after
+        keep = job.unfinished
         if keep:
             _say_what_is_kept(job, error)
         raise

@@ -61,7 +61,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
 
     def progress(self) -> str:
         """How far it is, for people."""
@@ -101,9 +101,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_tree(folder: Path) -> None:
+    """Make a folder last with all that is in it: a rename may reach the disk before the files."""
+    for path in sorted(folder.rglob("*")):
+        sync_path(path)
+    sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Make a file, or the names in a folder, last."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

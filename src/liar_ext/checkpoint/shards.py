@@ -282,6 +282,9 @@ class ShardWriter:
                 os.ftruncate(handle, size)
         # last: a file that was left half made has no header, and is refused
         self._write(name, memoryview(header), 0)
+        with _naming(path):
+            # a journal entry counts on all of the files, whichever it is that holds its layer
+            os.fsync(handle)
 
     def _open(self, name: str, header: bytes, size: int) -> None:
         path = self._folder / name

@@ -132,6 +132,7 @@ class LayerRun:
         self._greenlet: _Run | None = None
         self._made = _Made()
         self._input: Tensor | None = None
+        self._version = 0
         self._away: list[tuple[torch.UntypedStorage, int, Item]] = []
         self._resume: tuple[Any, ...] = ()
         self._paused: tuple[nn.Module, Tensor] | None = None
@@ -166,6 +167,8 @@ class LayerRun:
             return
         stays = {_place(t) for t in (*self._layer.parameters(), *self._layer.buffers())}
         stays |= {_place(t) for t in tree_flatten((self._call.args, self._call.kwargs))[0]}
+        if self._input is not None and self._input._version != self._version:
+            self._input = None  # written to: what is on the shelf is not it any more
         if self._input is not None:
             # its bytes are on the shelf already
             stays.add(_place(self._input))
@@ -190,7 +193,7 @@ class LayerRun:
         layer, call = self._layer, self._call
         hidden = self._hidden.fetch()
         if self._shelf.moves:
-            self._input = hidden
+            self._input, self._version = hidden, hidden._version
 
         def body(states: Tensor) -> Tensor:
             output = layer(states, *call.args, **call.kwargs)
@@ -205,6 +208,7 @@ class LayerRun:
             storage = self._input.untyped_storage()
             storage.resize_(self._input.numel() * self._input.element_size())
             self._hidden.refill(self._input)
+            self._version = self._input._version
         for storage, size, item in self._away:
             storage.resize_(size)
             item.refill(_whole(storage))

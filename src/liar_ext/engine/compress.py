@@ -21,7 +21,7 @@ from liar_ext.checkpoint.journal import check_identity
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.store import CheckpointStore, Placement
-from liar_ext.checkpoint.writer import check_output, copy_other_files
+from liar_ext.checkpoint.writer import check_output, copy_other_files, writing
 from liar_ext.costs import held_bytes
 from liar_ext.engine.compression import Compression, write_records
 from liar_ext.engine.driver import targeted_layers
@@ -36,6 +36,7 @@ from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.statistics import segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout
@@ -124,7 +125,10 @@ def compress(
                 source=sums,
             )
             positions = sum(batch.input_ids.numel() for batch in calibration.batches)
-            held = held_bytes(model, adapter, recipe, positions, dtype.itemsize) // ranks.size
+            held = held_bytes(model, adapter, recipe, positions, dtype.itemsize)
+            # ranks have whole segments: this is the rank with most
+            count = segments(calibration.batches)[-1] + 1
+            held = held * -(-count // ranks.size) // count
             place = choose_place(execution.hidden_states, held, device, ranks.local_size)
             run.facts["hidden_states"] = run.clock.hidden_states = place
             run.shelf = make_shelf(place, scratch, device)
@@ -211,7 +215,8 @@ def _shared_job(
             f"--out {out}: rank {ranks.rank} does not see {job.folder}, which rank 0 made; give a "
             "folder on a file system that all hosts share"
         )
-    yield job
+    with writing(job.out, job.folder):
+        yield job
 
 
 def _finished(out: Path, reader: CheckpointReader, identity: dict[str, Any]) -> Report | None:
@@ -300,12 +305,18 @@ def _library(
             for index in targeted_layers(store, recipe)
             for site in adapter.sites_of(store.model, index, recipe.target)
         ]
-        # with twice the room: the output is to fit as well
-        room = 2 * MomentsStore.bytes_needed(columns) <= shutil.disk_usage(job.folder).free
-        if not ranks.broadcast(room):
-            return None
         folder = job.folder / "moments"
-    fingerprint = {name: identity[name] for name in ("calibration", "versions", "compute")}
+        # what an interrupted run has begun with, it goes on with
+        wanted = folder.exists()
+        if not wanted and job.journal.read() is None:
+            # with twice the room: the output is to fit as well
+            room = shutil.disk_usage(job.folder).free
+            wanted = 2 * MomentsStore.bytes_needed(columns) <= room
+        if not ranks.broadcast(wanted):
+            return None
+    fingerprint = {name: identity[name] for name in ("versions", "compute")}
+    # the tokens, under whatever name they were read
+    fingerprint["calibration"] = identity["calibration"]["tokens_sha256"]
     fingerprint["source"] = {"config": identity["source"]["config"], **sums.get()}
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,29 +11,23 @@ from torch import Tensor
 
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.calibration.batches import Batch
-from liar_ext.criteria import Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.keeper import Keeper, Position, Widths
+from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.repair import Repairer, refuse_non_finite
+from liar_ext.engine.repair import Repairer
 from liar_ext.engine.shelf import DeviceShelf, Shelf
-from liar_ext.engine.statistics import SiteColumns, SiteMoments
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Feed, Stream
 from liar_ext.errors import InputError
 from liar_ext.models import Site, adapter_for, layout
-from liar_ext.ops.moments import Moments
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.schema import SiteReport
 
 if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
-
-# mean square over variance, summed over a Site's columns; at 140 the rounding of float32 sums, seen
-# from the variances, is the default ridge (`system.ROUNDING`)
-CENTRING_LIMIT = 100.0
 
 
 def budgets(store: LayerStore, recipe: Recipe) -> dict[tuple[int, str], Budget]:
@@ -89,15 +83,10 @@ class Driver:
         self.adapter = adapter_for(self.store.model.config)
         self.targets = targeted_layers(self.store, self.recipe)
         self._layers = self.adapter.layer_list(self.store.model)[1]
-        # statistics end with the last targeted layer, or the last that other jobs ask for
-        self._last = max(
-            [self.targets.stop, *(i + 1 for i in range(len(self._layers)) if self._extra(i))]
-        )
         biased = layout.biased_kinds(self.store.model)
         self._intercept = {kind: self._may_shift(kind in biased) for kind in self.recipe.target}
         self.added_biases = [k for k, shift in self._intercept.items() if shift and k not in biased]
         self._repairer = Repairer(self.recipe, self._intercept, self.ranks, self.clock)
-        self._entered = False
         self._stream = Stream(
             self.batches,
             self._layers,
@@ -105,6 +94,17 @@ class Driver:
             shelf=self.shelf,
             ranks=self.ranks,
             clock=self.clock,
+        )
+        self._measurer = Measurer(
+            self.store.model,
+            self.adapter,
+            self.recipe,
+            self.targets,
+            self._stream,
+            self.library,
+            self.device,
+            self.ranks,
+            self.clock,
         )
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Driver:
             position = Position("prune", widths=widths)
         self.sites = position.sites
         self.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
-        if self._forwards_needed() and position.layer < self._last:
+        if self._measurer.needed(position.layer):
             self._enter(position)
         self._catch_up(position)
         self.progress.begin(len(self._layers), "pruning", position.layer)
@@ -131,25 +131,17 @@ class Driver:
             self._open(index)
             if index in self.targets:
                 self._shrink_layer(index, position.widths)
-            elif self._flows(index):
-                self._dense(index)
+            elif self._measurer.flows(index):
+                self._measurer.dense(index)
             self._add_biases(index)
             with self.clock.phase("write"):
                 self.store.close(index, final=True)
             self._keep(position, index + 1)
             self.progress.layer(index)
 
-    def _forwards_needed(self) -> bool:
-        """Whether any statistics are not in the library yet."""
-        if self.library is None:
-            return True
-        sites = [(index, kind) for index in self.targets for kind in self.recipe.target]
-        # another job may write there meanwhile: all ranks go by what rank 0 sees
-        return self.ranks.broadcast(not self.library.complete(sites))
-
     def _enter(self, position: Position) -> None:
         """Hidden states that enter the layer of `position`: embedded, or as they were kept."""
-        self._entered = True
+        self._measurer.entered = True
         with self.clock.phase("load"):
             self.store.open_outside()
         options = {"use_cache": False} if self.adapter.decoder else {}
@@ -211,174 +203,54 @@ class Driver:
                 f"--sparsity {self.recipe.sparsity} with --round-to {self.recipe.round_to} removes "
                 "nothing: no smaller width is as close; lower --round-to or raise --sparsity"
             )
-        return dict(zip(known, kept, strict=True))
+        # of scores that other GPUs computed, ranks could make other widths
+        return dict(zip(known, self.ranks.broadcast(kept), strict=True))
 
     def _score_all(self, position: Position) -> dict[tuple[int, str], Tensor]:
-        """Scores of every targeted Site on the dense path.
-
-        Column statistics are enough for them; where the Moments of the dense path are those of the
-        repairs, too, they are kept in the library, and there is no second pass of forwards.
-        """
-        whole = self.recipe.statistics == "oneshot" and self.library is not None
-        if self._forwards_needed() and position.layer < self.targets.stop:
+        """Scores of every targeted Site on the dense path."""
+        if self._measurer.needed(position.layer):
             self._enter(position)
         self.progress.begin(self.targets.stop, "scoring", position.layer)
         for index in range(position.layer, self.targets.stop):
             self._open(index)
-            sites = self._sites(index)
-            found: dict[str, Columns] = {}
-            if whole and self._in_library(index):
-                assert self.library is not None
-                found |= {
-                    s.kind: self.library.load_columns(index, s.kind, self.device) for s in sites
-                }
-                self._pass_on(index)
-            elif whole:
-                found |= {kind: moments for kind, (moments, _) in self._dense(index).items()}
-            else:
-                taps = [(site, SiteColumns(site.columns, self.device)) for site in sites]
-                self._stream.advance(self._stream.through(index, taps, onward=self._onward(index)))
-                found |= {site.kind: tap.finish(self.ranks) for site, tap in taps}
-            for site in sites:
-                position.scores[index, site.kind] = self._repairer.score(site, found[site.kind])
+            columns = self._measurer.columns(index)
+            for site in self._measurer.sites(index):
+                position.scores[index, site.kind] = self._repairer.score(site, columns[site.kind])
             self.store.close(index, final=False)
             self._keep(position, index + 1)
             self.progress.layer(index)
         self._stream.advance({})
-        self._entered = False
+        self._measurer.entered = False
         return position.scores
-
-    def _sites(self, index: int) -> list[Site]:
-        if index not in self.targets:
-            return []
-        return self.adapter.sites_of(self.store.model, index, self.recipe.target)
-
-    def _flows(self, index: int) -> bool:
-        """Whether hidden states go through a layer, on whichever ranks."""
-        return self._entered and index < self._last
-
-    def _onward(self, index: int) -> bool:
-        """Nobody needs what leaves the last layer that statistics are taken from."""
-        return index < self._last - 1
 
     def _shrink_layer(self, index: int, widths: Widths) -> None:
         """Prune a layer's Sites; what enters the next is the pruned layer's output if sequential,
         else the dense one's."""
+        sites = self._measurer.sites(index)
         if self.recipe.statistics == "sequential":
 
             def visit(site: Site, feed: Feed) -> Tensor:
                 before = dict(self.clock.seconds)
-                moments, notes = self._moments(site, feed)
-                return self._repair(site, moments, notes, widths[index, site.kind], before)
+                measured = self._measurer.standing(site, feed)
+                return self._repair(site, measured, widths[index, site.kind], before)
 
-            self._stream.stopping(index, self._sites(index), visit, onward=self._onward(index))
+            self._stream.stopping(index, sites, visit, onward=self._measurer.onward(index))
             return
         before = dict(self.clock.seconds)
-        found = self._dense(index)
-        for site in self._sites(index):
-            moments, notes = found.pop(site.kind)
-            self._repair(site, moments, notes, widths[index, site.kind], before)
+        found = self._measurer.dense(index)
+        for site in sites:
+            self._repair(site, found.pop(site.kind), widths[index, site.kind], before)
             before = dict(self.clock.seconds)
-
-    def _dense(self, index: int) -> dict[str, tuple[Moments, list[str]]]:
-        """Moments of a layer's Sites on the dense path, from the library or one forward.
-
-        The hidden states advance, if there are any.
-        """
-        mine = self._sites(index)
-        known: dict[str, tuple[Moments, list[str]]] = {}
-        if self.library is not None and self._in_library(index):
-            with self.clock.phase("load"):
-                for site in mine:
-                    moments = self.library.load(index, site.kind, self.device)
-                    known[site.kind] = (moments, _notes(moments.gram.dtype))
-            self._pass_on(index)
-            return known
-        kinds = {site.kind for site in mine} | set(self._extra(index))
-        sites = self.adapter.sites_of(self.store.model, index, tuple(kinds))
-        taps = [(site, self._gram(site, torch.float32)) for site in sites]
-        later = self._stream.through(index, taps, onward=self._onward(index))
-        for site, tap in taps:
-            with self.clock.phase("gram"):
-                moments = tap.finish(self.ranks)
-            if not self._centred(site, moments):
-                again = self._gram(site, torch.float64)
-                self._stream.through(index, [(site, again)], onward=False)
-                with self.clock.phase("gram"):
-                    moments = again.finish(self.ranks)
-            if site.kind in self.recipe.target:
-                known[site.kind] = (moments, _notes(moments.gram.dtype))
-            if self.library is not None:
-                with self.clock.phase("write"):
-                    if self.ranks.rank == 0:
-                        self.library.save(index, site.kind, moments)
-                    self.ranks.barrier()
-        self._stream.advance(later)
-        return known
-
-    def _extra(self, index: int) -> list[str]:
-        """Kinds of a layer whose Moments other jobs will ask the library for."""
-        if self.library is None:
-            return []
-        return self.ranks.broadcast(
-            [k for k in self.library.wanted(index) if not self.library.has(index, k)]
-        )
-
-    def _in_library(self, index: int) -> bool:
-        """Whether nothing of a layer has to be measured."""
-        if self.library is None:
-            return False
-        kinds = self.recipe.target if index in self.targets else ()
-        extra = self._flows(index) and self._extra(index)
-        known = self.ranks.broadcast(all(self.library.has(index, k) for k in kinds))
-        return known and not extra
-
-    def _pass_on(self, index: int) -> None:
-        """Take the hidden states, if there are any, through a layer as it is."""
-        if self._flows(index):
-            self._stream.advance(self._stream.through(index, (), onward=self._onward(index)))
-
-    def _moments(self, site: Site, feed: Feed) -> tuple[Moments, list[str]]:
-        """Moments of all batches that stand at a Site."""
-        moments: Moments | None = None
-        for dtype in (torch.float32, torch.float64):
-            moments = None  # at 70B widths two of them are 13 GB
-            accumulator = self._gram(site, dtype)
-            feed(accumulator)
-            with self.clock.phase("gram"):
-                moments = accumulator.finish(self.ranks)
-            del accumulator
-            if self._centred(site, moments):
-                break
-        assert moments is not None
-        return moments, _notes(moments.gram.dtype)
-
-    def _gram(self, site: Site, dtype: torch.dtype) -> SiteMoments:
-        with self.clock.phase("gram"):
-            return SiteMoments(site.columns, self.device, dtype=dtype, alone=self._stream.alone)
-
-    def _centred(self, site: Site, moments: Moments) -> bool:
-        """Whether the sums survive centring.
-
-        It subtracts `μμᵀ` from `G/N`; with means 30 times the deviations, 3 digits of float32 sums
-        are gone, and with 300 the residual reported was 0.07 for a true 4.0.
-        """
-        refuse_non_finite(site, moments)
-        squares, variance = moments.diagonal().sum(), moments.variance().sum()
-        return moments.gram.dtype == torch.float64 or float(squares) <= CENTRING_LIMIT * float(
-            variance
-        )
 
     def _repair(
         self,
         site: Site,
-        moments: Moments,
-        notes: list[str],
+        measured: Measured,
         kept_units: int,
         before: dict[str, float],
     ) -> Tensor:
         """Repair and shrink a Site; returns the kept columns."""
-        report, shrink = self._repairer.repair(site, moments, notes, kept_units)
+        report, shrink = self._repairer.repair(site, measured.moments, measured.notes, kept_units)
         report.seconds = {k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:
             self.progress.warn(f"{site.name}: {note}")
@@ -390,9 +262,3 @@ class Driver:
         """A bias flag of the config holds for all layers and for all linears it names."""
         for site in self.adapter.sites_of(self.store.model, index, tuple(self.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)
-
-
-def _notes(dtype: torch.dtype) -> list[str]:
-    if dtype == torch.float32:
-        return []
-    return ["means far above the deviations: statistics repeated in float64"]

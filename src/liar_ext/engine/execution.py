@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from liar_ext.engine.shelf import PLACES, DeviceShelf, DiskShelf, HostShelf, She
 from liar_ext.errors import InputError
 
 # share of the free memory that hidden states and paused forwards may take before they move on
-_SHARE = 0.6
+HELD_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ def choose_place(wanted: str, needed: int, device: torch.device, processes: int 
     if wanted != "auto":
         return wanted
     on_device = needed if device.type == "cuda" else needed * processes
-    if on_device <= _SHARE * free_bytes(device):
+    if on_device <= HELD_SHARE * free_bytes(device):
         return "device"
-    on_host = needed * processes
-    if device.type == "cuda" and on_host <= _SHARE * free_bytes(torch.device("cpu")):
+    # torch rounds pinned blocks up to powers of two
+    on_host = 2 * needed * processes
+    if device.type == "cuda" and on_host <= HELD_SHARE * free_bytes(torch.device("cpu")):
         return "host"
     return "disk"
 
@@ -77,14 +79,35 @@ def free_bytes(device: torch.device) -> int:
     with open("/proc/meminfo", encoding="ascii") as lines:
         found = dict(line.split(":", 1) for line in lines)
     available = int(found["MemAvailable"].split()[0]) * 1024
-    # a container may have less than the machine
-    group = Path("/sys/fs/cgroup")
+    return max(min([available, *_left_in_groups()]), 0)
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What the control groups of this process leave it: a container may have less than the machine.
+
+    Of version 2 (`0::/path`) and 1 (`N:memory:/path`), the group and those above it.
+    """
     try:
-        limit = int((group / "memory.max").read_text())
-        available = min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such limit
-        pass
-    return max(available, 0)
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group != root and root not in group.parents:
+                break
+            try:
+                yield int((group / limit).read_text()) - int((group / used).read_text())
+            except (OSError, ValueError):  # no limit, or the group is not seen from here
+                continue
 
 
 def make_shelf(place: str, folder: Path, device: torch.device) -> Shelf:

@@ -8,7 +8,6 @@ repeated give the same bits again.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liar_ext.checkpoint.job import Job
-from liar_ext.checkpoint.journal import check_identity, sync_folder
+from liar_ext.checkpoint.journal import check_identity, sync_path
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, restored
@@ -83,7 +82,8 @@ class Keeper:
     ) -> None:
         self._job, self._store, self._identity, self._ranks = job, store, identity, ranks
         self._source = source
-        self._least, self._layers = seconds, layers
+        self._least = self._wait = seconds
+        self._layers = layers
         self._last = time.monotonic()
         self._entry = job.journal.read()
         self.resumed: int | None = None if self._entry is None else self._entry["layer"]
@@ -120,6 +120,11 @@ class Keeper:
             InputError: a file is missing or of another size.
         """
         assert self._entry is not None
+        if not self._entry["hidden"]:
+            raise InputError(
+                "--resume: the earlier run needed no forward pass, for its statistics were in a "
+                "--moments folder; give that folder again"
+            )
         for number in batches:
             path = self._job.folder / self._entry["folder"] / f"{number}"
             try:
@@ -149,14 +154,19 @@ class Keeper:
 
     def keep(self, position: Position, hidden: Mapping[int, Item]) -> None:
         """Write an entry if it is time for one; everything that it names is on disk first."""
-        now = time.monotonic()
         assert position.generator is not None, "the driver sets it"
-        # an entry without the sums could not be told from one of another checkpoint
-        due = now - self._last >= self._least and (not self._least or self._source.ready())
         # rank 0 has the clock
-        if not self._ranks.broadcast(due):
+        if not self._ranks.broadcast(time.monotonic() - self._last >= self._wait):
+            return
+        # an entry without the sums could not be told from one of another checkpoint: until they are
+        # known nothing is kept, unless every layer is to be
+        if self._least and not all(self._ranks.gather(self._source.ready())):
             return
         sums = self.source_sums()
+        digests = self._store.written()
+        self._ranks.barrier()
+        # from here on it is this run's own disk that takes time, not a wait for others
+        began = time.monotonic()
         name = f"hidden-{position.stage}-{position.layer}"
         folder = self._job.folder / name
         if self._ranks.rank == 0:
@@ -167,9 +177,8 @@ class Keeper:
         for number, item in hidden.items():
             path = folder / str(number)
             mine[str(number)] = item.save(path)
-            _sync(path)
+            sync_path(path)
             mine[str(number)]["sha256"] = _digest(path)
-        digests = self._store.written()
         found: list[tuple[dict[str, Any], dict[str, str]]] = self._ranks.gather((mine, digests))
         entry = {
             "stage": position.stage,
@@ -186,8 +195,8 @@ class Keeper:
         if self._ranks.rank == 0:
             scores = {f"{layer}.{kind}": s for (layer, kind), s in position.scores.items()}
             save_file(scores, folder / SCORES)
-            _sync(folder / SCORES)
-            sync_folder(folder)
+            sync_path(folder / SCORES)
+            sync_path(folder)
             self._job.journal.write(entry)
             for old in self._job.folder.glob("hidden-*"):
                 if old.name != name:
@@ -195,18 +204,10 @@ class Keeper:
         self._ranks.barrier()
         self._entry = entry
         self._last = time.monotonic()
-        # where a disk is slow, entries are rarer
-        self._least = max(self._least, (self._last - now) / _SHARE if self._least else 0.0)
+        # where the disk is slow, entries are rarer
+        self._wait = max(self._least, (self._last - began) / _SHARE) if self._least else 0.0
 
 
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

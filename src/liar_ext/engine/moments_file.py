@@ -1,6 +1,6 @@
 """One Site's Moments as a safetensors file: the triangle without what is above it, and sums of all.
 
-Tensors: `count`, `sum`, `diagonal`, `gram` (rows of the lower triangle one after the other), and
+Tensors: `count`, `sum`, `squares`, `gram` (rows of the lower triangle one after the other), and
 `check`, two sha256 sums: of all before `gram`, and of everything. They begin with what the caller
 says the file is, so that a file in the wrong place is noticed as damage is.
 """
@@ -31,12 +31,13 @@ def digest_begun(text: str) -> TensorDigest:
     return digest
 
 
-def write_moments(writer: ShardWriter, moments: Moments, digest: TensorDigest) -> None:
+def write_moments(
+    writer: ShardWriter, moments: Moments, squares: Tensor, digest: TensorDigest
+) -> None:
     """All tensors of `specs_of`, in the order in which the sums take them in."""
     writer.write("count", moments.count, digest)
     writer.write("sum", moments.sum, digest)
-    # compact: the only element of a 1×1 diagonal keeps a stride that bytes cannot be seen through
-    writer.write("diagonal", torch.cat([moments.gram.diagonal()]), digest)
+    writer.write("squares", squares, digest)
     sums = bytes.fromhex(digest.hexdigest())
     writer.write_pieces("gram", packed(moments.gram), digest)
     sums += bytes.fromhex(digest.hexdigest())
@@ -75,10 +76,10 @@ class SiteFile:
             raise self._damaged(f"{size} bytes, not {max(ends)}")
 
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, sum, and the diagonal in the Gram's dtype; verified."""
-        count, total, diagonal = (self.piece(name) for name in ("count", "sum", "diagonal"))
+        """Count, sums and sums of squares; verified."""
+        count, total, squares = (self.piece(name) for name in ("count", "sum", "squares"))
         self.verify(0)
-        return count.reshape(()), total, diagonal
+        return count.reshape(()), total, squares
 
     def gram(self, columns: int, device: torch.device | str) -> Tensor:
         """The square, zeros above the diagonal; verified. To be called after `columns`."""
@@ -124,7 +125,7 @@ def specs_of(columns: int, dtype: torch.dtype) -> list[TensorSpec]:
     return [
         TensorSpec("count", (), torch.int64),
         TensorSpec("sum", (columns,), torch.float64),
-        TensorSpec("diagonal", (columns,), dtype),
+        TensorSpec("squares", (columns,), torch.float64),
         TensorSpec("gram", (triangle(columns),), dtype),
         TensorSpec("check", (2, 32), torch.uint8),
     ]

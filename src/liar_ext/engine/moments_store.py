@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from liar_ext.checkpoint.identity import opened
-from liar_ext.checkpoint.journal import sync_folder
+from liar_ext.checkpoint.journal import sync_path
 from liar_ext.checkpoint.reader import SINGLE
 from liar_ext.checkpoint.shards import ShardWriter, TensorDigest
 from liar_ext.engine.moments_file import SiteFile, digest_begun, specs_of, write_moments
@@ -79,11 +79,16 @@ class MomentsStore:
             )
         )
 
-    def save(self, layer: int, kind: str, moments: Moments) -> None:
+    def save(
+        self, layer: int, kind: str, moments: Moments, columns: ColumnMoments | None = None
+    ) -> None:
         """Write a Site's Moments: complete and durable under their name, or not at all.
 
         Holds one block of the triangle beside the Moments, whatever their size.
 
+        Args:
+            columns: the column statistics of the same tokens: float64 sums of squares, where the
+                diagonal of the Gram is float32.
         Raises:
             ValueError: not the whole triangle in the natural order, or a Gram of another dtype
                 than float32 and float64.
@@ -93,6 +98,9 @@ class MomentsStore:
             raise ValueError("only the whole triangle in the natural order is kept")
         if moments.gram.dtype not in GRAM_DTYPES:
             raise ValueError(f"the Gram matrix is {moments.gram.dtype}, not float32 or float64")
+        # compact: the only element of a 1×1 diagonal keeps a stride that hides its bytes
+        diagonal = torch.cat([moments.gram.diagonal()]).double()
+        squares = diagonal if columns is None else columns.squares
         path = self._path(layer, kind)
         specs = specs_of(moments.columns, moments.gram.dtype)
         with self._writing(sum(spec.bytes for spec in specs)):
@@ -101,12 +109,12 @@ class MomentsStore:
                 # one file, however large: its space is reserved before anything is written
                 writer = ShardWriter(temporary, specs, shard_bytes=sys.maxsize)
                 try:
-                    write_moments(writer, moments, self._digest(layer, kind))
+                    write_moments(writer, moments, squares, self._digest(layer, kind))
                     writer.finish()
                 finally:
                     writer.close()
                 os.replace(temporary / SINGLE, path)
-                sync_folder(self.folder)
+                sync_path(self.folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -130,8 +138,8 @@ class MomentsStore:
             InputError: as `load`.
         """
         with self._site_file(layer, kind) as file:
-            count, total, diagonal = file.columns()
-        return ColumnMoments(count.to(device), total.to(device), diagonal.double().to(device))
+            count, total, squares = file.columns()
+        return ColumnMoments(count.to(device), total.to(device), squares.to(device))
 
     @staticmethod
     def bytes_needed(columns: Iterable[int], dtype: torch.dtype = torch.float32) -> int:
@@ -257,7 +265,7 @@ def _replace(path: Path, data: Any, *, keep: bool = False) -> None:
             return
         except OSError:
             temporary.replace(path)  # a file system without links
-        sync_folder(path.parent)
+        sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

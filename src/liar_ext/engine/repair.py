@@ -15,6 +15,7 @@ from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
+from liar_ext.ops.solve import LADDER_STEPS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
 from liar_ext.report.schema import SiteReport
@@ -127,18 +128,20 @@ class Repairer:
         rank may end on another rung than the rest.
         """
         part = self._reconstruction.repair(task)
-        used = None if part.diagnostics is None else part.diagnostics.ridge_used
-        every = self._ranks.gather(used)
-        if len(set(every)) == 1:
-            return part
-        highest = max(every)
-        agreed = self._reconstruction.repair(replace(task, ridge=highest))
-        assert agreed.diagnostics is not None
-        assert part.diagnostics is not None
-        steps = (*part.diagnostics.steps, f"ridge {highest:.1e} for all ranks")
-        return replace(
-            agreed, diagnostics=replace(agreed.diagnostics, ridge=task.ridge, steps=steps)
-        )
+        steps: tuple[str, ...] = ()
+        for _ in range(LADDER_STEPS):
+            found = part.diagnostics
+            every = self._ranks.gather(None if found is None else found.ridge_used)
+            if found is None or len(set(every)) == 1:
+                if not steps or found is None:
+                    return part
+                said = replace(found, ridge=task.ridge, steps=(*steps, *found.steps))
+                return replace(part, diagnostics=said)
+            highest = max(every)
+            steps = (*steps, *found.steps, f"ridge {highest:.1e} for all ranks")
+            # a rank may climb again from there: until all agree
+            part = self._reconstruction.repair(replace(task, ridge=highest))
+        raise NumericalError(f"ranks find no common ridge: {' | '.join(steps)}")
 
 
 def refuse_non_finite(site: Site, statistics: Columns) -> None:
