@@ -73,7 +73,13 @@ def test_the_file_is_safetensors_half_the_square_in_size(store):
     assert torch.equal(stored["gram"], moments.gram[rows, columns])
     needed = MomentsStore.bytes_needed([64])
     assert needed <= path.stat().st_size < needed + 1024
-    assert MomentsStore.bytes_needed([64, 7], torch.float64) > 2 * needed - 64 * 10
+
+    def size(n: int, item: int) -> int:
+        """Count, sums and squares in 8 bytes each, the triangle, two sha256."""
+        return 8 + 2 * 8 * n + item * n * (n + 1) // 2 + 64
+
+    assert needed == size(64, 4)
+    assert MomentsStore.bytes_needed([64, 7], torch.float64) == size(64, 8) + size(7, 8)
     assert sorted(p.name for p in store.folder.iterdir()) == [path.name, "moments.json"]
 
 
