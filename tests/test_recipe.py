@@ -36,7 +36,7 @@ def test_it_is_frozen_and_hashable():
     [
         ({"sparsity": 0}, "--sparsity 0: must be"),
         ({"sparsity": float("nan")}, "--sparsity nan"),
-        ({"sparsity": "0.3"}, "--sparsity 0.3"),
+        ({"sparsity": "0.3"}, "--sparsity '0.3'"),
         ({"sparsity": True}, "--sparsity True"),
         ({"target": ()}, "--target (empty)"),
         ({"target": ("ffn", "ffn")}, "each once"),

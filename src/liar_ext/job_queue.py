@@ -63,6 +63,7 @@ class Queue:
         moments: folder under which groups keep their Moments; each group's is deleted when all its
             jobs have been run, unless `keep_moments`.
         resume: skip jobs that are finished, go on with unfinished runs.
+        options: more options of every job.
         command: what `prune SRC --out OUT --recipe FILE --json ...` is appended to.
         say: takes each line for the user.
     Attributes:
@@ -77,6 +78,7 @@ class Queue:
         keep_moments: bool = False,
         resume: bool = False,
         stop_on_error: bool = False,
+        options: Sequence[str] = (),
         command: Sequence[str] = COMMAND,
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -84,7 +86,7 @@ class Queue:
         self._groups = group_keys(jobs)
         self._moments, self._keep = moments, keep_moments
         self._resume, self._stop = resume, stop_on_error
-        self._command = tuple(command)
+        self._command, self._options = tuple(command), tuple(options)
         self._say = say or _to_stderr
         self._child: subprocess.Popen[bytes] | None = None
         self._told = False
@@ -132,7 +134,7 @@ class Queue:
         resume = self._resume and job.unfinished
         overwrite = job.overwrite and (not resume or os.path.exists(job.out))
         arguments = [*self._command, "prune", job.source, "--out", job.out]
-        arguments += ["--recipe", str(recipe), "--json"]
+        arguments += ["--recipe", str(recipe), "--json", *self._options]
         arguments += ["--resume"] * resume + ["--overwrite"] * overwrite
         self._spawn([*arguments, *self._sharing(job)], outcome)
 

@@ -82,6 +82,10 @@ def read_jobs(
     try:
         # not splitlines: JSON strings may hold separators that only Unicode takes for line ends
         lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{file}: no such file; give a file with one JSON object a line"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
     jobs: list[BatchJob] = []

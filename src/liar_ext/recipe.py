@@ -72,7 +72,7 @@ class Recipe:
 
         if not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):
             raise InputError(
-                f"--sparsity {self.sparsity}: must be a number above 0 and below 1, e.g. 0.3"
+                f"--sparsity {self.sparsity!r}: must be a number above 0 and below 1, e.g. 0.3"
             )
         target: Any = self.target  # JSON and callers may hand over a string or a list
         kinds = target.split(",") if isinstance(target, str) else target

@@ -14,6 +14,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
 from liar_ext.models import adapter_for
 from liar_ext.ops.moments import Moments
+from liar_ext.ops.residual import SINGLE_TOLERANCE
 from liar_ext.reconstruction import RECONSTRUCTIONS, Task
 
 CPU = torch.device("cpu")
@@ -107,4 +108,5 @@ def test_rows_of_all_ranks_are_the_repair_of_all_rows(ranks):
     together = torch.cat(parts)
     assert together.shape == whole.weight.shape
     assert float((together - whole.weight).norm() / whole.weight.norm()) < 1e-12
-    assert float(energies[0] / energies[1]) == pytest.approx(residual, rel=1e-9)
+    # its products are float32 where that is known to be enough
+    assert float(energies[0] / energies[1]) == pytest.approx(residual, rel=SINGLE_TOLERANCE)

@@ -159,9 +159,8 @@ def _check_flags(job: Job, *, resume: bool) -> None:
     """Raise InputError unless it is clear what to do with an unfinished run."""
     there = f"an unfinished run is in {job.folder} ({job.journal.progress()})"
     if not resume:
-        raise InputError(
-            f"--out {job.out}: {there}; --resume goes on with it, --overwrite starts again"
-        )
+        goes_on = "" if job.journal.damaged() else "--resume goes on with it, "
+        raise InputError(f"--out {job.out}: {there}; {goes_on}--overwrite starts again")
     if job.out.exists():
         raise InputError(
             f"--out {job.out}: exists, and {there}; --resume --overwrite goes on with it and "

@@ -63,14 +63,18 @@ class Journal:
         temporary.replace(self.path)
         sync_path(self.path.parent)
 
+    def damaged(self) -> bool:
+        """Whether nothing can go on from it."""
+        try:
+            return self.read() is None
+        except InputError:
+            return True
+
     def progress(self) -> str:
         """How far it is, for people."""
-        try:
-            entry = self.read()
-        except InputError:
-            entry = None
+        entry = None if self.damaged() else self.read()
         if entry is None:
-            return "unreadable"
+            return "its journal is damaged"
         what = "scored" if entry["stage"] == "score" else "pruned"
         return f"{entry['layer']} of {entry['layers']} layers {what}"
 

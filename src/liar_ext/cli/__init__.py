@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except LiarError as error:
         return _fail(FAILURE, str(error))
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            # while libraries were imported, which may wrap what they do not expect
+            return _fail(USAGE, "interrupted; nothing was written")
         if not is_out_of_memory(error):
             raise
         return _fail(FAILURE, "out of memory; lower --batch-size, --samples or --seq-len")

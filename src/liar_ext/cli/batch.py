@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.cli.prune import add_journal, add_waiting
 from liar_ext.errors import InputError, LiarError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from liar_ext.engine.execution import Execution
     from liar_ext.job_queue import Outcome
 
 DESCRIPTION = """Each line of JOBS.jsonl is a JSON object with `source`, `out`, and any fields of a
@@ -35,6 +37,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="skip what is done, go on with what was interrupted"
     )
+    group = parser.add_argument_group("execution")
+    add_waiting(group)
+    add_journal(group)
     parser.add_argument("--stop-on-error", action="store_true", help="run no job after a failure")
     parser.add_argument(
         "--moments", metavar="DIR", help="for shared statistics (default: .JOBS.moments beside it)"
@@ -42,6 +47,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--keep-moments", action="store_true", help="do not delete them at the end")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+
+
+def _options(execution: Execution) -> list[str]:
+    """Of every job's `liar prune`."""
+    options = ["--hidden-states", execution.hidden_states]
+    options += ["--journal-seconds", str(execution.journal_seconds)]
+    return options if execution.scratch is None else [*options, "--scratch", str(execution.scratch)]
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,6 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         LiarError: some jobs failed. The summary is printed before.
     """
     from liar_ext.cli.output import print_table
+    from liar_ext.engine.execution import Execution
     from liar_ext.job_queue import Queue
     from liar_ext.jobs import JobsError, read_jobs
 
@@ -61,6 +74,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: liar batch starts processes of its own; "
             "run it without torchrun"
         )
+    # checked here, once, and not by each job
+    execution = Execution(
+        hidden_states=arguments.hidden_states,
+        scratch=arguments.scratch,
+        journal_seconds=arguments.journal_seconds,
+    )
     file = Path(arguments.jobs)
     defaults = recipe_of(arguments).to_json()
     try:
@@ -75,6 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         keep_moments=arguments.keep_moments,
         resume=arguments.resume,
         stop_on_error=arguments.stop_on_error,
+        options=_options(execution),
     )
     outcomes = queue.run()
     counts = Counter(outcome.status for outcome in outcomes)

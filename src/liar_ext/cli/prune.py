@@ -32,18 +32,12 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
     )
-    group.add_argument(
-        "--journal-seconds",
-        type=float,
-        metavar="S",
-        default=30.0,
-        help="least time between two journal entries; 0 is one after every layer (default 30)",
-    )
+    add_journal(group)
     add_places(group)
 
 
-def add_places(group: Any) -> None:
-    """Where what does not fit into memory goes; `liar plan` has these, too."""
+def add_waiting(group: Any) -> None:
+    """Where hidden states wait; `liar plan` and `liar batch` have these, too."""
     group.add_argument(
         "--hidden-states",
         metavar="PLACE",
@@ -57,6 +51,22 @@ def add_places(group: Any) -> None:
         type=Path,
         help="for --hidden-states disk; default beside DIR",
     )
+
+
+def add_journal(group: Any) -> None:
+    """How often the journal is written; `liar batch` has this, too."""
+    group.add_argument(
+        "--journal-seconds",
+        type=float,
+        metavar="S",
+        default=30.0,
+        help="least time between two journal entries; 0 is one after every layer (default 30)",
+    )
+
+
+def add_places(group: Any) -> None:
+    """Where what does not fit into memory goes; `liar plan` has these, too."""
+    add_waiting(group)
     group.add_argument(
         "--moments",
         metavar="FOLDER",
