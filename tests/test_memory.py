@@ -89,7 +89,12 @@ WIDE = {
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
 }
 CASES = [pytest.param(*case, id=name) for name, case in MEASURED.items()]
-CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in WIDE.items()]
+minutes = pytest.mark.skipif(
+    "LIAR_TEST_WIDE" not in os.environ, reason="takes minutes: set LIAR_TEST_WIDE=1 to run it"
+)
+CASES += [
+    pytest.param(*case, id=name, marks=[pytest.mark.slow, minutes]) for name, case in WIDE.items()
+]
 
 
 @pytest.mark.parametrize(("shape", "batch", "options"), CASES)
