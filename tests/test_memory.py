@@ -73,6 +73,9 @@ def parts_of(found: dict[str, Any], name: str) -> dict[str, int]:
 MEASURED = {
     "float32 on the device": ((768, 3072, 2, "float32"), 8, {}),
     "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),
+}
+# half a minute each, and minutes
+WIDE = {
     "computed in bfloat16, one pass": (
         (768, 3072, 2, "bfloat16"),
         4,
@@ -83,8 +86,6 @@ MEASURED = {
         10,
         {"--allocation": "global", "--reconstruct": "none"},
     ),
-}
-WIDE = {
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
 }

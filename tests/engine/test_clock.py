@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from liar_ext.engine.clock import PHASES, Clock
+from liar_ext.engine.compression import peak_host_bytes
 
 
 def test_seconds_go_to_the_phase_they_were_spent_in():
@@ -73,3 +76,21 @@ def test_the_device_s_time_is_counted_though_the_host_goes_on():
     torch.cuda.synchronize()
     total = time.perf_counter() - begin + host
     assert clock.seconds["gram"] == pytest.approx(total, rel=0.3)
+
+
+def test_the_peak_is_this_process_s_and_not_what_started_it():
+    """`ru_maxrss` of a child begins with what its parent held."""
+    held = torch.ones(150 << 20, dtype=torch.uint8)
+    script = (
+        "from liar_ext.engine.compression import peak_host_bytes as peak\n"
+        "before = peak()\n"
+        "held = bytearray(b'x') * (64 << 20)\n"
+        "print(before, peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
+    )
+    before, more = map(int, done.stdout.split())
+    here = peak_host_bytes()
+    assert before < here - held.numel() // 2, "the child knows nothing of these 150 MB"
+    assert 50 << 20 < more < 100 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,11 +166,22 @@ class Compression:
 
     def _peak(self) -> dict[str, int]:
         """Most bytes that were in use at once: of the process, and of torch on a GPU."""
-        # Linux counts in KiB
-        found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        found = {"peak_host_bytes": peak_host_bytes()}
         if self._device.type == "cuda":
             found["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
         return found
+
+
+def peak_host_bytes() -> int:
+    """Most memory that was resident at once since this process began, in bytes."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            found = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        # it counts what the process that started this one held; in KiB, and in bytes on macOS
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _parameters(model: PreTrainedModel) -> int:
