@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -113,9 +114,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Make a file, or the names in a folder, last."""
+    """Make a file, or the names in a folder, last. Raises OSError with its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot with a folder, and need not
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EOPNOTSUPP)):
+            # that of a descriptor names no file
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.close(descriptor)

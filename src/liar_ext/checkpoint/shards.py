@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.checkpoint.identity import read_into
+from liar_ext.checkpoint.journal import sync_path
 from liar_ext.checkpoint.reader import INDEX, PIECE_BYTES, SINGLE, TORCH_DTYPES, raw_bytes
 from liar_ext.checkpoint.writer import SHARD_BYTES, write_json
 from liar_ext.errors import InputError
@@ -142,7 +143,7 @@ class ShardWriter:
             for name, (header, size) in layouts.items():
                 self._make(name, header, size) if create else self._open(name, header, size)
             if create:
-                _sync_folder(folder)
+                sync_path(folder)
         except BaseException:
             # space that was reserved in vain is what a full disk lacks
             made = list(self._handles) if create else []
@@ -260,7 +261,7 @@ class ShardWriter:
                 write_json(path, index)
                 with path.open("rb") as written:
                     os.fsync(written.fileno())
-        _sync_folder(self._folder)
+        sync_path(self._folder)
         self.close()
 
     def close(self) -> None:
@@ -376,19 +377,6 @@ def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
 def _close_all(handles: dict[str, int]) -> None:
     while handles:
         os.close(handles.popitem()[1])
-
-
-def _sync_folder(folder: Path) -> None:
-    with _naming(folder):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            # some network file systems cannot, and need not
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-        finally:
-            os.close(handle)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import output_folder
 from liar_ext.engine.compression import Compression, write_records
-from liar_ext.engine.inputs import check_backends
+from liar_ext.engine.inputs import check_backends, chosen_backends
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
@@ -63,6 +63,8 @@ def prune(
     dense = model.config.to_dict() | {"architectures": [type(model).__name__]}
     with inference(model):
         run = Compression(InMemory(model), dense, recipe, model.device, progress)
+        # the embeddings' dtype is that of a model in memory
+        run.facts["backends"] = chosen_backends(model.device, model.dtype)
         report = run.run(prepared, str(model.name_or_path or type(model).__name__), calibration)
     layout.update(model.config, report.config)
     return report

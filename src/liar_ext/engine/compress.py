@@ -28,6 +28,7 @@ from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.inputs import (
     check_backends,
+    chosen_backends,
     compute_dtype,
     load_calibration,
     resolve_device,
@@ -40,8 +41,6 @@ from liar_ext.engine.statistics import segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout
-from liar_ext.ops import backends
-from liar_ext.ops.solve import working_dtype
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 
@@ -130,6 +129,7 @@ def compress(
             count = segments(calibration.batches)[-1] + 1
             held = held * -(-count // ranks.size) // count
             place = choose_place(execution.hidden_states, held, device, ranks.local_size)
+            run.facts["backends"] = chosen_backends(device, dtype)
             run.facts["hidden_states"] = run.clock.hidden_states = place
             run.shelf = make_shelf(place, scratch, device)
             run.library = _library(job, execution, recipe, identity, store, sums, ranks)
@@ -188,8 +188,7 @@ def _identity(
         "compute": {
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
-            "gram": backends.select("gram", device, dtype).backend,
-            "solve": backends.select("solve", device, working_dtype("auto", device)).backend,
+            **chosen_backends(device, dtype),
         },
     }
 

@@ -24,8 +24,6 @@ from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.store import LayerStore
 from liar_ext.environment import environment
 from liar_ext.models import adapter_for, layout
-from liar_ext.ops import backends
-from liar_ext.ops.solve import working_dtype
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report import Report
@@ -145,20 +143,9 @@ class Compression:
                 "ranks": self._ranks.size,
                 "resumed_at": None if self.keeper is None else self.keeper.resumed,
                 **self.facts,
-                "backends": self._backends(),
                 **self._peak(),
             },
         )
-
-    def _backends(self) -> dict[str, str]:
-        """What ran; a kernel that failed its self-test on this GPU is not among it."""
-        dtype = next(self._store.model.parameters()).dtype
-        return {
-            "gram": backends.select("gram", self._device, dtype).backend,
-            "solve": backends.select(
-                "solve", self._device, working_dtype("auto", self._device)
-            ).backend,
-        }
 
     def _reset_peak(self) -> None:
         if self._device.type == "cuda":

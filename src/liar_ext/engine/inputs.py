@@ -65,6 +65,14 @@ def check_backends(device: torch.device) -> None:
         backends.select("solve", device, working_dtype("auto", device))
 
 
+def chosen_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What runs each op on activations of `dtype`; a kernel that failed its self-test is not it."""
+    return {
+        "gram": backends.select("gram", device, dtype).backend,
+        "solve": backends.select("solve", device, working_dtype("auto", device)).backend,
+    }
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one. Raises InputError for a forced GPU that is missing."""
     if name == "cuda" and not torch.cuda.is_available():

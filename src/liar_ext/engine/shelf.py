@@ -100,7 +100,7 @@ class _Here:
 
     def save(self, path: Path) -> dict[str, Any]:
         write_bytes(path, self.fetch())
-        return described(self.fetch())
+        return described(self.fetch().shape, self.fetch().dtype)
 
     def free(self) -> None:
         self._tensor = None
@@ -125,7 +125,7 @@ class _Pinned(_Here):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the copy into `held` may still be queued
         write_bytes(path, held)
-        return described(held)
+        return described(held.shape, held.dtype)
 
 
 class _Filed:
@@ -148,15 +148,15 @@ class _Filed:
             os.link(self._path, path)
         except OSError:  # another file system, or one without links
             write_bytes(path, self.fetch())
-        return {"shape": list(self._shape), "dtype": str(self._dtype).removeprefix("torch.")}
+        return described(self._shape, self._dtype)
 
     def free(self) -> None:
         self._path.unlink(missing_ok=True)
 
 
-def described(tensor: Tensor) -> dict[str, Any]:
+def described(shape: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
     """Shape and dtype as JSON data, for `restored`."""
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def restored(path: Path, data: dict[str, Any], device: torch.device) -> Tensor:
