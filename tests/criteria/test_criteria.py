@@ -6,7 +6,7 @@ import pytest
 import torch
 from liar_families import FAMILIES
 
-from liar_ext.criteria import CRITERIA, unit_scores
+from liar_ext.criteria import CRITERIA, Evidence, unit_scores
 from liar_ext.models import adapter_for
 from liar_ext.ops import ColumnMoments, gram
 
@@ -45,13 +45,13 @@ def test_scores_are_the_formula_from_either_kind_of_statistics(name, kind):
     light.add(x[:150])
     light.add(x[150:])
     for statistics in (gram(x), light):
-        found = CRITERIA[name].score(site, statistics, torch.Generator())
+        found = CRITERIA[name].score(Evidence(site, statistics))
         assert torch.allclose(found, expected, rtol=1e-4)
 
 
 def test_a_unit_is_the_sum_of_its_columns():
     site, x = site_and_data("heads")
-    columns = CRITERIA["wanda"].score(site, gram(x), torch.Generator())
+    columns = CRITERIA["wanda"].score(Evidence(site, gram(x)))
     width = site.columns_per_unit
     expected = torch.stack([columns[u * width : (u + 1) * width].sum() for u in range(site.units)])
     assert torch.allclose(unit_scores(site, columns), expected)
@@ -62,7 +62,8 @@ def test_a_unit_is_the_sum_of_its_columns():
 def test_random_depends_on_the_seed_alone():
     site, x = site_and_data("ffn")
     draws = [
-        CRITERIA["random"].score(site, gram(x), torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+        CRITERIA["random"].score(Evidence(site, gram(x), torch.Generator().manual_seed(s)))
+        for s in (1, 1, 2)
     ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -76,5 +77,5 @@ def test_masked_tokens_enter_no_score():
     masked.add(x, mask)
     plain.add(x[:300])
     for name in ("wanda", "flap"):
-        first = CRITERIA[name].score(site, masked, torch.Generator())
-        assert torch.equal(first, CRITERIA[name].score(site, plain, torch.Generator()))
+        first = CRITERIA[name].score(Evidence(site, masked))
+        assert torch.equal(first, CRITERIA[name].score(Evidence(site, plain)))

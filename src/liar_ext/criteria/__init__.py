@@ -1,11 +1,28 @@
 """Criteria by name. To add one: a file beside this, a line here, a page in docs/methods/."""
 
-from liar_ext.criteria.base import Columns, Criterion, unit_scores
-from liar_ext.criteria.flap import FLAP
-from liar_ext.criteria.magnitude import MAGNITUDE
+from liar_ext.criteria.base import Columns, Criterion, Evidence, unit_scores
+from liar_ext.criteria.flap import FLAP, FLAP_IFV, FLAP_WIFN
+from liar_ext.criteria.leverage import LEVERAGE
+from liar_ext.criteria.magnitude import MAGNITUDES
+from liar_ext.criteria.obs import OBS, OBS_SWAP
 from liar_ext.criteria.random import RANDOM
+from liar_ext.criteria.rcpu import RCPU
 from liar_ext.criteria.wanda import WANDA
 
-CRITERIA: dict[str, Criterion] = {c.name: c for c in (MAGNITUDE, WANDA, FLAP, RANDOM)}
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        *MAGNITUDES,
+        WANDA,
+        FLAP,
+        FLAP_IFV,
+        FLAP_WIFN,
+        RCPU,
+        LEVERAGE,
+        OBS,
+        OBS_SWAP,
+        RANDOM,
+    )
+}
 
-__all__ = ["CRITERIA", "Columns", "Criterion", "unit_scores"]
+__all__ = ["CRITERIA", "Columns", "Criterion", "Evidence", "unit_scores"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from liar_ext.models.site import Site
+from liar_ext.ops.moments import Moments
 
 
 class Columns(Protocol):
@@ -21,15 +22,54 @@ class Columns(Protocol):
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a criterion judges one Site by.
+
+    Attributes:
+        site: the Site, dense; statistics: of its columns.
+        generator: for random draws.
+        ridge: relative λ of the repair to come; center: whether it will have an intercept.
+        keep: how many units will stay; None where scores are wanted before that is known.
+        notes: what the report should say of the judgement; criteria may add lines.
+    """
+
+    site: Site
+    statistics: Columns
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    ridge: float = 0.0
+    center: bool = False
+    keep: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def moments(self) -> Moments:
+        """The statistics, of a criterion that `needs` Moments."""
+        assert isinstance(self.statistics, Moments), "the engine supplies what a criterion needs"
+        return self.statistics
+
+
+@dataclass(frozen=True)
 class Criterion:
     """Attributes:
     name: as users write it.
-    score: (site, statistics, generator) -> scores, (columns,) or (units,) float64. Column scores
-        are summed over a unit for ranking.
+    score: Evidence -> scores, (columns,) or (units,) float64. Column scores are summed over a unit
+        for ranking.
+    needs: `columns`, or `moments` where means and mean squares of single columns do not do.
+    choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
+        whose choice is no ranking; None ranks by `score`.
     """
 
     name: str
-    score: Callable[[Site, Columns, torch.Generator], Tensor]
+    score: Callable[[Evidence], Tensor]
+    needs: Literal["columns", "moments"] = "columns"
+    choose: Callable[[Evidence], Tensor] | None = None
+
+    def select(self, evidence: Evidence) -> Tensor:
+        """The units to keep, (keep,) int64 sorted."""
+        if self.choose is not None:
+            return self.choose(evidence).sort().values
+        scores = unit_scores(evidence.site, self.score(evidence))
+        return scores.argsort(descending=True, stable=True)[: evidence.keep].sort().values
 
 
 def unit_scores(site: Site, scores: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from liar_ext.criteria.base import Columns, Criterion
-from liar_ext.models.site import Site
+from liar_ext.criteria.base import Criterion, Evidence
 
 
-def score(site: Site, statistics: Columns, generator: torch.Generator) -> Tensor:
-    return torch.rand(site.units, generator=generator, dtype=torch.float64).to(site.weight().device)
+def score(evidence: Evidence) -> Tensor:
+    drawn = torch.rand(evidence.site.units, generator=evidence.generator, dtype=torch.float64)
+    return drawn.to(evidence.site.weight().device)
 
 
 RANDOM = Criterion("random", score)

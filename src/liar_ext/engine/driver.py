@@ -213,9 +213,9 @@ class Driver:
         self.progress.begin(self.targets.stop, "scoring", position.layer)
         for index in range(position.layer, self.targets.stop):
             self._open(index)
-            columns = self._measurer.columns(index)
+            evidence = self._measurer.evidence(index)
             for site in self._measurer.sites(index):
-                position.scores[index, site.kind] = self._repairer.score(site, columns[site.kind])
+                position.scores[index, site.kind] = self._repairer.score(site, evidence[site.kind])
             self.store.close(index, final=False)
             self._keep(position, index + 1)
             self.progress.layer(index)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from liar_ext.criteria import CRITERIA, Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import refuse_non_finite
@@ -110,8 +111,14 @@ class Measurer:
         """Nobody needs what leaves the last layer that statistics are taken from."""
         return index < self._last - 1
 
-    def columns(self, index: int) -> Mapping[str, ColumnMoments]:
-        """Column statistics of a layer's Sites on the dense path, by kind; hidden states advance.
+    def evidence(self, index: int) -> Mapping[str, Columns]:
+        """What the criterion needs of a layer's Sites on the dense path; hidden states advance."""
+        if CRITERIA[self.recipe.criterion].needs == "moments":
+            return {kind: found.moments for kind, found in self.dense(index).items()}
+        return self._columns(index)
+
+    def _columns(self, index: int) -> Mapping[str, ColumnMoments]:
+        """Column statistics.
 
         Where the Moments of the dense path are those of the repairs, too, they go to the library
         in the same pass, and there is no second one.

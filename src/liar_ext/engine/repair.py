@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from liar_ext.criteria import CRITERIA, Columns, unit_scores
+from liar_ext.criteria import CRITERIA, Columns, Evidence
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
 from liar_ext.errors import InputError, NumericalError
@@ -38,7 +38,7 @@ class Repairer:
         """Scores of a Site's columns or units, on the CPU."""
         refuse_non_finite(site, statistics)
         with self._clock.phase("solve"):
-            return self._criterion.score(site, statistics, self.generator).cpu()
+            return self._criterion.score(self._evidence(site, statistics)).cpu()
 
     def repair(
         self, site: Site, moments: Moments, notes: Sequence[str], kept_units: int
@@ -51,9 +51,8 @@ class Repairer:
         """
         units, columns = site.units, site.columns
         with self._clock.phase("solve"):
-            scores = self._criterion.score(site, moments, self.generator)
-            order = unit_scores(site, scores).argsort(descending=True, stable=True)
-            keep = self._ranks.broadcast(order[:kept_units].sort().values)
+            evidence = self._evidence(site, moments, kept_units)
+            keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
             repaired, residual = self._solve(site, moments, kept_columns)
         bias = _shifted(site.bias(), repaired.shift)
@@ -68,7 +67,7 @@ class Repairer:
             columns_after=kept_columns.numel(),
             bias_added=bias is not None and site.bias() is None,
             relative_residual=residual,
-            steps=list(notes),
+            steps=[*notes, *evidence.notes],
         )
         if used is not None:
             report.ridge, report.ridge_used = used.ridge, used.ridge_used
@@ -90,6 +89,16 @@ class Repairer:
             return kept_columns
 
         return report, shrink
+
+    def _evidence(self, site: Site, statistics: Columns, keep: int | None = None) -> Evidence:
+        return Evidence(
+            site,
+            statistics,
+            self.generator,
+            ridge=self._recipe.ridge,
+            center=self._intercept[site.kind],
+            keep=keep,
+        )
 
     def _solve(self, site: Site, moments: Moments, keep: Tensor) -> tuple[Repaired, float]:
         """The repaired consumer and its residual; each rank solves for its own output rows."""

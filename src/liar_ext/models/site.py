@@ -106,6 +106,16 @@ class Site:
     def bias(self) -> Tensor | None:
         return linear.bias(self.consumer)
 
+    def producer_rows(self) -> list[Tensor]:
+        """Rows of each producer by unit, (units, rows of a unit, in)."""
+        found = []
+        for producer in self.spec.producers:
+            rows = self._rows(producer)
+            whole = linear.weight(self.module.get_submodule(producer.path))
+            own = whole[producer.segment * rows : (producer.segment + 1) * rows]
+            found.append(own.reshape(self.units, -1, whole.shape[1]))
+        return found
+
     def unit_columns(self, units: Tensor) -> Tensor:
         """Columns of the given units, (len(units) · columns_per_unit,) int64, in unit order."""
         return _expand(units, self.columns_per_unit)
