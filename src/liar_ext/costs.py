@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from liar_ext.criteria import CRITERIA
 from liar_ext.models import Site, linear
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.gram import gram
@@ -91,14 +92,20 @@ def compression_flops(
         forward: of one token through the layers that the compression runs.
         passes: of forwards through them.
     Returns:
-        `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`;
-        `residual`, the report's diagnostic, `out (n² + s²)`.
+        `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`, and what
+        the criterion computes; `residual`, the report's diagnostic, `out (n² + s²)`.
     """
     solves = RECONSTRUCTIONS[recipe.reconstruct].solves
+    judged = sum(
+        CRITERIA[recipe.criterion].flops(
+            s.columns_before, s.outputs, s.columns_before - s.columns_after
+        )
+        for s in sites
+    )
     return {
         "forward": passes * tokens.positions * forward,
         "gram": sum(s.columns_before**2 for s in sites) * tokens.tokens,
-        "solve": sum(solve_flops(s) for s in sites) if solves else 0,
+        "solve": judged + (sum(solve_flops(s) for s in sites) if solves else 0),
         "residual": sum(residual_flops(s) for s in sites),
     }
 

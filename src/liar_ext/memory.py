@@ -6,7 +6,7 @@ the host; on a CPU these are one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from liar_ext.checkpoint.reader import PIECE_BYTES
@@ -99,6 +99,7 @@ class Phases:
         scores: there is a pass that scores before anything is pruned.
         library: Moments are kept on disk.
         solves: weights are fitted.
+        judging: most bytes that the criterion holds beside the statistics of a Site.
     """
 
     def __init__(
@@ -110,8 +111,10 @@ class Phases:
         scores: bool,
         library: bool,
         solves: bool,
+        judging: Callable[[SitePlan], int],
     ) -> None:
         self._sizes, self._sites, self._solves = sizes, sites, solves
+        self._judging = judging
         self._sequential, self._scores, self._library = sequential, scores, library
 
     def all(self) -> list[Phase]:
@@ -294,7 +297,7 @@ class Phases:
         return {"joined_rows": joined, "packed_rows": packed}
 
     def _repair(self, site: SitePlan) -> int:
-        """The solve, or the residual beside its result, whichever is more."""
+        """Selection, solve, or the residual beside its result, whichever is most."""
         n, kept, outputs = site.columns_before, site.columns_after, site.outputs
         rows = -(-outputs // self._sizes.ranks)
         # the repaired rows, and all of them once those of other ranks are here
@@ -303,7 +306,7 @@ class Phases:
         solve = 0
         if self._solves and kept < n:
             solve = repair_bytes(kept, n - kept, outputs, rows)
-        return max(solve, residual)
+        return max(self._judging(site), solve, residual)
 
     def _pinned(self, widths: Sequence[int]) -> int:
         """Bytes of page-locked copies, one of each width for each batch."""

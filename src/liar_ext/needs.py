@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
 from liar_ext.costs import SitePlan, Tokens, held_bytes
+from liar_ext.criteria import CRITERIA
 from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
@@ -136,6 +137,9 @@ def needs(
         scores=ALLOCATIONS[recipe.allocation].needs_scores,
         library=library,
         solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
+        judging=lambda site: CRITERIA[recipe.criterion].holds(
+            site.columns_before, site.outputs, site.columns_before - site.columns_after
+        ),
     ).all()
     on_device, on_host = peak(phases)
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}

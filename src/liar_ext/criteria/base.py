@@ -57,12 +57,17 @@ class Criterion:
     needs: `columns`, or `moments` where means and mean squares of single columns do not do.
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
+    flops, holds: (columns, outputs, dropped columns) -> what a judgement of one Site computes, and
+        the most bytes that it holds beside the statistics. As here where weights are read once.
     """
 
     name: str
     score: Callable[[Evidence], Tensor]
     needs: Literal["columns", "moments"] = "columns"
     choose: Callable[[Evidence], Tensor] | None = None
+    flops: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 0
+    # the weights in float64, and one function of them
+    holds: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 16 * columns * outputs
 
     def select(self, evidence: Evidence) -> Tensor:
         """The units to keep, (keep,) int64 sorted."""

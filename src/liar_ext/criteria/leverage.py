@@ -9,6 +9,7 @@ from torch import Tensor
 
 from liar_ext.criteria.base import Criterion, Evidence
 from liar_ext.criteria.obs import inverse
+from liar_ext.ops.removal import inverse_bytes, inverse_flops
 
 # without a ridge every column has a leverage of 1
 _LEAST_RIDGE = 1e-4
@@ -20,4 +21,10 @@ def score(evidence: Evidence) -> Tensor:
     return (1.0 - found.strength * found.theta.diagonal()).clamp(min=0.0)
 
 
-LEVERAGE = Criterion("leverage", score, needs="moments")
+LEVERAGE = Criterion(
+    "leverage",
+    score,
+    needs="moments",
+    flops=lambda columns, outputs, dropped: inverse_flops(columns),
+    holds=lambda columns, outputs, dropped: inverse_bytes(columns),
+)

@@ -4,13 +4,15 @@ A unit's score is what its removal adds to `tr(W_M Θ_MM⁻¹ W_Mᵀ)`, the erro
 least-squares repair, when it goes (`ops.removal`). `obs-swap` then exchanges units.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from liar_ext.criteria.base import Criterion, Evidence
 from liar_ext.errors import NumericalError
 from liar_ext.ops.interpolate import Inverse, inverse_moments
-from liar_ext.ops.removal import Tableau
+from liar_ext.ops.removal import Tableau, removal_bytes, removal_flops
 from liar_ext.ops.solve import LADDER_STEPS, LARGEST_RIDGE
 
 # what a ridge of 0 is raised to where the Moments have no inverse
@@ -75,5 +77,12 @@ def choose_and_exchange(evidence: Evidence) -> Tensor:
     return found.kept.nonzero().flatten()
 
 
-OBS = Criterion("obs", score, needs="moments", choose=choose)
-OBS_SWAP = Criterion("obs-swap", score, needs="moments", choose=choose_and_exchange)
+OBS = Criterion(
+    "obs",
+    score,
+    needs="moments",
+    choose=choose,
+    flops=removal_flops,
+    holds=removal_bytes,
+)
+OBS_SWAP = dataclasses.replace(OBS, name="obs-swap", choose=choose_and_exchange)

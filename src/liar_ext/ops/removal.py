@@ -27,12 +27,13 @@ from torch import Tensor
 from liar_ext.errors import NumericalError
 
 # single columns that are compared exactly, with each other's removal in mind, for each that is
-# dropped in a step; the other columns wait for the step's end. On the demo's FFN the loss at half
-# the width is within 0.1 % of removing one at a time
+# dropped in a step; the other columns wait for the step's end
 CANDIDATES = 4
 # steps in which single columns are dropped: each reads all of `rows` once
 STEPS = 128
 EXCHANGES = 30
+# single units that are tried before an exchange is given up; of heads often all there are
+TRIES = 16
 # a smaller gain is not worth an exchange, and could be rounding
 LEAST_GAIN = 1e-6
 
@@ -137,7 +138,7 @@ class Tableau:
         """Let dropped units return and others go for them, as long as the loss falls.
 
         The best `most` return together and the cheapest go; where that gains nothing, half as many
-        are tried (OSSCAR's local search).
+        (OSSCAR's local search), and at last each of the `TRIES` best by itself.
 
         Returns:
             how many exchanges were kept.
@@ -146,20 +147,30 @@ class Tableau:
         for _ in range(EXCHANGES):
             if size < 1:
                 break
-            before = self.loss
-            gains = torch.where(self.kept, -torch.inf, self.costs())
-            returned = gains.argsort(descending=True, stable=True)[:size]
-            self.move(returned)
-            gone = self._next(size)[0]
-            self.move(gone)
-            if self.loss <= before * (1 - LEAST_GAIN):
+            tried = [self._gains()[:size]] if size > 1 else self._gains()[:TRIES].split(1)
+            if any(self._swap(units) for units in tried):
                 kept += 1
-                continue
-            self.move(gone)
-            self.move(returned)
-            self.loss = before
-            size //= 2
+            else:
+                size //= 2
         return kept
+
+    def _gains(self) -> Tensor:
+        """The dropped units, the one whose return gains most first."""
+        gains = torch.where(self.kept, -torch.inf, self.costs())
+        return gains.argsort(descending=True, stable=True)[: int((~self.kept).sum())]
+
+    def _swap(self, returned: Tensor) -> bool:
+        """Exchange these for the cheapest; undone, and False, if that gains nothing."""
+        before = self.loss
+        self.move(returned)
+        gone = self._next(len(returned))[0]
+        self.move(gone)
+        if self.loss <= before * (1 - LEAST_GAIN):
+            return True
+        self.move(gone)
+        self.move(returned)
+        self.loss = before
+        return False
 
     def _next(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` kept units to drop, in the order in which they should go, and their costs."""
@@ -230,12 +241,28 @@ def _columns(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
-def removal_bytes(columns: int, outputs: int) -> int:
-    """Most bytes that `Tableau` takes, with the inverse it starts from, on float64.
+def inverse_flops(columns: int) -> int:
+    """Of `inverse_moments`: a factor, `n³/3`, and the inverse of it, `2n³/3`."""
+    return columns**3
 
-    `inverse_moments` holds the system, its scaled copy that becomes the factor, and the inverse;
-    then there are the tableau and W, and while units move, 4 blocks of `columns / STEPS` rows.
+
+def inverse_bytes(columns: int) -> int:
+    """Most that `inverse_moments` holds: the system, its scaled copy, and the inverse."""
+    return 24 * columns**2
+
+
+def removal_flops(columns: int, outputs: int, dropped: int) -> int:
+    """Of an inverse and `dropped` columns that go: `2n (n + out)` each."""
+    return inverse_flops(columns) + 2 * columns * (columns + outputs) * dropped
+
+
+def removal_bytes(columns: int, outputs: int, dropped: int) -> int:
+    """Most that a `Tableau` holds on its way: the inverse, or it and W, and rows of a step.
+
+    A pivot on k columns holds their rows of the tableau three times (as they were, scaled, and what
+    is stored), and their candidates' columns of W.
     """
-    n = columns
-    steps = 4 * max(1, -(-n // STEPS)) * (n + outputs)
-    return 8 * max(3 * n * n, n * n + outputs * n + steps)
+    step = max(1, -(-dropped // STEPS))
+    moving = 3 * step * columns + (CANDIDATES + 2) * step * outputs
+    tableau = columns**2 + 2 * outputs * columns + moving
+    return max(inverse_bytes(columns), 8 * tableau)
