@@ -144,8 +144,8 @@ def test_exchanges_come_close_to_the_best_selection(n, width, keep):
         ratios.append(found.loss / best)
         exact += ratios[-1] < 1 + 1e-7
     assert min(ratios) > 1 - 1e-7
-    # of 12 seeds 10 or 11 were exact, and the worst 15 % from it
-    assert exact >= 6
+    # of 8 seeds 4 to 8 were exact, and the worst 15 % from it
+    assert exact >= 4
     assert max(ratios) < 1.2
 
 
