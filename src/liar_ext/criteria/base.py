@@ -57,12 +57,14 @@ class Criterion:
     needs: `columns`, or `moments` where means and mean squares of single columns do not do.
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
+    greedy: what goes next depends on what has gone (`ops.removal`).
     """
 
     name: str
     score: Callable[[Evidence], Tensor]
     needs: Literal["columns", "moments"] = "columns"
     choose: Callable[[Evidence], Tensor] | None = None
+    greedy: bool = False
 
     def select(self, evidence: Evidence) -> Tensor:
         """The units to keep, (keep,) int64 sorted."""

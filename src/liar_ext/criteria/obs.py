@@ -75,5 +75,5 @@ def choose_and_exchange(evidence: Evidence) -> Tensor:
     return found.kept.nonzero().flatten()
 
 
-OBS = Criterion("obs", score, needs="moments", choose=choose)
-OBS_SWAP = Criterion("obs-swap", score, needs="moments", choose=choose_and_exchange)
+OBS = Criterion("obs", score, needs="moments", choose=choose, greedy=True)
+OBS_SWAP = Criterion("obs-swap", score, needs="moments", choose=choose_and_exchange, greedy=True)
