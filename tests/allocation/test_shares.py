@@ -120,7 +120,7 @@ def test_no_layer_loses_more_than_stated(sparsity):
     found = shares(problem, wanted)
     assert max(found) == pytest.approx(MOST)
     assert removed(problem, wanted) == pytest.approx(sparsity)
-    assert found[0] == min(found)
+    assert found[0] == pytest.approx(min(found))
 
 
 def test_above_that_share_all_lose_the_same_as_far_as_they_can():

@@ -108,7 +108,8 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
     """
     total = sum(b.units * b.cost for b in budgets)
     least = sum(_grid(b, round_to)[0] * b.cost for b in budgets)
-    if least > total * (1 - sparsity) * (1 + 1e-9):
+    # where nothing at all can go, that is said after the widths
+    if total > least > total * (1 - sparsity) * (1 + 1e-9):
         # rounded down: it has to be one that is accepted
         most = math.floor(1e4 * (1 - least / total)) / 1e4
         grid = f" and FFN widths are multiples of {round_to}" if round_to > 1 else ""
