@@ -65,6 +65,13 @@ def key(options: dict[str, Any]) -> str:
     return json.dumps(full, sort_keys=True)
 
 
+def known(row: dict[str, Any]) -> str:
+    """The key of a row, with the defaults of options that are newer than it."""
+    from liar_ext import Recipe
+
+    return json.dumps({**Recipe().to_json(), **json.loads(row["key"])}, sort_keys=True)
+
+
 def measure(
     name: str, source: Path, calibration: str, score: Callable[[Path], dict[str, Any]]
 ) -> None:
@@ -75,7 +82,7 @@ def measure(
     data = json.loads(path.read_text()) if path.exists() else {"rows": []}
     data |= {"model": name, "environment": environment(torch.device("cpu"))}
     data.setdefault("dense", score(source))
-    done = {row["key"] for row in data["rows"]}
+    done = {known(row) for row in data["rows"]}
     for options in recipes(name, calibration):
         if key(options) in done:
             continue

@@ -208,6 +208,19 @@ def test_scoring_and_one_pass_have_phases_of_their_own(small):
     assert once["disk"]["moments"] > 2 * 3 * 88**2
 
 
+def test_surveys_have_phases_of_their_own(small):
+    def names(**changes: Any) -> list[str]:
+        return [p["name"] for p in plan(small, recipe(**changes))["phases"]["all"]]
+
+    assert names(allocation="alpha")[0] == "reading the weights"
+    assert "comparing hidden states" in names(allocation="influence")
+    assert {"statistics of ffn in the survey", "survey of ffn"} <= set(names(allocation="levels"))
+    assert "survey of ffn" in names(allocation="kwon", criterion="obs")
+    # the tableau, and what it was made from
+    levels = parts_of(plan(small, recipe(allocation="levels")), "survey of ffn")
+    assert levels["survey"] >= 3 * 8 * 88**2
+
+
 @pytest.mark.parametrize("place", ["device", "disk"])
 def test_the_peak_does_not_depend_on_the_number_of_layers(tmp_path, monkeypatch, place):
     # the process grows by what transformers needs for a tree of modules

@@ -203,6 +203,50 @@ def test_a_global_allocation_is_an_estimate_and_says_so(checkpoint):
     assert found["flops"]["forward"] == 2 * once["flops"]["forward"]
 
 
+@pytest.mark.parametrize(
+    ("allocation", "criterion", "passes", "grams", "says"),
+    [
+        ("alpha", "wanda", 1, 1, "read the weights, without a forward pass"),
+        ("influence", "wanda", 2, 1, "decides after a forward pass"),
+        ("kwon", "wanda", 2, 1, "decides after a forward pass"),
+        ("kwon", "obs", 2, 2, "decides after a forward pass"),
+        ("levels", "wanda", 2, 2, "decides after a forward pass"),
+    ],
+)
+def test_a_survey_costs_what_it_reads(checkpoint, allocation, criterion, passes, grams, says):
+    folder = checkpoint("llama")
+    wanted = recipe(allocation=allocation, criterion=criterion)
+    found, plain = (planning.plan(folder, r, rates=RATES) for r in (wanted, recipe()))
+    assert not found["exact"]
+    assert any(says in note for note in found["notes"])
+    assert found["flops"]["forward"] == passes * plain["flops"]["forward"]
+    assert found["flops"]["gram"] == grams * plain["flops"]["gram"]
+    more = found["flops"]["solve"] - plain["flops"]["solve"]
+    assert (more > 0) == (allocation == "alpha" or grams == 2)
+    assert planning_table.render(found)
+
+
+def test_a_budget_in_flops_is_what_the_plan_reaches(checkpoint, calibration, tmp_path):
+    folder = checkpoint("llama")
+    wanted = recipe(calibration, budget="flops")
+    found = planning.plan(folder, wanted, rates=RATES)
+    totals = liar_ext.compress(folder, tmp_path / "out", wanted).totals
+    assert found["exact"]
+    assert found["sparsity"]["achieved"] == pytest.approx(totals["sparsity"])
+    removed = found["flops_per_token"]["before"] - found["flops_per_token"]["after"]
+    assert removed == totals["site_flops_before"] - totals["site_flops_after"]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(planning_table.render(found))
+    assert "40.0 % of FLOPs asked" in console.file.getvalue()
+
+
+def test_a_budget_that_cannot_be_met_is_an_input_error(checkpoint):
+    for allocation in ("uniform", "levels"):
+        wanted = recipe(target=("heads",), sparsity=0.9, allocation=allocation)
+        with pytest.raises(InputError, match="at most 0.75 can be removed"):
+            planning.plan(checkpoint("llama"), wanted, rates=RATES)
+
+
 def test_too_few_tokens_are_told_with_the_number_needed(checkpoint):
     found = planning.plan(checkpoint("llama"), recipe(samples=1), rates=RATES)
     assert found["calibration"]["minimum"] == 88

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from liar_ext.criteria import CRITERIA
 from liar_ext.models import Site, linear
@@ -67,14 +65,33 @@ def layer_flops(model: PreTrainedModel, adapter: Adapter, length: int) -> list[i
 
     Linears and the two attention products; norms, activations and softmax are not counted.
     """
-    # causal attention reads half of the sequence on average
-    context = (length + 1) / 2 if adapter.decoder else length
     found = []
     for index, layer in enumerate(adapter.layer_list(model)[1]):
-        linears = [m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
+        weights = sum(linear.weight(module).numel() for module in linear.linears(layer))
         attended = sum(site.columns for site in adapter.sites_of(model, index, ("heads",)))
-        found.append(int(2 * sum(m.weight.numel() for m in linears) + 4 * attended * context))
+        found.append(2 * weights + attended * _attention_flops(adapter.decoder, length))
     return found
+
+
+def unit_costs(site: Site, decoder: bool, length: int) -> dict[str, int]:
+    """What goes with one unit of a Site, by what a budget counts.
+
+    Returns:
+        `parameters`: weights and biases; `flops`: what `layer_flops` falls by, of one token in a
+        sequence of `length`.
+    """
+    flops = 2 * site.unit_weights
+    if site.kind == "heads":
+        flops += site.columns_per_unit * _attention_flops(decoder, length)
+    return {"parameters": site.unit_parameters, "flops": flops}
+
+
+def _attention_flops(decoder: bool, length: int) -> int:
+    """Of scores and values, for one column of the queries and one token.
+
+    Causal attention reads half of the sequence on average, (length + 1) / 2 tokens.
+    """
+    return 2 * (length + 1) if decoder else 4 * length
 
 
 def head_flops(model: PreTrainedModel) -> int:
@@ -84,16 +101,24 @@ def head_flops(model: PreTrainedModel) -> int:
 
 
 def compression_flops(
-    sites: Sequence[SitePlan], tokens: Tokens, forward: int, recipe: Recipe, passes: int
+    sites: Sequence[SitePlan],
+    tokens: Tokens,
+    forward: int,
+    recipe: Recipe,
+    *,
+    passes: int,
+    grams: int,
+    survey: int,
 ) -> dict[str, int]:
     """FLOPs of one compression by what they are for.
 
     Args:
         forward: of one token through the layers that the compression runs.
-        passes: of forwards through them.
+        passes: of forwards through them; grams: Moments of each Site that are made.
+        survey: what a survey makes of its statistics.
     Returns:
-        `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`, and what
-        the criterion computes; `residual`, the report's diagnostic, `out (n² + s²)`.
+        `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`, with what
+        the criterion and the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`.
     """
     solves = RECONSTRUCTIONS[recipe.reconstruct].solves
     judged = sum(
@@ -104,8 +129,8 @@ def compression_flops(
     )
     return {
         "forward": passes * tokens.positions * forward,
-        "gram": sum(s.columns_before**2 for s in sites) * tokens.tokens,
-        "solve": judged + (sum(solve_flops(s) for s in sites) if solves else 0),
+        "gram": grams * sum(s.columns_before**2 for s in sites) * tokens.tokens,
+        "solve": judged + survey + (sum(solve_flops(s) for s in sites) if solves else 0),
         "residual": sum(residual_flops(s) for s in sites),
     }
 

@@ -17,6 +17,7 @@ from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.ops.gram import TOKENS
 from liar_ext.ops.interpolate import repair_bytes
 from liar_ext.ops.residual import residual_bytes
+from liar_ext.survey import Reads
 
 # what `csrc/cpu/gram.cpp` packs at a time: fp32 bytes, or that many tokens if they are more
 _PACKED_BYTES, _PACKED_TOKENS = 16 << 20, 2048
@@ -96,7 +97,8 @@ class Phases:
     Args:
         sites: of the layer that needs most, in the order in which they are pruned.
         sequential: forwards stand at one Site; else the Moments of a layer are made in one pass.
-        scores: there is a pass that scores before anything is pruned.
+        survey: what a survey before anything is pruned reads, None for no survey;
+            survey_bytes: what it makes of that, at most.
         library: Moments are kept on disk.
         solves: weights are fitted.
         judging: most bytes that the criterion holds beside the statistics of a Site.
@@ -108,26 +110,41 @@ class Phases:
         sites: Sequence[SitePlan],
         *,
         sequential: bool,
-        scores: bool,
+        survey: Reads | None,
+        survey_bytes: int,
         library: bool,
         solves: bool,
         judging: Callable[[SitePlan], int],
     ) -> None:
         self._sizes, self._sites, self._solves = sizes, sites, solves
         self._judging = judging
-        self._sequential, self._scores, self._library = sequential, scores, library
+        self._sequential, self._library = sequential, library
+        self._survey, self._survey_bytes = survey, survey_bytes
 
     def all(self) -> list[Phase]:
         """In the order in which they come first."""
-        found = [self._embedding()]
-        if self._scores and not self._library:
-            found += [self._scoring(site) for site in self._sites]
+        found = self._surveying()
         if self._sequential:
             for first, site in enumerate(self._sites):
                 found += self._stopping(site, written=not first)
         else:
             found += self._through()
         return [*found, self._opening(), self._copying()]
+
+    def _surveying(self) -> list[Phase]:
+        """Up to the end of the survey."""
+        if self._survey == "weights":
+            return [self._reading(), self._embedding()]
+        found = [self._embedding()]
+        if self._survey == "columns" and not self._library:
+            found += [self._scoring(site) for site in self._sites]
+        elif self._survey == "moments":
+            found += self._forwards(written=False, when=" in the survey") + self._made(
+                "survey", self._survey_bytes
+            )
+        elif self._survey == "states":
+            found.append(self._comparing())
+        return found
 
     def _phase(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
         s = self._sizes
@@ -151,6 +168,21 @@ class Phases:
 
     def _copying(self) -> Phase:
         return self._phase("copying what is beside the layers", {}, {"pieces": 2 * PIECE_BYTES})
+
+    def _reading(self) -> Phase:
+        """A survey of weights alone: nothing waits, no token is there."""
+        s = self._sizes
+        device = {"layer": s.layer, "survey": self._survey_bytes}
+        following = 2 * s.pinned if s.cuda else s.read
+        return self._phase("reading the weights", device, {"next_layer": following})
+
+    def _comparing(self) -> Phase:
+        """Hidden states on both sides of a layer, in float32, and their product."""
+        s = self._sizes
+        device, host = self._standing(written=False, leaving=True)
+        widest = max(self._frame(site, s.batch) + self._passing(site) for site in self._sites)
+        device["passing_batch"] = max(widest, 12 * s.batch * s.hidden)
+        return self._phase("comparing hidden states", device, host)
 
     def _scoring(self, site: SitePlan) -> Phase:
         """Column statistics: a float32 copy of a batch, and its squares."""
@@ -185,31 +217,44 @@ class Phases:
 
     def _through(self) -> list[Phase]:
         """One pass for all Sites of a layer, whose Moments are then there together."""
+        repairs = [self._repair(site) for site in self._sites]
+        if self._library:
+            repairs = [max(own, 2 * BLOCK_BYTES) for own in repairs]
+        return self._forwards(written=True) + self._made("repair", *repairs)
+
+    def _forwards(self, *, written: bool, when: str = "") -> list[Phase]:
         s = self._sizes
-        device, host = self._standing(written=True, leaving=True)
+        device, host = self._standing(written=written, leaving=True)
         parts: list[dict[str, int]] = [self._sums(site.columns_before) for site in self._sites]
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
         found = []
         for site in self._sites:
             frame = self._frame(site, s.batch)
             passing = {"passing_batch": frame + self._passing(site)}
-            found.append(self._phase(f"forward to {site.kind}", device | sums | passing, host))
+            found.append(
+                self._phase(f"forward to {site.kind}{when}", device | sums | passing, host)
+            )
             gram = {"passing_batch": frame, **self._gram(site.columns_before)}
-            found.append(self._phase(f"statistics of {site.kind}", device | sums | gram, host))
+            found.append(
+                self._phase(f"statistics of {site.kind}{when}", device | sums | gram, host)
+            )
         if s.ranks > 1:
             exchanged = self._exchanged(max(site.columns_before for site in self._sites))
-            found.append(self._phase("sum over ranks", device | sums | exchanged, host))
+            found.append(self._phase(f"sum over ranks{when}", device | sums | exchanged, host))
+        return found
+
+    def _made(self, what: str, *most: int) -> list[Phase]:
+        """What is made of Moments that are there together; bytes of each Site, or of all."""
         device, host = self._standing(written=False)
         squares = [4 * site.columns_before**2 for site in self._sites]
+        found = []
         for number, site in enumerate(self._sites):
             own = {
                 "moments": squares[number],
                 "statistics_of_other_sites": sum(squares[number + 1 :]),
-                "repair": self._repair(site),
+                what: most[min(number, len(most) - 1)],
             }
-            if self._library:
-                own["repair"] = max(own["repair"], 2 * BLOCK_BYTES)
-            found.append(self._phase(f"repair of {site.kind}", device | own, host))
+            found.append(self._phase(f"{what} of {site.kind}", device | own, host))
         return found
 
     def _standing(

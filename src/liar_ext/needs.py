@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.allocation import ALLOCATIONS
 from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
 from liar_ext.costs import SitePlan, Tokens, held_bytes
 from liar_ext.criteria import CRITERIA
@@ -23,6 +22,7 @@ from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.text import size
+from liar_ext.survey import needs_tokens, reads_of
 
 __all__ = ["Weights", "needs", "resident_bytes", "weights_of"]
 
@@ -100,6 +100,7 @@ def needs(
     written: int,
     output: int,
     held: int,
+    survey_bytes: int,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -109,7 +110,8 @@ def needs(
 
     Args:
         process: bytes of the process before anything is computed; written: of the largest pruned
-            layer, output: of all of them; held: of what waits on the shelf, of all ranks.
+            layer, output: of all of them; held: of what waits on the shelf, of all ranks;
+            survey_bytes: of what a survey makes of its statistics, at most.
     """
     cuda = device.type == "cuda"
     place, why = _place(execution, held // ranks, ranks, device, device_memory)
@@ -134,7 +136,8 @@ def needs(
         # in the order of a layer's forward
         [widest[kind] for kind in dict.fromkeys(site.kind for site in sites)],
         sequential=recipe.statistics == "sequential",
-        scores=ALLOCATIONS[recipe.allocation].needs_scores,
+        survey=reads_of(recipe),
+        survey_bytes=survey_bytes,
         library=library,
         solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
         judging=lambda site: CRITERIA[recipe.criterion].holds(
@@ -235,8 +238,8 @@ def _disk(
     free = shutil.disk_usage(folder).free
     moments = MomentsStore.bytes_needed(site.columns_before for site in sites)
     if recipe.statistics == "oneshot":
-        scores = ALLOCATIONS[recipe.allocation].needs_scores
-        if execution.moments is not None or (scores and 2 * moments <= free):
+        twice = needs_tokens(recipe) and 2 * moments <= free
+        if execution.moments is not None or twice:
             add("moments", moments, execution.moments)
     total = sum(parts.values())
     own = total - sum(value for _, value in elsewhere)

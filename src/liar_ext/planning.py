@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.allocation import ALLOCATIONS
+from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.calibration.batches import RECOMMENDED_TOKENS_PER_COLUMN, check_enough
 from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.load import resolve
@@ -37,6 +37,7 @@ from liar_ext.costs import (
     measure,
     producer_rows,
 )
+from liar_ext.criteria import CRITERIA
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
@@ -52,6 +53,7 @@ from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
+from liar_ext.survey import needs_tokens, reads_of, survey_of
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
@@ -99,7 +101,7 @@ def plan(
     # checks the recipe against the model, and knows which biases are added
     host = torch.device("cpu")
     driver = Driver(InMemory(model), (), recipe, host, Silent(), Clock(host))
-    costs = budgets(driver.store, recipe)
+    costs = budgets(driver.store, recipe, tokens.seq_len)
     targeted = sum(budget.units * budget.cost for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
@@ -109,7 +111,8 @@ def plan(
     weights = weights_of(model, adapter, stored, dtype)
     held = weights.held(model, adapter, recipe, tokens)
 
-    sites = _shrink(model, adapter, recipe, driver, notes)
+    survey_flops, survey_bytes = _survey_costs(model, adapter, recipe, driver.targets)
+    sites = _shrink(model, adapter, recipe, driver, costs, notes)
     removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
     bytes_after = _written(model, adapter, stored, recipe.dtype)
     found = needs(
@@ -122,20 +125,29 @@ def plan(
         written=_layer_written(model, adapter, stored, recipe.dtype),
         output=bytes_after,
         held=held,
+        survey_bytes=survey_bytes,
         ranks=ranks,
         out=out,
         device=device,
         device_memory=device_memory,
     )
-    passes = 2 if ALLOCATIONS[recipe.allocation].needs_scores and not found.pop("library") else 1
-    flops = compression_flops(sites, tokens, sum(by_layer[: driver.targets.stop]), recipe, passes)
+    reads, again = reads_of(recipe), not found.pop("library")
+    flops = compression_flops(
+        sites,
+        tokens,
+        sum(by_layer[: driver.targets.stop]),
+        recipe,
+        passes=2 if again and needs_tokens(recipe) else 1,
+        grams=2 if again and reads == "moments" else 1,
+        survey=survey_flops,
+    )
     return {
         "source": str(source),
         "model_type": adapter.model_type,
         "layers": len(widths),
         "recipe": recipe.to_json(),
         "ranks": ranks,
-        "exact": not ALLOCATIONS[recipe.allocation].needs_scores,
+        "exact": reads is None,
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
@@ -251,17 +263,25 @@ def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, 
 
 
 def _shrink(
-    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, driver: Driver, notes: list[str]
+    model: PreTrainedModel,
+    adapter: Adapter,
+    recipe: Recipe,
+    driver: Driver,
+    known: Mapping[tuple[int, str], Budget],
+    notes: list[str],
 ) -> list[SitePlan]:
     """Shrink the model on `meta` as the driver would, biases included."""
     allocation = ALLOCATIONS[recipe.allocation]
-    if allocation.needs_scores:
+    reads = reads_of(recipe)
+    if reads is not None:
+        when = "a forward pass"
+        if reads == "weights":
+            when = "it has read the weights, without a forward pass"
         notes.append(
-            f"--allocation {recipe.allocation} decides after a forward pass: equal widths are "
-            "assumed, so sizes and costs are estimates"
+            f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "
+            "sizes and costs are estimates"
         )
         allocation = ALLOCATIONS["uniform"]
-    known = budgets(driver.store, recipe)
     kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to)
     sites = []
     for (index, kind), units in zip(known, kept, strict=True):
@@ -277,6 +297,22 @@ def _shrink(
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)
     return sites
+
+
+def _survey_costs(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, layers: range
+) -> tuple[int, int]:
+    """FLOPs of what a survey makes of its statistics, and the most bytes that this holds."""
+    survey, criterion = survey_of(recipe), CRITERIA[recipe.criterion]
+    flops = most = 0
+    if survey is None:
+        return flops, most
+    for index in layers:
+        sites = adapter.sites_of(model, index, recipe.target)
+        for site in sites[:1] if survey.whole_layer else sites:
+            own, held = survey.costs(site, criterion)
+            flops, most = flops + own, max(most, held)
+    return flops, most
 
 
 def _parameters(model: PreTrainedModel) -> int:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from liar_ext.report.text import change, count, duration, parameters, percent, size
+from liar_ext.report.text import budgeted, change, count, duration, parameters, percent, size
 
 
 def render(plan: Mapping[str, Any]) -> RenderableType:
@@ -65,9 +65,10 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
 def _lines(plan: Mapping[str, Any], about: str) -> list[str]:
     data, loader, asked = plan["calibration"], plan["loader"], plan["sparsity"]["asked"]
     waiting, phases = plan["hidden_states"], plan["phases"]
+    counted, reached = budgeted(plan["recipe"]), percent(plan["sparsity"]["achieved"])
     why = f", because {loader['why_not_stock']}" if loader["why_not_stock"] else ""
     return [
-        f"sparsity: {percent(asked)} asked, {about}{percent(plan['sparsity']['achieved'])} reached",
+        f"sparsity: {percent(asked)} of {counted} asked, {about}{reached} reached",
         f"loads with {loader['with']}{why}",
         f"calibration: {data['tokens']:,} tokens; {data['minimum']:,} needed, "
         f"{data['recommended']:,} recommended",

@@ -15,6 +15,7 @@ from liar_ext.errors import InputError
 VERSION = 1
 KINDS = ("ffn", "heads")
 CHOICES = {
+    "budget": ("parameters", "flops"),
     "bias": ("auto", "always", "never"),
     "target_signal": ("local",),
     "statistics": ("sequential", "oneshot"),
@@ -28,7 +29,9 @@ class Recipe:
     """One compression.
 
     Attributes:
-        sparsity: fraction of the targeted Sites' parameters to remove, in (0, 1).
+        sparsity: fraction of the targeted Sites' budget to remove, in (0, 1).
+        budget: what that counts: `parameters`, or `flops` of one token at the length of the
+            calibration's sequences.
         target: kinds of Site: `ffn`, `heads`.
         criterion, allocation, reconstruct: names in the registries.
         calibration: file, dataset name, or None when batches are handed over in memory.
@@ -46,6 +49,7 @@ class Recipe:
     """
 
     sparsity: float = 0.3
+    budget: str = "parameters"
     target: tuple[str, ...] = ("ffn",)
     criterion: str = "wanda"
     allocation: str = "uniform"

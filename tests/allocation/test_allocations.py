@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
+from liar_ext import InputError
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.allocation.global_ranking import standardised
+from liar_ext.allocation.levels import levels
 
 
-def budgets(seed: int, layers: int = 4, heads: bool = True) -> list[Budget]:
+def finding(survey: str | None, units: int, columns: int, scale: int, generator) -> object:
+    """Of the shape and in the range of what a survey finds."""
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    return {
+        None: lambda: None,
+        "scores": lambda: drawn(columns) * scale,
+        "spectra": lambda: 2 + 3 * drawn(7),
+        "influence": lambda: 0.5 * drawn(1),
+        "levels": lambda: (
+            torch.cat([drawn(len(levels(units)) - 1), torch.zeros(1)]).sort(descending=True).values
+        ),
+    }[survey]()
+
+
+def budgets(seed: int, layers: int = 4, heads: bool = True, survey="scores") -> list[Budget]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for layer in range(layers):
-        scores = torch.rand(64, generator=generator, dtype=torch.float64) * (layer + 1)
-        made.append(Budget("ffn", 64, 97, scores))
+        found = finding(survey, 64, 64, layer + 1, generator)
+        made.append(Budget("ffn", 64, 97, found))
         if heads:
-            columns = torch.rand(8 * 16, generator=generator, dtype=torch.float64)
-            made.append(Budget("heads", 8, 1000 + layer % 2, columns))
+            found = finding(survey, 8, 8 * 16, 1, generator)
+            made.append(Budget("heads", 8, 1000 + layer % 2, found))
     return made
 
 
@@ -28,11 +45,12 @@ def kept(problem: list[Budget], widths: list[int]) -> float:
 
 
 @pytest.mark.parametrize("round_to", [1, 8, 16])
-@pytest.mark.parametrize("sparsity", [0.01, 0.3, 0.5, 0.77, 0.99])
+@pytest.mark.parametrize("sparsity", [0.01, 0.3, 0.5, 0.77, 0.82])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_no_single_step_on_the_grid_comes_closer(name, seed, sparsity, round_to):
-    problem, allocation = budgets(seed), ALLOCATIONS[name]
+    allocation = ALLOCATIONS[name]
+    problem = budgets(seed, survey=allocation.survey)
     widths = allocation.widths(problem, sparsity, round_to)
     target = sum(b.units * b.cost for b in problem) * (1 - sparsity)
     error = abs(kept(problem, widths) - target)
@@ -117,10 +135,34 @@ def test_equal_scores_are_no_failure(scores):
     assert min(widths) >= 1
 
 
-def test_one_unit_sites_survive_any_sparsity():
-    for name, sparsity in itertools.product(ALLOCATIONS, (0.5, 0.999)):
-        problem = [
-            Budget("heads", 1, 50, torch.tensor([-9.0])),
-            Budget("ffn", 30, 2, torch.rand(30)),
-        ]
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_one_unit_sites_survive_any_sparsity(name):
+    survey = ALLOCATIONS[name].survey
+    generator = torch.Generator().manual_seed(0)
+    problem = [
+        Budget("heads", 1, 5, finding(survey, 1, 1, -9, generator)),
+        Budget("ffn", 3000, 2, finding(survey, 3000, 3000, 1, generator)),
+    ]
+    for sparsity in (0.5, 0.998):
         assert ALLOCATIONS[name].widths(problem, sparsity)[0] == 1
+
+
+@pytest.mark.parametrize("round_to", [1, 16])
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_more_than_can_be_removed_is_refused_with_the_most_that_can(name, round_to):
+    problem = budgets(0, survey=ALLOCATIONS[name].survey)
+    total = sum(b.units * b.cost for b in problem)
+    least = sum((round_to if b.kind == "ffn" else 1) * b.cost for b in problem)
+    with pytest.raises(InputError, match="at most 0\\.\\d+ can be removed") as caught:
+        ALLOCATIONS[name].widths(problem, 0.99, round_to)
+    most = float(str(caught.value).partition("at most ")[2].split()[0])
+    assert 0 <= 1 - least / total - most < 1e-4
+    assert ("multiples of 16" in str(caught.value)) == (round_to == 16)
+    widths = ALLOCATIONS[name].widths(problem, most, round_to)
+    assert kept(problem, widths) == pytest.approx(least, abs=1e-4 * total)
+
+
+def test_a_survey_is_asked_for_by_a_name_that_there_is():
+    from liar_ext.survey import SURVEYS
+
+    assert {a.survey for a in ALLOCATIONS.values()} == {None, *SURVEYS}

@@ -44,6 +44,9 @@ VARIANTS = {
     "on disk": ("llama", "--hidden-states disk --target ffn,heads"),
     "encoder": ("bert", "--target ffn,heads"),
     "idle ranks": ("llama", "--samples 40"),
+    "alpha": ("llama", "--allocation alpha --target ffn,heads --budget flops"),
+    "influence": ("llama", "--allocation influence"),
+    "levels": ("llama", "--allocation levels --target ffn,heads"),
 }
 JOURNAL = "--journal-seconds 0"
 

@@ -74,12 +74,36 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             ],
         ),
         (
+            {"allocation": "alpha", "layers": (1, 4)},
+            "device",
+            [("journal written", 1), ("layer computed", 2), ("tensor half written", 5)],
+        ),
+        (
+            {"allocation": "influence", "statistics": "oneshot"},
+            "disk",
+            [("journal written", 2), ("moments being saved", 3), ("site half pruned", 2)],
+        ),
+        (
+            {"allocation": "levels", "criterion": "obs", "budget": "flops"},
+            "device",
+            [("journal written", 2), ("hidden states not named", 1), ("journal written", 2)],
+        ),
+        (
             {"layers": (1, 3), "reconstruct": "none"},
             "device",
             [("layer computed", 2), ("journal written", 2), ("layer being written", 1)],
         ),
     ],
-    ids=["sequential", "global", "oneshot", "oneshot-global", "some-layers"],
+    ids=[
+        "sequential",
+        "global",
+        "oneshot",
+        "oneshot-global",
+        "alpha",
+        "influence",
+        "levels",
+        "some-layers",
+    ],
 )
 def test_killed_again_and_again_the_result_is_the_same(
     bench, tmp_path, recipe, hidden_states, kills

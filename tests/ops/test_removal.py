@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from liar_ext.errors import NumericalError
-from liar_ext.ops import removal
 from liar_ext.ops.removal import (
     Tableau,
     best_reference,
@@ -102,17 +101,15 @@ def test_greedy_removal_is_the_definition(n, width, keep, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_step_of_several_removes_what_single_ones_would(seed, monkeypatch):
+def test_a_step_of_several_removes_what_single_ones_would(seed):
     # all columns are candidates, so a step is greedy removal itself
     matrix, weight = system(33, seed=seed)
-    monkeypatch.setattr(removal, "STEPS", 2)
-    order, _ = tableau(matrix, weight, 1).remove(16)
-    monkeypatch.setattr(removal, "STEPS", 128)
+    order, _ = tableau(matrix, weight, 1).remove(16, steps=2)
     single, _ = tableau(matrix, weight, 1).remove(16)
     assert order.tolist() == single.tolist()
 
 
-def test_steps_do_not_take_twins_together(monkeypatch):
+def test_steps_do_not_take_twins_together():
     # either of two equal columns costs nothing, both together cost all they carry
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 8, dtype=torch.float64, generator=generator)
@@ -120,9 +117,8 @@ def test_steps_do_not_take_twins_together(monkeypatch):
     matrix = x.T @ x / 500 + 1e-9 * torch.eye(8, dtype=torch.float64)
     weight = torch.randn(3, 8, dtype=torch.float64, generator=generator)
     weight[:, :2] *= 100
-    monkeypatch.setattr(removal, "STEPS", 1)
     found = tableau(matrix, weight, 1)
-    found.remove(4)
+    found.remove(4, steps=1)
     assert int(found.kept[:2].sum()) == 1
 
 

@@ -1,9 +1,15 @@
 """Allocations by name. To add one: a file beside this, a line here, a page in docs/methods/."""
 
-from liar_ext.allocation.base import Allocation, Budget
+from liar_ext.allocation.alpha import ALPHA
+from liar_ext.allocation.base import Allocation, Budget, check_reachable
 from liar_ext.allocation.global_ranking import GLOBAL
+from liar_ext.allocation.influence import INFLUENCE
+from liar_ext.allocation.kwon import KWON
+from liar_ext.allocation.levels import BY_LEVELS
 from liar_ext.allocation.uniform import UNIFORM
 
-ALLOCATIONS: dict[str, Allocation] = {a.name: a for a in (UNIFORM, GLOBAL)}
+ALLOCATIONS: dict[str, Allocation] = {
+    a.name: a for a in (UNIFORM, GLOBAL, ALPHA, INFLUENCE, BY_LEVELS, KWON)
+}
 
-__all__ = ["ALLOCATIONS", "Allocation", "Budget"]
+__all__ = ["ALLOCATIONS", "Allocation", "Budget", "check_reachable"]

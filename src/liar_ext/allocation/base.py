@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from liar_ext.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -13,14 +16,21 @@ class Budget:
     """What an allocation knows of one Site.
 
     Attributes:
-        kind: `ffn` or `heads`; units: how many there are; cost: parameters of one unit.
-        scores: (columns,) or (units,) float64, or None when the allocation does not ask.
+        kind: `ffn` or `heads`; units: how many there are.
+        cost: of one unit, in what the budget counts: parameters, or FLOPs of a token.
+        finding: of the allocation's survey, float64 on the CPU; None when it asks for none.
     """
 
     kind: str
     units: int
     cost: int
-    scores: Tensor | None = None
+    finding: Tensor | None = None
+
+    @property
+    def known(self) -> Tensor:
+        """The finding, for an allocation with a survey."""
+        assert self.finding is not None, "the driver supplies what the survey finds"
+        return self.finding
 
 
 @dataclass(frozen=True)
@@ -28,23 +38,27 @@ class Allocation:
     """Attributes:
     name: as users write it.
     wanted: (budgets, sparsity) -> kept units of each Site, real numbers.
-    needs_scores: the scores of all Sites must be known first: one more forward pass.
+    survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
     """
 
     name: str
     wanted: Callable[[Sequence[Budget], float], list[float]]
-    needs_scores: bool
+    survey: str | None
     equal: bool
 
     def widths(self, budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> list[int]:
         """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
-        parameters removed as close to the budget as the grid allows.
+        cost removed as close to the budget as the grid allows.
 
         Rounding each Site alone drifts from the budget (4 KV groups cannot lose 30 %), so after
         rounding the cheapest distortions are taken, one grid step at a time, while they bring the
         total closer.
+
+        Raises:
+            InputError: the least widths of all Sites are more than the budget.
         """
+        check_reachable(budgets, sparsity, round_to)
         wanted = self.wanted(budgets, sparsity)
         groups: dict[object, list[int]] = {}
         for index, budget in enumerate(budgets):
@@ -84,6 +98,25 @@ class Allocation:
             for index in indices:
                 widths[index] = grids[group][chosen[group]]
         return widths
+
+
+def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> None:
+    """Refuse a budget that no allocation can meet.
+
+    Raises:
+        InputError: with the largest sparsity that there is.
+    """
+    total = sum(b.units * b.cost for b in budgets)
+    least = sum(_grid(b, round_to)[0] * b.cost for b in budgets)
+    # where nothing at all can go, that is said after the widths
+    if total > least > total * (1 - sparsity) * (1 + 1e-9):
+        # rounded down: it has to be one that is accepted
+        most = math.floor(1e4 * (1 - least / total)) / 1e4
+        grid = f" and FFN widths are multiples of {round_to}" if round_to > 1 else ""
+        raise InputError(
+            f"--sparsity {sparsity}: every layer keeps at least one targeted unit{grid}, so "
+            f"that at most {most:.4g} can be removed; lower --sparsity"
+        )
 
 
 def _grid(budget: Budget, round_to: int) -> list[int]:

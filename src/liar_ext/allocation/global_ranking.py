@@ -3,7 +3,7 @@
 Scores are standardised per Site, `z = (score − mean)/std`, over the columns where the criterion
 scores columns, and a unit gets the mean of its columns' z. All units are sorted, the best are kept
 until the parameters kept reach the budget. Unlike the published code, every Site keeps at least
-one unit, and the cost of a unit is its parameters, which covers grouped-query attention.
+one unit, and the cost of a unit is counted from its weights, which covers grouped-query attention.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,7 @@ from liar_ext.allocation.base import Allocation, Budget
 
 def standardised(budget: Budget) -> Tensor:
     """z-scores of a Site's units, (units,) float64; zeros where all scores are equal."""
-    assert budget.scores is not None, "the driver supplies scores when needs_scores is set"
-    scores = budget.scores.double().cpu()
+    scores = budget.known.double()
     spread = scores.std() if scores.numel() > 1 else scores.new_zeros(())
     z = (scores - scores.mean()) / spread if float(spread) > 0 else torch.zeros_like(scores)
     return z.reshape(budget.units, -1).mean(1)
@@ -43,4 +42,4 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     return torch.bincount(owner[order[:count]], minlength=len(budgets)).double().tolist()
 
 
-GLOBAL = Allocation("global", wanted, needs_scores=True, equal=False)
+GLOBAL = Allocation("global", wanted, survey="scores", equal=False)

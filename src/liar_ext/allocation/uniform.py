@@ -9,4 +9,4 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     return [budget.units * (1 - sparsity) for budget in budgets]
 
 
-UNIFORM = Allocation("uniform", wanted, needs_scores=False, equal=True)
+UNIFORM = Allocation("uniform", wanted, survey=None, equal=True)

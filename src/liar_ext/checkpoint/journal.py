@@ -17,7 +17,7 @@ from liar_ext.errors import InputError
 VERSION = 1
 KEYS = {
     *("stage", "layer", "layers", "identity", "widths", "sites", "generator", "folder"),
-    *("hidden", "written"),
+    *("hidden", "written", "notes"),
 }
 
 
@@ -76,7 +76,7 @@ class Journal:
         entry = None if self.damaged() else self.read()
         if entry is None:
             return "its journal is damaged"
-        what = "scored" if entry["stage"] == "score" else "pruned"
+        what = "surveyed" if entry["stage"] == "survey" else "pruned"
         return f"{entry['layer']} of {entry['layers']} layers {what}"
 
 

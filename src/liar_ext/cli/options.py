@@ -9,10 +9,11 @@ from liar_ext.errors import InputError
 
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "sparsity": (float, "F", "fraction of the targeted parameters to remove"),
+    "sparsity": (float, "F", "fraction of the targeted budget to remove"),
+    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
     "criterion": (str, "NAME", "what to keep: magnitude, wanda, flap, random"),
-    "allocation": (str, "NAME", "how many where: uniform, global"),
+    "allocation": (str, "NAME", "how many where: uniform, global, alpha, influence, levels, kwon"),
     "reconstruct": (str, "NAME", "how to repair: none, bias, liar"),
     "calibration": (str, "TEXT", ".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets name"),
     "samples": (int, "N", "windows (decoders) or sentences (encoders)"),

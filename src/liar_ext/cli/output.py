@@ -76,6 +76,9 @@ def summary(report: Report) -> Table:
     table.add_row(
         *_ratio("targeted", totals["site_parameters_before"], totals["site_parameters_after"])
     )
+    table.add_row(
+        *_ratio("targeted FLOPs", totals["site_flops_before"], totals["site_flops_after"])
+    )
     if "bytes_after" in totals:
         table.add_row(*_ratio("bytes", totals["bytes_before"], totals["bytes_after"]))
     residuals = [site.relative_residual for site in report.sites]

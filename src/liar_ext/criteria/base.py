@@ -57,6 +57,7 @@ class Criterion:
     needs: `columns`, or `moments` where means and mean squares of single columns do not do.
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
+    greedy: what goes next depends on what has gone (`ops.removal`).
     flops, holds: (columns, outputs, dropped columns) -> what a judgement of one Site computes, and
         the most bytes that it holds beside the statistics. As here where weights are read once.
     """
@@ -65,6 +66,7 @@ class Criterion:
     score: Callable[[Evidence], Tensor]
     needs: Literal["columns", "moments"] = "columns"
     choose: Callable[[Evidence], Tensor] | None = None
+    greedy: bool = False
     flops: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 0
     # the weights in float64, and one function of them
     holds: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 16 * columns * outputs

@@ -82,6 +82,7 @@ OBS = Criterion(
     score,
     needs="moments",
     choose=choose,
+    greedy=True,
     flops=removal_flops,
     holds=removal_bytes,
 )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from liar_ext.allocation import ALLOCATIONS
 from liar_ext.calibration.batches import Calibration
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity
@@ -43,6 +42,7 @@ from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
+from liar_ext.survey import needs_tokens
 
 
 def compress(
@@ -296,7 +296,7 @@ def _library(
 
     folder = execution.moments
     if folder is None:
-        if not ALLOCATIONS[recipe.allocation].needs_scores:
+        if not needs_tokens(recipe):
             return None
         adapter = adapter_for(store.model.config)
         columns = [

@@ -5,18 +5,19 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
+from liar_ext.allocation import Budget
 from liar_ext.calibration.batches import Batch, check_enough
 from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.engine.clock import Clock
-from liar_ext.engine.driver import Driver, budgets, targeted_layers
+from liar_ext.engine.driver import Driver, budgets, longest, targeted_layers
 from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
@@ -24,11 +25,11 @@ from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.store import LayerStore
 from liar_ext.environment import environment
 from liar_ext.models import adapter_for, layout
-from liar_ext.recipe import Recipe
+from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report import Report
 from liar_ext.report.card import model_card
-from liar_ext.report.schema import FILE
+from liar_ext.report.schema import FILE, SiteReport
 
 if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
@@ -85,7 +86,10 @@ class Compression:
             if few is not None:
                 self.warn(few)
         before = layout.read(model)
-        costs = budgets(self._store, recipe)
+        length = longest(batches)
+        costs = {
+            counts: budgets(self._store, recipe, length, counts) for counts in CHOICES["budget"]
+        }
         parameters = _parameters(model)
         driver = Driver(
             self._store,
@@ -101,12 +105,9 @@ class Compression:
         )
         self._reset_peak()
         driver.run()
-        removed = sum(
-            (site.units_before - site.units_after) * costs[site.layer, site.kind].cost
-            for site in driver.sites
-        )
-        targeted = sum(budget.units * budget.cost for budget in costs.values())
-        achieved = removed / targeted
+        sizes = {counts: _sizes(driver.sites, own) for counts, own in costs.items()}
+        targeted, left = sizes[recipe.budget]
+        achieved = (targeted - left) / targeted
         if abs(achieved - recipe.sparsity) > SPARSITY_TOLERANCE:
             self.warn(
                 f"asked for sparsity {recipe.sparsity:.3f}, got {achieved:.3f}: the widths that "
@@ -128,8 +129,11 @@ class Compression:
             totals={
                 "parameters_before": parameters,
                 "parameters_after": _parameters(model),
-                "site_parameters_before": targeted,
-                "site_parameters_after": targeted - removed,
+                **{
+                    f"site_{counts}_{when}": size
+                    for counts, own in sizes.items()
+                    for when, size in zip(("before", "after"), own, strict=True)
+                },
                 "sparsity_asked": recipe.sparsity,
                 "sparsity": achieved,
             },
@@ -169,6 +173,15 @@ def peak_host_bytes() -> int:
         # it counts what the process that started this one held; in KiB, and in bytes on macOS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _sizes(sites: Sequence[SiteReport], costs: Mapping[tuple[int, str], Budget]) -> tuple[int, int]:
+    """What all targeted Sites cost, before and after."""
+    before = sum(budget.units * budget.cost for budget in costs.values())
+    removed = sum(
+        (site.units_before - site.units_after) * costs[site.layer, site.kind].cost for site in sites
+    )
+    return before, before - removed
 
 
 def _parameters(model: PreTrainedModel) -> int:

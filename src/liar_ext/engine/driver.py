@@ -1,7 +1,9 @@
-"""The one loop: layer by layer, capture, score, select, repair, shrink."""
+"""The one loop: layer by layer, capture, select, repair, shrink; before it a survey, if one is
+asked for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -9,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from liar_ext.allocation import ALLOCATIONS, Budget
+from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
+from liar_ext.costs import unit_costs
+from liar_ext.criteria import Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.measure import Measured, Measurer
@@ -25,19 +29,35 @@ from liar_ext.models import Site, adapter_for, layout
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.schema import SiteReport
+from liar_ext.survey import Survey, reads_of, survey_of
 
 if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
 
 
-def budgets(store: LayerStore, recipe: Recipe) -> dict[tuple[int, str], Budget]:
-    """Units and costs of every targeted Site, from shapes alone (works on `meta`)."""
+def budgets(
+    store: LayerStore, recipe: Recipe, length: int, counts: str | None = None
+) -> dict[tuple[int, str], Budget]:
+    """Units and costs of every targeted Site, from shapes alone (works on `meta`).
+
+    Args:
+        length: of the longest calibration sequence.
+        counts: a key of `costs.unit_costs`; None for what the recipe budgets.
+    """
     adapter = adapter_for(store.model.config)
+    counts = counts or recipe.budget
     return {
-        (index, site.kind): Budget(site.kind, site.units, site.unit_parameters)
+        (index, site.kind): Budget(
+            site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts]
+        )
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
+
+
+def longest(batches: Sequence[Batch]) -> int:
+    """Tokens of the longest calibration sequence."""
+    return max((batch.input_ids.shape[1] for batch in batches), default=1)
 
 
 def targeted_layers(store: LayerStore, recipe: Recipe) -> range:
@@ -114,13 +134,13 @@ class Driver:
         With a Keeper that kept something, from there on.
         """
         found = None if self.keeper is None else self.keeper.found()
-        position = found or Position("score")
+        position = found or Position("survey")
         if position.generator is not None:
             self._repairer.generator.set_state(position.generator)
-        if position.stage == "score":
+        if position.stage == "survey":
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)
-            position = Position("prune", widths=widths)
+            position = Position("prune", widths=widths, notes=position.notes)
         self.sites = position.sites
         self.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
         if self._measurer.needed(position.layer):
@@ -130,7 +150,7 @@ class Driver:
         for index in range(position.layer, len(self._layers)):
             self._open(index)
             if index in self.targets:
-                self._shrink_layer(index, position.widths)
+                self._shrink_layer(index, position)
             elif self._measurer.flows(index):
                 self._measurer.dense(index)
             self._add_biases(index)
@@ -191,66 +211,109 @@ class Driver:
         return has_bias and self.recipe.bias == "auto"
 
     def _allocate(self, position: Position) -> Widths:
-        """Kept units of every targeted Site; one more pass if the allocation needs scores."""
-        allocation = ALLOCATIONS[self.recipe.allocation]
-        known = budgets(self.store, self.recipe)
-        if allocation.needs_scores:
-            scores = self._score_all(position)
-            known = {key: replace(known[key], scores=scores[key]) for key in known}
-        kept = allocation.widths(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
+        """Kept units of every targeted Site; after a survey if the allocation asks for one."""
+        allocation, recipe = ALLOCATIONS[self.recipe.allocation], self.recipe
+        known = budgets(self.store, recipe, longest(self.batches))
+        check_reachable(list(known.values()), recipe.sparsity, recipe.round_to)
+        survey = survey_of(recipe)
+        if survey is not None:
+            self._survey(survey, position)
+            known = {key: replace(known[key], finding=position.findings[key]) for key in known}
+        kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to)
         if all(k == b.units for k, b in zip(kept, known.values(), strict=True)):
             raise InputError(
-                f"--sparsity {self.recipe.sparsity} with --round-to {self.recipe.round_to} removes "
+                f"--sparsity {recipe.sparsity} with --round-to {recipe.round_to} removes "
                 "nothing: no smaller width is as close; lower --round-to or raise --sparsity"
             )
-        # of scores that other GPUs computed, ranks could make other widths
+        # of what other GPUs found, ranks could make other widths
         return dict(zip(known, self.ranks.broadcast(kept), strict=True))
 
-    def _score_all(self, position: Position) -> dict[tuple[int, str], Tensor]:
-        """Scores of every targeted Site on the dense path."""
-        if self._measurer.needed(position.layer):
+    def _survey(self, survey: Survey, position: Position) -> None:
+        """Findings of every targeted Site on the dense path, from `position` on."""
+        reads = reads_of(self.recipe)
+        assert reads is not None
+        if self._measurer.needed(position.layer, reads):
             self._enter(position)
-        self.progress.begin(self.targets.stop, "scoring", position.layer)
-        for index in range(position.layer, self.targets.stop):
+        self.progress.begin(self.targets.stop, survey.label, position.layer)
+        # without tokens nothing has to pass the layers before the first targeted one
+        first = self.targets.start if reads == "weights" else 0
+        for index in range(max(position.layer, first), self.targets.stop):
             self._open(index)
-            evidence = self._measurer.evidence(index)
-            for site in self._measurer.sites(index):
-                position.scores[index, site.kind] = self._repairer.score(site, evidence[site.kind])
+            similarity = self._similarity(index) if reads == "states" else None
+            found = self._measurer.statistics(index, reads)
+            self._find(survey, index, found, similarity, position)
             self.store.close(index, final=False)
             self._keep(position, index + 1)
             self.progress.layer(index)
         self._stream.advance({})
         self._measurer.entered = False
-        return position.scores
 
-    def _shrink_layer(self, index: int, widths: Widths) -> None:
+    def _find(
+        self,
+        survey: Survey,
+        index: int,
+        statistics: dict[str, Columns],
+        similarity: float | None,
+        position: Position,
+    ) -> None:
+        """Findings of a layer's Sites; the statistics of each are freed after it."""
+        whole: Tensor | None = None
+        for site in self._measurer.sites(index):
+            key = index, site.kind
+            if whole is None:
+                own = statistics.pop(site.kind, None)
+                found, notes = self._repairer.finding(survey, site, own, similarity)
+                del own
+                position.notes[key] = [f"survey: {note}" for note in notes]
+            else:
+                # files do not take two tensors of one storage
+                found = whole.clone()
+            position.findings[key] = found
+            whole = found if survey.whole_layer else None
+
+    def _similarity(self, index: int) -> float:
+        found = self._measurer.similarity(index)
+        if index in self.targets and not math.isfinite(found):
+            path = self.adapter.layer_list(self.store.model)[0]
+            raise InputError(
+                f"{path}.{index}: hidden states are NaN or infinite; check the checkpoint, or "
+                "compute in a wider type with --dtype"
+            )
+        return found
+
+    def _shrink_layer(self, index: int, position: Position) -> None:
         """Prune a layer's Sites; what enters the next is the pruned layer's output if sequential,
         else the dense one's."""
-        sites = self._measurer.sites(index)
+        sites, widths = self._measurer.sites(index), position.widths
+        noted = {site.kind: position.notes.get((index, site.kind), []) for site in sites}
         if self.recipe.statistics == "sequential":
 
             def visit(site: Site, feed: Feed) -> Tensor:
                 before = dict(self.clock.seconds)
                 measured = self._measurer.standing(site, feed)
-                return self._repair(site, measured, widths[index, site.kind], before)
+                units = widths[index, site.kind]
+                return self._repair(site, measured, noted[site.kind], units, before)
 
             self._stream.stopping(index, sites, visit, onward=self._measurer.onward(index))
             return
         before = dict(self.clock.seconds)
         found = self._measurer.dense(index)
         for site in sites:
-            self._repair(site, found.pop(site.kind), widths[index, site.kind], before)
+            units, notes = widths[index, site.kind], noted[site.kind]
+            self._repair(site, found.pop(site.kind), notes, units, before)
             before = dict(self.clock.seconds)
 
     def _repair(
         self,
         site: Site,
         measured: Measured,
+        notes: list[str],
         kept_units: int,
         before: dict[str, float],
     ) -> Tensor:
         """Repair and shrink a Site; returns the kept columns."""
-        report, shrink = self._repairer.repair(site, measured.moments, measured.notes, kept_units)
+        notes = [*notes, *measured.notes]
+        report, shrink = self._repairer.repair(site, measured.moments, notes, kept_units)
         report.seconds = {k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:
             self.progress.warn(f"{site.name}: {note}")

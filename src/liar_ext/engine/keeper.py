@@ -31,7 +31,7 @@ from liar_ext.report.schema import SiteReport
 
 # (layer, kind) -> kept units
 Widths = dict[tuple[int, str], int]
-SCORES = "scores.safetensors"
+FINDINGS = "findings.safetensors"
 # keeping may take this share of the time
 _SHARE = 0.05
 
@@ -41,18 +41,20 @@ class Position:
     """Where a compression is.
 
     Attributes:
-        stage: `score` while an allocation collects scores, then `prune`.
+        stage: `survey` while there is one, then `prune`.
         layer: the next one.
         widths: kept units of each targeted Site, once they are known.
-        scores: of the Sites that the first pass has been at.
+        findings: of the Sites that the survey has been at; notes: what the report is to say of
+            them.
         sites: reports of those that are pruned.
         generator: state of the random generator, None for that of the seed.
     """
 
-    stage: Literal["score", "prune"]
+    stage: Literal["survey", "prune"]
     layer: int = 0
     widths: Widths = field(default_factory=dict)
-    scores: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    findings: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    notes: dict[tuple[int, str], list[str]] = field(default_factory=dict)
     sites: list[SiteReport] = field(default_factory=list)
     generator: Tensor | None = None
 
@@ -97,21 +99,22 @@ class Keeper:
             entry["stage"],
             entry["layer"],
             {(layer, kind): units for layer, kind, units in entry["widths"]},
-            self._scores(self._job.folder / entry["folder"] / SCORES),
+            self._findings(self._job.folder / entry["folder"] / FINDINGS),
+            {(layer, kind): notes for layer, kind, notes in entry["notes"]},
             [SiteReport(**site) for site in entry["sites"]],
             torch.tensor(list(bytes.fromhex(entry["generator"])), dtype=torch.uint8),
         )
 
-    def _scores(self, path: Path) -> dict[tuple[int, str], Tensor]:
+    def _findings(self, path: Path) -> dict[tuple[int, str], Tensor]:
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"--resume: {path}, scores of an earlier run, cannot be read ({error}); "
+                f"--resume: {path}, the survey of an earlier run, cannot be read ({error}); "
                 "start again with --overwrite instead"
             ) from error
         keys = {name: name.partition(".") for name in stored}
-        return {(int(keys[n][0]), keys[n][2]): scores for n, scores in stored.items()}
+        return {(int(keys[n][0]), keys[n][2]): found for n, found in stored.items()}
 
     def hidden(self, batches: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """The hidden states of these batches that were kept.
@@ -179,23 +182,24 @@ class Keeper:
             mine[str(number)] = item.save(path)
             sync_path(path)
             mine[str(number)]["sha256"] = _digest(path)
-        found: list[tuple[dict[str, Any], dict[str, str]]] = self._ranks.gather((mine, digests))
+        every: list[tuple[dict[str, Any], dict[str, str]]] = self._ranks.gather((mine, digests))
         entry = {
             "stage": position.stage,
             "layer": position.layer,
             "layers": self._layers,
             "identity": self._identity | {"source_sha256": sums},
             "widths": [[*key, units] for key, units in position.widths.items()],
+            "notes": [[*key, notes] for key, notes in position.notes.items()],
             "sites": [asdict(site) for site in position.sites],
             "generator": bytes(position.generator.tolist()).hex(),
             "folder": name,
-            "hidden": {number: data for part, _ in found for number, data in part.items()},
-            "written": {layer: digest for _, part in found for layer, digest in part.items()},
+            "hidden": {number: data for part, _ in every for number, data in part.items()},
+            "written": {layer: digest for _, part in every for layer, digest in part.items()},
         }
         if self._ranks.rank == 0:
-            scores = {f"{layer}.{kind}": s for (layer, kind), s in position.scores.items()}
-            save_file(scores, folder / SCORES)
-            sync_path(folder / SCORES)
+            found = {f"{layer}.{kind}": f for (layer, kind), f in position.findings.items()}
+            save_file(found, folder / FINDINGS)
+            sync_path(folder / FINDINGS)
             sync_path(folder)
             self._job.journal.write(entry)
             for old in self._job.folder.glob("hidden-*"):

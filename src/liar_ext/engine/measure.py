@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from liar_ext.criteria import CRITERIA, Columns
+from liar_ext.criteria import Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import refuse_non_finite
-from liar_ext.engine.statistics import SiteColumns, SiteMoments
-from liar_ext.engine.stream import Feed, Stream
+from liar_ext.engine.statistics import SiteColumns, SiteMoments, StateSimilarity
+from liar_ext.engine.stream import Comparison, Feed, Stream
 from liar_ext.models import Adapter, Site
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
+from liar_ext.survey import Reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,11 +96,13 @@ class Measurer:
             return []
         return self.adapter.sites_of(self.model, index, self.recipe.target)
 
-    def needed(self, layer: int) -> bool:
-        """Whether hidden states have to go through layers from `layer` on."""
+    def needed(self, layer: int, reads: Reads = "moments") -> bool:
+        """Whether hidden states have to go through layers from `layer` on, for what is read."""
         ahead = range(max(layer, self.targets.start), self.targets.stop)
-        if self.library is None or not ahead:
-            return len(ahead) > 0
+        if reads == "weights" or not ahead:
+            return False
+        if self.library is None or reads == "states":
+            return True
         sites = [(index, kind) for index in ahead for kind in self.recipe.target]
         return bool(self.ranks.broadcast(not self.library.complete(sites)))
 
@@ -111,11 +114,24 @@ class Measurer:
         """Nobody needs what leaves the last layer that statistics are taken from."""
         return index < self._last - 1
 
-    def evidence(self, index: int) -> Mapping[str, Columns]:
-        """What the criterion needs of a layer's Sites on the dense path; hidden states advance."""
-        if CRITERIA[self.recipe.criterion].needs == "moments":
+    def statistics(self, index: int, reads: Reads) -> dict[str, Columns]:
+        """Those of a layer's Sites on the dense path by kind, if any are read; hidden states
+        advance."""
+        if reads == "moments":
             return {kind: found.moments for kind, found in self.dense(index).items()}
-        return self._columns(index)
+        return dict(self._columns(index)) if reads == "columns" else {}
+
+    def similarity(self, index: int) -> float:
+        """Mean cosine of the hidden states on both sides of a layer, which advance.
+
+        Moments that the library is to have are made in the same pass.
+        """
+        compared = StateSimilarity(self.device)
+        if self.library is None or self._in_library(index):
+            self._pass_on(index, compared)
+        else:
+            self._forward(index, compared)
+        return compared.finish(self.ranks)
 
     def _columns(self, index: int) -> Mapping[str, ColumnMoments]:
         """Column statistics.
@@ -162,12 +178,12 @@ class Measurer:
         with self.clock.phase("gram"):
             return accumulator.finish(self.ranks)
 
-    def _forward(self, index: int) -> dict[str, Measured]:
+    def _forward(self, index: int, compared: Comparison | None = None) -> dict[str, Measured]:
         """One forward of a layer, with all statistics that anybody asks for."""
         kinds = {site.kind for site in self.sites(index)} | set(self._extra(index))
         sites = self.adapter.sites_of(self.model, index, tuple(kinds))
         taps = [(site, self._both(site)) for site in sites]
-        later = self.stream.through(index, taps, onward=self.onward(index))
+        later = self.stream.through(index, taps, onward=self.onward(index), compared=compared)
         measured: dict[str, Measured] = {}
         for site, tap in taps:
             with self.clock.phase("gram"):
@@ -229,7 +245,8 @@ class Measurer:
         there = all(self.library.has(index, kind) for kind in kinds) and not extra
         return bool(self.ranks.broadcast(there))
 
-    def _pass_on(self, index: int) -> None:
+    def _pass_on(self, index: int, compared: Comparison | None = None) -> None:
         """Take the hidden states, if there are any, through a layer as it is."""
         if self.flows(index):
-            self.stream.advance(self.stream.through(index, (), onward=self.onward(index)))
+            onward = self.onward(index)
+            self.stream.advance(self.stream.through(index, (), onward=onward, compared=compared))

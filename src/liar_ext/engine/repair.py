@@ -1,4 +1,4 @@
-"""One Site from its statistics to repaired weights: score, select, solve, measure, shrink."""
+"""One Site from its statistics to a finding, and to repaired weights: select, solve, shrink."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from liar_ext.ops.solve import LADDER_STEPS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
 from liar_ext.report.schema import SiteReport
+from liar_ext.survey import Survey, View
 
 
 class Repairer:
@@ -34,11 +35,21 @@ class Repairer:
         self._reconstruction = RECONSTRUCTIONS[recipe.reconstruct]
         self.generator = torch.Generator().manual_seed(recipe.seed)
 
-    def score(self, site: Site, statistics: Columns) -> Tensor:
-        """Scores of a Site's columns or units, on the CPU."""
-        refuse_non_finite(site, statistics)
+    def finding(
+        self, survey: Survey, site: Site, statistics: Columns | None, similarity: float | None
+    ) -> tuple[Tensor, list[str]]:
+        """What a survey finds of a Site, float64 on the CPU, and what the report should say of it.
+
+        Args:
+            statistics, similarity: what the survey reads of them, see `survey.View`.
+        """
+        evidence = None
+        if statistics is not None:
+            refuse_non_finite(site, statistics)
+            evidence = self._evidence(site, statistics)
         with self._clock.phase("solve"):
-            return self._criterion.score(self._evidence(site, statistics)).cpu()
+            found = survey.measure(View(site, self._criterion, evidence, similarity))
+        return found.double().cpu(), [] if evidence is None else evidence.notes
 
     def repair(
         self, site: Site, moments: Moments, notes: Sequence[str], kept_units: int

@@ -124,3 +124,28 @@ class SiteColumns:
         for value in (self._columns.count, self._columns.sum, self._columns.squares):
             ranks.sum_(value)
         return self._columns
+
+
+class StateSimilarity:
+    """Mean cosine of the hidden states that enter a layer and leave it, over the valid tokens.
+
+    Sums are kept by segment, and a segment is one rank's: that of all ranks is the same to the bit.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(MOST_SEGMENTS, dtype=torch.float64, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, before: Tensor, after: Tensor, mask: Tensor | None, segment: int) -> None:
+        """Accumulate the valid rows of both (..., d)."""
+        cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
+        if mask is not None:
+            cosines = cosines[mask]
+        self._sums[segment] += cosines.sum(dtype=torch.float64)
+        self._count += cosines.numel()
+
+    def finish(self, ranks: Ranks) -> float:
+        """Of all batches of all ranks."""
+        ranks.sum_(self._sums)
+        ranks.sum_(self._count)
+        return float(self._sums.sum() / self._count.clamp(min=1))

@@ -23,6 +23,12 @@ class Accumulator(Protocol):
     def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None: ...
 
 
+class Comparison(Protocol):
+    """What takes the hidden states that enter a layer and leave it, batch by batch in order."""
+
+    def add(self, before: Tensor, after: Tensor, mask: Tensor | None, segment: int) -> None: ...
+
+
 # hands the inputs of a Site, of all batches of this rank, to an accumulator; may be called again
 Feed = Callable[[Accumulator], None]
 # a Site and its feed -> the columns the forward goes on with, or None for all
@@ -93,13 +99,19 @@ class Stream:
         self.advance({number: self._shelf.put(tensor) for number, tensor in states})
 
     def through(
-        self, index: int, taps: Sequence[tuple[Site, Accumulator]], *, onward: bool
+        self,
+        index: int,
+        taps: Sequence[tuple[Site, Accumulator]],
+        *,
+        onward: bool,
+        compared: Comparison | None = None,
     ) -> dict[int, Item]:
         """One forward of each batch through a layer as it is; nothing of a batch is held.
 
         Args:
             taps: Sites and what takes their inputs.
             onward: whether the outputs are wanted.
+            compared: what takes the hidden states on both sides of the layer.
         Returns:
             the outputs; hidden states stay what they were until `advance`.
         """
@@ -114,14 +126,24 @@ class Stream:
                             accumulator.add(x, self._masks[number], self._segments[number])
                         run.keep(None)
                         del x
-                    if onward:
+                    if onward or compared is not None:
                         with self._clock.phase("forward"):
                             states = run.to_next()[1]
-                        with self._clock.phase("hold"):
-                            later[number] = self._shelf.put(states)
+                        if compared is not None:
+                            self._compare(number, states, compared)
+                        if onward:
+                            with self._clock.phase("hold"):
+                                later[number] = self._shelf.put(states)
+                        del states
                 finally:
                     run.close()
         return later
+
+    def _compare(self, number: int, after: Tensor, compared: Comparison) -> None:
+        with self._clock.phase("hold"):
+            before = self.hidden[number].fetch()
+        with self._clock.phase("gram"):
+            compared.add(before, after, self._masks[number], self._segments[number])
 
     def stopping(self, index: int, sites: Sequence[Site], visit: Visit, *, onward: bool) -> None:
         """Each batch stops at each Site until all have been there and `visit` has acted on it.

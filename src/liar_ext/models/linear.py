@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
+def linears(module: nn.Module) -> list[nn.Module]:
+    """All linear layers inside a module, in its own order."""
+    return [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+
+
 def weight(module: nn.Module) -> Tensor:
     """The weight as (out, in); a view, so writing to it writes to the module."""
     data = _stored(module).detach()

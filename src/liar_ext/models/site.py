@@ -89,14 +89,21 @@ class Site:
         return self.columns // self.units
 
     @property
-    def unit_parameters(self) -> int:
-        """Weights and biases that go with one unit."""
-        consumer = linear.weight(self.consumer)
-        total = self.columns_per_unit * consumer.shape[0]
+    def unit_weights(self) -> int:
+        """Weights that go with one unit: multiplications of a token in the linears."""
+        total = self.columns_per_unit * linear.weight(self.consumer).shape[0]
         for producer in self.spec.producers:
             module = self.module.get_submodule(producer.path)
-            per_row = linear.weight(module).shape[1] + (linear.bias(module) is not None)
-            total += self._rows(producer) // self.units * per_row
+            total += self._rows(producer) // self.units * linear.weight(module).shape[1]
+        return total
+
+    @property
+    def unit_parameters(self) -> int:
+        """Weights and biases that go with one unit."""
+        total = self.unit_weights
+        for producer in self.spec.producers:
+            if linear.bias(self.module.get_submodule(producer.path)) is not None:
+                total += self._rows(producer) // self.units
         return total
 
     def weight(self) -> Tensor:

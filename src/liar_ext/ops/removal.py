@@ -114,9 +114,11 @@ class Tableau:
         turned = torch.cholesky_solve(edges.mT, torch.linalg.cholesky(blocks))
         return (turned * edges.mT).sum((1, 2))
 
-    def remove(self, count: int) -> tuple[Tensor, Tensor]:
+    def remove(self, count: int, *, steps: int = STEPS) -> tuple[Tensor, Tensor]:
         """Drop `count` units greedily.
 
+        Args:
+            steps: in which single columns are dropped, at most.
         Returns:
             the units in the order in which they went, and what each added to the loss then, as it
             was judged in its step; a unit that went later never cost less.
@@ -124,7 +126,7 @@ class Tableau:
         gone: list[Tensor] = []
         costs: list[Tensor] = []
         while count:
-            step = max(1, -(-count // max(STEPS - len(gone), 1))) if self.width == 1 else 1
+            step = max(1, -(-count // max(steps - len(gone), 1))) if self.width == 1 else 1
             units, added = self._next(min(step, count))
             self.move(units)
             gone.append(units)

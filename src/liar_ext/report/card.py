@@ -9,7 +9,9 @@ from typing import Any
 
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
+    budgeted,
     change,
+    count,
     is_hub_id,
     number,
     parameters,
@@ -117,7 +119,8 @@ def _what(report: Report) -> str:
         f"{report.environment.get('liar_ext', '')}, without training. In {layers} "
         f"{'layer' if layers == 1 else 'layers'}, {kinds or 'nothing'} were removed physically; "
         f"{repair}.\n\n"
-        f"- sparsity of the targeted structures: {percent(totals.get('sparsity'))} "
+        f"- sparsity of the targeted structures, in {budgeted(recipe)}: "
+        f"{percent(totals.get('sparsity'))} "
         f"(asked for {percent(totals.get('sparsity_asked'))})\n"
         f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
         f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
@@ -132,6 +135,8 @@ def _sizes(report: Report) -> str:
         ("parameters", "parameters", parameters),
         ("of the targeted structures", "site_parameters", parameters),
     ]
+    if totals.get("site_flops_after") is not None:
+        rows.append(("FLOPs per token of the targeted structures", "site_flops", count))
     if totals.get("bytes_after") is not None:
         rows.append(("weight files", "bytes", size))
     lines = ["## Size\n", "| | before | after | change |", "|---|---:|---:|---:|"]

@@ -18,6 +18,7 @@ from liar_ext.report.card import SITE_NAMES, auto_class
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
     NONE,
+    budgeted,
     change,
     duration,
     is_hub_id,
@@ -122,7 +123,7 @@ def _header(report: Report, name: str) -> str:
         (
             "Sparsity of the targeted structures",
             percent(totals.get("sparsity")),
-            f"asked for {percent(totals.get('sparsity_asked'))}",
+            f"asked for {percent(totals.get('sparsity_asked'))} of {budgeted(report.recipe)}",
         ),
         ("Time", duration(seconds), f"on {report.environment.get('device', 'unknown device')}"),
         ("Loads with", loads, how),

@@ -51,8 +51,9 @@ class Report:
 
     Attributes:
         source: the dense checkpoint; recipe: as JSON; sites: what happened to each.
-        totals: parameters and bytes before and after, fraction of the targeted Sites' parameters
-            that was asked for and removed.
+        totals: parameters and bytes before and after; the same of the targeted Sites, with the
+            FLOPs of one token at the calibration's sequence length; `sparsity` in
+            whichever of the two the recipe budgets, as it was asked for and as it is.
         seconds: by phase, and `total`.
         calibration: source, hash, samples, tokens, seed.
         environment: versions and device.

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 NONE = "–"
+
+
+def budgeted(recipe: Mapping[str, Any]) -> str:
+    """What the sparsity of a recipe counts."""
+    return "FLOPs" if recipe.get("budget") == "flops" else "parameters"
 
 
 def count(value: float | None) -> str:

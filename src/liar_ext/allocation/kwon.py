@@ -1,0 +1,80 @@
+"""kwon: the most score that the budget can hold, heads and neurons ranked apart.
+
+The MAC-constrained search of Kwon et al. (arXiv 2204.09656, algorithm 1): with heads and neurons
+in descending order of score over all layers, keep the first n_h heads and as many neurons as the
+budget then leaves, and of all n_h the one with the largest sum of scores. The scores are the
+criterion's, summed over a unit and not standardised; with grouped-query attention the groups are
+the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liar_ext.allocation.base import Allocation, Budget
+
+
+def ranked(budgets: Sequence[Budget]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, costs and Sites of all units of some Sites, each (units of all,), best first.
+
+    The best unit of each Site comes before all others: no Site is emptied.
+    """
+    scores = [b.known.double().reshape(b.units, -1).sum(1) for b in budgets]
+    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
+    cost = torch.tensor([b.cost for b in budgets], dtype=torch.float64)[owner]
+    first = torch.cat([torch.arange(len(s)) == s.argmax() for s in scores])
+    flat = torch.cat(scores)
+    order = torch.where(first, torch.inf, flat).argsort(descending=True, stable=True)
+    return flat[order], cost[order], owner[order]
+
+
+def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
+    most = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+    kinds = list(dict.fromkeys(b.kind for b in budgets))
+    places = {kind: [i for i, b in enumerate(budgets) if b.kind == kind] for kind in kinds}
+    lists = {kind: ranked([budgets[i] for i in places[kind]]) for kind in kinds}
+    # of two kinds the shorter list is gone through, and the other one takes what is left
+    kinds.sort(key=lambda kind: len(lists[kind][0]))
+    least = [len(places[kind]) for kind in kinds]
+    counts = _counts([lists[kind][:2] for kind in kinds], least, most)
+    kept = [0.0] * len(budgets)
+    for kind, count in zip(kinds, counts, strict=True):
+        owner = lists[kind][2][:count]
+        for place, units in zip(
+            places[kind], torch.bincount(owner, minlength=len(places[kind])).tolist(), strict=True
+        ):
+            kept[place] = float(units)
+    return kept
+
+
+def _counts(lists: Sequence[tuple[Tensor, Tensor]], least: Sequence[int], most: float) -> list[int]:
+    """How many of each list to keep: at least `least`, at a cost of `most` or less."""
+    # of prefixes of 0, 1, 2, ... units
+    sums, costs = ([_prefix(part[i]) for part in lists] for i in (0, 1))
+    spare = most * (1 + 1e-12)
+    best: tuple[float, list[int]] = (-torch.inf, list(least))
+    if len(lists) == 1:
+        return [max(_fits(costs[0], spare), least[0])]
+    for count in range(least[0], len(sums[0])):
+        rest = _fits(costs[1], spare - float(costs[0][count]))
+        if rest < least[1]:
+            break
+        score = float(sums[0][count] + sums[1][rest])
+        if score > best[0]:
+            best = score, [count, rest]
+    return best[1]
+
+
+def _prefix(values: Tensor) -> Tensor:
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
+
+
+def _fits(costs: Tensor, room: float) -> int:
+    """The longest prefix whose cost is `room` or less; -1 if none is."""
+    return int(torch.searchsorted(costs, room, right=True)) - 1
+
+
+KWON = Allocation("kwon", wanted, survey="scores", equal=False)

@@ -1,0 +1,38 @@
+"""Surveys by name, as allocations ask for them. To add one: a file beside this, a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from liar_ext.allocation import ALLOCATIONS
+from liar_ext.criteria import CRITERIA
+from liar_ext.survey.base import Reads, Survey, View
+from liar_ext.survey.influence import INFLUENCE
+from liar_ext.survey.levels import LEVELS
+from liar_ext.survey.scores import SCORES
+from liar_ext.survey.spectra import SPECTRA
+
+if TYPE_CHECKING:
+    from liar_ext.recipe import Recipe
+
+SURVEYS: dict[str, Survey] = {s.name: s for s in (SCORES, SPECTRA, INFLUENCE, LEVELS)}
+
+
+def survey_of(recipe: Recipe) -> Survey | None:
+    """The survey that a recipe's allocation asks for, if any."""
+    name = ALLOCATIONS[recipe.allocation].survey
+    return None if name is None else SURVEYS[name]
+
+
+def reads_of(recipe: Recipe) -> Reads | None:
+    """What that survey reads; None without one."""
+    survey = survey_of(recipe)
+    return None if survey is None else survey.reads(CRITERIA[recipe.criterion])
+
+
+def needs_tokens(recipe: Recipe) -> bool:
+    """Whether there is a survey, and it runs the model."""
+    return reads_of(recipe) not in (None, "weights")
+
+
+__all__ = ["SURVEYS", "Reads", "Survey", "View", "needs_tokens", "reads_of", "survey_of"]
