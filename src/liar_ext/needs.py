@@ -17,6 +17,7 @@ from liar_ext.costs import SitePlan, Tokens, held_bytes
 from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
+from liar_ext.gradient_memory import GradientSizes, gradient_phases
 from liar_ext.memory import Phases, Sizes, advice, peak, power_of_two, resident_bytes
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
@@ -99,6 +100,7 @@ def needs(
     written: int,
     output: int,
     held: int,
+    gradients: GradientSizes | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -109,9 +111,15 @@ def needs(
     Args:
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks.
+        gradients: of the gradient pass, None without one.
     """
     cuda = device.type == "cuda"
-    place, why = _place(execution, held // ranks, ranks, device, device_memory)
+    held_by_one = held // ranks
+    if gradients is not None:
+        states = gradients.states * weights.hidden * weights.item
+        # one after the other
+        held_by_one, held = max(held_by_one, states), max(held, ranks * states)
+    place, why = _place(execution, held_by_one, ranks, device, device_memory)
     snapshots = 2 * tokens.positions * weights.hidden * weights.item
     disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
     library = "moments" in disk
@@ -137,6 +145,8 @@ def needs(
         library=library,
         solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
     ).all()
+    if gradients is not None:
+        phases = [*gradient_phases(sizes, gradients), *phases]
     on_device, on_host = peak(phases)
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}
     most = on_device.device_bytes
@@ -156,7 +166,7 @@ def needs(
             "problem": lacking,
             "all": [asdict(phase) for phase in phases],
         },
-        "hidden_states": {"place": place, "bytes": held // ranks, "why": why},
+        "hidden_states": {"place": place, "bytes": held_by_one, "why": why},
         "disk": disk,
         "library": library,
     }

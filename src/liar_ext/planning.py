@@ -32,6 +32,7 @@ from liar_ext.costs import (
     SitePlan,
     Tokens,
     compression_flops,
+    gradient_flops,
     head_flops,
     layer_flops,
     measure,
@@ -46,6 +47,7 @@ from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS, segments
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
+from liar_ext.gradient_memory import gradient_sizes
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
@@ -108,6 +110,8 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     held = weights.held(model, adapter, recipe, tokens)
+    gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
+    backward = gradient_flops(model, adapter, recipe, tokens)
 
     sites = _shrink(model, adapter, recipe, driver, notes)
     removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
@@ -122,6 +126,7 @@ def plan(
         written=_layer_written(model, adapter, stored, recipe.dtype),
         output=bytes_after,
         held=held,
+        gradients=gradients,
         ranks=ranks,
         out=out,
         device=device,
@@ -129,6 +134,7 @@ def plan(
     )
     passes = 2 if ALLOCATIONS[recipe.allocation].needs_scores and not found.pop("library") else 1
     flops = compression_flops(sites, tokens, sum(by_layer[: driver.targets.stop]), recipe, passes)
+    flops["gradients"] = backward
     return {
         "source": str(source),
         "model_type": adapter.model_type,
@@ -159,7 +165,8 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     """Of one process; None without rates."""
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
-    found = {phase: flops[phase] / rates[phase] for phase in flops}
+    # those of a loss are matmuls in the compute dtype, as a forward pass is
+    found = {p: flops[p] / rates["forward" if p == "gradients" else p] for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 

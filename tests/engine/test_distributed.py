@@ -44,6 +44,8 @@ VARIANTS = {
     "on disk": ("llama", "--hidden-states disk --target ffn,heads"),
     "encoder": ("bert", "--target ffn,heads"),
     "idle ranks": ("llama", "--samples 40"),
+    "gradients": ("llama", "--target ffn,heads --criterion fisher --gradient-samples 400"),
+    "taylor": ("llama", "--criterion taylor-mixed --gradient-samples 400"),
 }
 JOURNAL = "--journal-seconds 0"
 
