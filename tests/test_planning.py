@@ -275,6 +275,23 @@ def test_flops_by_hand(checkpoint):
     assert found["seconds"]["gram"] == found["flops"]["gram"] / RATES["gram"]
 
 
+@pytest.mark.parametrize(
+    ("criterion", "layers", "each"),
+    [("wanda", None, (0, 0, 0)), ("snip", None, (9, 0, 3)), ("taylor-first", (1, 3), (7, 2, 3))],
+)
+def test_gradients_cost_a_few_forwards_of_their_windows(checkpoint, criterion, layers, each):
+    """`each`: forwards of a layer, layers whose FFN weights have gradients, passes of the head."""
+    wanted = recipe(target=("ffn",), criterion=criterion, layers=layers, gradient_samples=5)
+    found = planning.plan(checkpoint("llama"), wanted, rates=RATES)
+    layer = 2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 88) + 4 * 32 * 33 // 2
+    parts = (layer, 2 * 3 * 32 * 88, 2 * 32 * VOCABULARY)
+    expected = 5 * SEQUENCE * sum(times * part for times, part in zip(each, parts, strict=True))
+    assert found["flops"]["gradients"] == expected
+    assert found["seconds"]["gradients"] == expected / RATES["forward"]
+    names = [phase["name"] for phase in found["phases"]["all"]]
+    assert ("gradients of a layer" in names) == (criterion != "wanda")
+
+
 def test_padding_costs_memory_but_no_gram(checkpoint, tmp_path):
     from safetensors.numpy import save_file
 

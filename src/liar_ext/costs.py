@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.criteria import CRITERIA
+from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS
 from liar_ext.models import Site, linear
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.gram import gram
@@ -145,6 +146,67 @@ def residual_flops(site: SitePlan) -> int:
     return site.outputs * (site.columns_before**2 + site.columns_after**2)
 
 
+def gradient_tokens(tokens: Tokens, recipe: Recipe) -> Tokens:
+    """The windows that gradients are taken of, as full as the longest."""
+    samples = min(recipe.gradient_samples, tokens.samples)
+    positions = samples * tokens.seq_len
+    batches = -(-samples // recipe.batch_size)
+    return Tokens(
+        positions,
+        positions,
+        samples,
+        tokens.seq_len,
+        min(tokens.batch, positions),
+        max(1, min(MOST_SEGMENTS, positions // CHUNK_TOKENS, batches)),
+        tokens.counted,
+    )
+
+
+def gradient_flops(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tokens: Tokens) -> int:
+    """Of the gradient pass; 0 for criteria that need none.
+
+    A forward; from the first targeted layer on another one and the gradients of its inputs, which
+    cost as much; the same three times for the head; and those of the weights of targeted Sites.
+    """
+    criterion = CRITERIA[recipe.criterion]
+    if not criterion.differentiates:
+        return 0
+    windows = gradient_tokens(tokens, recipe)
+    by_layer = layer_flops(model, adapter, windows.seq_len)
+    start, stop = recipe.layers or (0, len(by_layer))
+    each = sum(by_layer) + 2 * sum(by_layer[start:]) + 3 * head_flops(model)
+    if criterion.needs == "weight_gradients":
+        each += 2 * sum(site_weights(model, adapter, recipe, i) for i in range(start, stop))
+    return windows.positions * each
+
+
+def site_weights(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, layer: int) -> int:
+    """Weights of the linears of a layer's targeted Sites."""
+    linears = {
+        path: site.module.get_submodule(path)
+        for site in adapter.sites_of(model, layer, recipe.target)
+        for path in (site.spec.consumer, *(p.path for p in site.spec.producers))
+    }
+    return sum(linear.weight(module).numel() for module in linears.values())
+
+
+def gradient_held_bytes(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, positions: int, item: int
+) -> int:
+    """Bytes of what waits on the shelf in the gradient pass; 0 for criteria that need none.
+
+    What enters each layer from the first targeted one on, and what leaves the last.
+    """
+    if not CRITERIA[recipe.criterion].differentiates:
+        return 0
+    return kept_states(model, adapter, recipe) * positions * _hidden(model) * item
+
+
+def kept_states(model: PreTrainedModel, adapter: Adapter, recipe: Recipe) -> int:
+    """How many times the hidden states of its windows the gradient pass keeps."""
+    return len(adapter.layer_list(model)[1]) + 1 - (recipe.layers or (0,))[0]
+
+
 def held_bytes(
     model: PreTrainedModel, adapter: Adapter, recipe: Recipe, positions: int, item: int
 ) -> int:
@@ -162,6 +224,10 @@ def held_bytes(
         beside = producer_rows(site) if site.kind == "heads" else hidden
         widest = max(widest, site.columns + beside + hidden)
     return positions * (hidden + widest) * item
+
+
+def _hidden(model: PreTrainedModel) -> int:
+    return int(text_config(model.config).hidden_size)
 
 
 def producer_rows(site: Site) -> int:

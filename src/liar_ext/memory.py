@@ -28,6 +28,9 @@ _PANEL = 2048
 FLAGS = {
     "hidden_states": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "paused_forwards": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
+    "gradient_states": "--hidden-states {elsewhere}, fewer --gradient-samples or a shorter "
+    "--seq-len",
+    "graph": "a smaller --batch-size or a shorter --seq-len",
     "passing_batch": "a smaller --batch-size or a shorter --seq-len",
     "attention_masks": "a shorter --seq-len",
     "statistics_of_other_sites": "--statistics sequential",
@@ -147,12 +150,7 @@ class Phases:
         return found
 
     def _phase(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
-        s = self._sizes
-        host = {"process": s.process} | host
-        if not s.cuda:
-            device, host = host | device, {}
-        device, host = ({k: v for k, v in part.items() if v} for part in (device, host))
-        return Phase(name, device, host)
+        return phase(self._sizes, name, device, host)
 
     def _embedding(self) -> Phase:
         s = self._sizes
@@ -264,10 +262,8 @@ class Phases:
         s = self._sizes
         device, host = self._waiting(leaving)
         device["layer"] = s.layer
-        # a pinned block is kept for the next tensor of its size: those of the open layer, too
-        following = 2 * s.pinned if s.cuda else s.read
         several = s.layers > 1
-        host["next_layer"] = following if several else following - s.read
+        host["next_layer"] = next_layer(s)
         # from a GPU the writing thread fetches it by pieces, while the next one is computed
         (device if s.cuda else host)["written_layer"] = s.written if written and several else 0
         return device, host
@@ -358,6 +354,22 @@ class Phases:
         s = self._sizes
         batches = -(-s.positions // s.batch)
         return batches * sum(power_of_two(s.batch * width * s.item) for width in widths)
+
+
+def phase(sizes: Sizes, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
+    """A phase of these parts: on a CPU all are in the same memory, and those without bytes go."""
+    host = {"process": sizes.process} | host
+    if not sizes.cuda:
+        device, host = host | device, {}
+    device, host = ({k: v for k, v in part.items() if v} for part in (device, host))
+    return Phase(name, device, host)
+
+
+def next_layer(sizes: Sizes) -> int:
+    """Bytes of the layer that is read ahead."""
+    # a pinned block is kept for the next tensor of its size: those of the open layer, too
+    following = 2 * sizes.pinned if sizes.cuda else sizes.read
+    return following if sizes.layers > 1 else following - sizes.read
 
 
 def power_of_two(size: int) -> int:

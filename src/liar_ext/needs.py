@@ -17,6 +17,7 @@ from liar_ext.criteria import CRITERIA
 from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
+from liar_ext.gradient_memory import GradientSizes, gradient_phases
 from liar_ext.memory import Phases, Sizes, advice, peak, power_of_two, resident_bytes
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
@@ -101,6 +102,7 @@ def needs(
     output: int,
     held: int,
     survey_bytes: int,
+    gradients: GradientSizes | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -112,9 +114,15 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
+        gradients: of the gradient pass, None without one.
     """
     cuda = device.type == "cuda"
-    place, why = _place(execution, held // ranks, ranks, device, device_memory)
+    held_by_one = held // ranks
+    if gradients is not None:
+        states = gradients.states * weights.hidden * weights.item
+        # one after the other
+        held_by_one, held = max(held_by_one, states), max(held, ranks * states)
+    place, why = _place(execution, held_by_one, ranks, device, device_memory)
     snapshots = 2 * tokens.positions * weights.hidden * weights.item
     disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
     library = "moments" in disk
@@ -144,6 +152,8 @@ def needs(
             site.columns_before, site.outputs, site.columns_before - site.columns_after
         ),
     ).all()
+    if gradients is not None:
+        phases = [*gradient_phases(sizes, gradients), *phases]
     on_device, on_host = peak(phases)
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}
     most = on_device.device_bytes
@@ -163,7 +173,7 @@ def needs(
             "problem": lacking,
             "all": [asdict(phase) for phase in phases],
         },
-        "hidden_states": {"place": place, "bytes": held // ranks, "why": why},
+        "hidden_states": {"place": place, "bytes": held_by_one, "why": why},
         "disk": disk,
         "library": library,
     }

@@ -32,6 +32,7 @@ from liar_ext.costs import (
     SitePlan,
     Tokens,
     compression_flops,
+    gradient_flops,
     head_flops,
     layer_flops,
     measure,
@@ -47,6 +48,7 @@ from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS, segments
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
+from liar_ext.gradient_memory import gradient_sizes
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
@@ -110,6 +112,8 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     held = weights.held(model, adapter, recipe, tokens)
+    gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
+    backward = gradient_flops(model, adapter, recipe, tokens)
 
     survey_flops, survey_bytes = _survey_costs(model, adapter, recipe, driver.targets)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
@@ -126,6 +130,7 @@ def plan(
         output=bytes_after,
         held=held,
         survey_bytes=survey_bytes,
+        gradients=gradients,
         ranks=ranks,
         out=out,
         device=device,
@@ -141,6 +146,7 @@ def plan(
         grams=2 if again and reads == "moments" else 1,
         survey=survey_flops,
     )
+    flops["gradients"] = backward
     return {
         "source": str(source),
         "model_type": adapter.model_type,
@@ -171,7 +177,8 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     """Of one process; None without rates."""
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
-    found = {phase: flops[phase] / rates[phase] for phase in flops}
+    # those of a loss are matmuls in the compute dtype, as a forward pass is
+    found = {p: flops[p] / rates["forward" if p == "gradients" else p] for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 

@@ -35,6 +35,8 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     flops, seconds = plan["flops"], plan["seconds"]
     cost = _table("FLOPs", "time")
     cost.add_row("forward", count(flops["forward"]), duration(seconds["forward"]))
+    if flops["gradients"]:
+        cost.add_row("gradients", count(flops["gradients"]), duration(seconds["gradients"]))
     cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
     cost.add_row("solve", count(flops["solve"]), duration(seconds["solve"]))
     cost.add_row("residual", count(flops["residual"]), duration(seconds["residual"]))

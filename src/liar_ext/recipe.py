@@ -37,6 +37,7 @@ class Recipe:
         calibration: file, dataset name, or None when batches are handed over in memory.
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
+        gradient_samples: of them, the first that criteria which need a loss take gradients of.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
         target_signal: what the repair aims at; `local` is the dense consumer on present inputs.
@@ -58,6 +59,7 @@ class Recipe:
     samples: int = 128
     seq_len: int = 2048
     batch_size: int = 8
+    gradient_samples: int = 16
     ridge: float = 1e-4
     bias: str = "auto"
     target_signal: str = "local"
@@ -95,7 +97,7 @@ class Recipe:
             _check_choice(name, getattr(self, name), tuple(registry))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        for name in ("samples", "seq_len", "batch_size", "round_to"):
+        for name in ("samples", "seq_len", "batch_size", "gradient_samples", "round_to"):
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")

@@ -47,6 +47,8 @@ VARIANTS = {
     "alpha": ("llama", "--allocation alpha --target ffn,heads --budget flops"),
     "influence": ("llama", "--allocation influence"),
     "levels": ("llama", "--allocation levels --target ffn,heads"),
+    "gradients": ("llama", "--target ffn,heads --criterion fisher --gradient-samples 400"),
+    "taylor": ("llama", "--criterion taylor-mixed --gradient-samples 400"),
 }
 JOURNAL = "--journal-seconds 0"
 

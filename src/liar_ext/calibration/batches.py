@@ -174,6 +174,17 @@ def make_batches(
     )
 
 
+def first_samples(batches: Sequence[Batch], samples: int) -> tuple[Batch, ...]:
+    """The first `samples` samples of all batches, or as many as there are, in batches as before."""
+    found: list[Batch] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        found.append(Batch(batch.input_ids[:samples], batch.attention_mask[:samples]))
+        samples -= len(batch.input_ids)
+    return tuple(found)
+
+
 def check_enough(tokens: int, width: int) -> str | None:
     """Are there enough tokens to fit the widest Site?
 

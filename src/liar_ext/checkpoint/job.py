@@ -4,6 +4,7 @@
     .OUT.job/journal.json     how far it is (`journal`)
     .OUT.job/output/          what becomes OUT, by one rename
     .OUT.job/hidden-*/        hidden states that a later run goes on from
+    .OUT.job/*.safetensors    what was computed once, before the layers
     .OUT.job/scratch/         what only the running process needs
     .OUT.job/replaced/        what was OUT, between the two renames that replace it
 

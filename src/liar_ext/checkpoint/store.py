@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorDigest, TensorSpec
 from liar_ext.checkpoint.writer import storage_dtype
 from liar_ext.engine.ranks import Ranks
@@ -70,6 +70,7 @@ class CheckpointStore:
         self._written: dict[str, str | Future[str]] = dict(placement.done)
         self._reads = ThreadPoolExecutor(1, "liar-ext-read")
         self._writes = ThreadPoolExecutor(1, "liar-ext-write")
+        self._last = -1
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._writing: Future[str] | None = None
         self._order: dict[str, int] = {}
@@ -84,6 +85,20 @@ class CheckpointStore:
     def close_outside(self) -> None:
         for name, _, parameter in self._outside():
             _assign(self._backbone, name, parameter.detach().to("meta"))
+
+    def open_head(self) -> None:
+        self.open_outside()
+        tied = tied_names(self.model)
+        for head, name, full in self._head():
+            if full in tied:
+                head.weight = self.model.get_input_embeddings().weight
+            else:
+                self._set(head, name, full, self._reader.get(full))
+
+    def close_head(self) -> None:
+        for head, name, _ in self._head():
+            _assign(head, name, head.get_parameter(name).detach().to("meta"))
+        self.close_outside()
 
     def prepare(self, widths: list[dict[str, int]], added_biases: list[str], done: int) -> None:
         """Make the output's files, or find them again, with layers below `done` as written.
@@ -117,8 +132,11 @@ class CheckpointStore:
 
     def open(self, index: int) -> None:
         tensors = self._take(index)
-        if index + 1 < len(self._layers):
-            self._next = index + 1, self._reads.submit(self._read, index + 1)
+        # a layer once more, or one before the last, is one on the way back
+        following = index + 1 if index > self._last else index - 1
+        self._last = index
+        if 0 <= following < len(self._layers):
+            self._next = following, self._reads.submit(self._read, following)
         layer = self._layers[index]
         prefix = f"{self._layers_path}.{index}."
         for full in self._names[index]:
@@ -265,6 +283,14 @@ class CheckpointStore:
             for name, parameter in self._backbone.named_parameters()
         ]
         return [entry for entry in named if not entry[1].startswith(f"{self._layers_path}.")]
+
+    def _head(self) -> list[tuple[nn.Module, str, str]]:
+        """Parameters of the output embedding: it, name in it, name in the model."""
+        head = self.model.get_output_embeddings()
+        path = next((path for path, module in self.model.named_modules() if module is head), "")
+        if head is None:
+            return []
+        return [(head, name, f"{path}.{name}") for name, _ in head.named_parameters()]
 
     def _set(self, module: nn.Module, name: str, full: str, tensor: Tensor) -> None:
         if tensor.dtype not in FLOATS:

@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "samples": (int, "N", "windows (decoders) or sentences (encoders)"),
     "seq_len": (int, "N", "tokens of each at most"),
     "batch_size": (int, "N", "sequences at a time"),
+    "gradient_samples": (int, "N", "windows that criteria which need a loss take gradients of"),
     "ridge": (float, "F", "λ relative to the mean variance of a Site's columns"),
     "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
     "target_signal": (str, "NAME", "what the repair aims at: local"),

@@ -88,6 +88,8 @@ def summary(report: Report) -> Table:
     table.add_section()
     for phase, seconds in report.seconds.items():
         share = seconds / max(report.seconds["total"], 1e-9)
+        if not seconds:
+            continue  # no criterion asked for gradients
         table.add_row(phase, "", f"{seconds:.2f} s", f"{share:.0%}")
     return table
 

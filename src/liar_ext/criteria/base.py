@@ -11,6 +11,7 @@ from torch import Tensor
 
 from liar_ext.models.site import Site
 from liar_ext.ops.moments import Moments
+from liar_ext.ops.saliency import UnitGradients
 
 
 class Columns(Protocol):
@@ -29,6 +30,7 @@ class Evidence:
         site: the Site, dense; statistics: of its columns.
         generator: for random draws.
         ridge: relative λ of the repair to come; center: whether it will have an intercept.
+        gradients: of the loss, on the dense path; None for criteria that do not need them.
         keep: how many units will stay; None where scores are wanted before that is known.
         notes: what the report should say of the judgement; criteria may add lines.
     """
@@ -38,6 +40,7 @@ class Evidence:
     generator: torch.Generator = field(default_factory=torch.Generator)
     ridge: float = 0.0
     center: bool = False
+    gradients: UnitGradients | None = None
     keep: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -47,6 +50,17 @@ class Evidence:
         assert isinstance(self.statistics, Moments), "the engine supplies what a criterion needs"
         return self.statistics
 
+    @property
+    def gates(self) -> Tensor:
+        """`∂L_x/∂m_u`, (examples, units) float64, of a criterion that `needs` gradients."""
+        assert self.gradients is not None, "the engine supplies what a criterion needs"
+        return self.gradients.gates
+
+    def taylor(self, form: str) -> Tensor:
+        """One of `TAYLOR_FORMS`, (units,) float64, if it `needs` those of weights."""
+        assert self.gradients is not None, "the engine supplies what a criterion needs"
+        return self.gradients.taylor[form]
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -54,7 +68,8 @@ class Criterion:
     name: as users write it.
     score: Evidence -> scores, (columns,) or (units,) float64. Column scores are summed over a unit
         for ranking.
-    needs: `columns`, or `moments` where means and mean squares of single columns do not do.
+    needs: `columns`, or `moments` where means and mean squares of single columns do not do;
+        `gradients` of a loss with respect to gates on units, or `weight_gradients` beside them.
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
     greedy: what goes next depends on what has gone (`ops.removal`).
@@ -64,12 +79,17 @@ class Criterion:
 
     name: str
     score: Callable[[Evidence], Tensor]
-    needs: Literal["columns", "moments"] = "columns"
+    needs: Literal["columns", "moments", "gradients", "weight_gradients"] = "columns"
     choose: Callable[[Evidence], Tensor] | None = None
     greedy: bool = False
     flops: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 0
     # the weights in float64, and one function of them
     holds: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 16 * columns * outputs
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs a loss."""
+        return self.needs in ("gradients", "weight_gradients")
 
     def select(self, evidence: Evidence) -> Tensor:
         """The units to keep, (keep,) int64 sorted."""

@@ -13,8 +13,8 @@ then only one batch at a time is in the device's memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,21 +74,53 @@ def record_calls(
             raise _Stop
         return hidden
 
+    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+    with _replaced(layers, stub), suppress(_Stop):
+        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+    return first[0], calls
+
+
+def last_hidden(
+    backbone: nn.Module,
+    layers: nn.ModuleList,
+    batch: Batch,
+    device: torch.device,
+    options: dict[str, Any],
+    final: Tensor,
+) -> Tensor:
+    """What the model makes of the output of its last layer, by its own code: its final norm.
+
+    Args:
+        final: (b, t, d), for the batch; the other arguments are those of `record_calls`.
+    """
+    calls = 0
+
+    def stub(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        passed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return final if calls == len(layers) else passed
+
+    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+    with _replaced(layers, stub):
+        found = backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+    return found[0]
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Layers that do something else when they are called."""
     # accelerate and others put a forward of their own on the instance: it is put back
     own = [vars(layer).get("forward") for layer in layers]
-    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
     try:
         for layer in layers:
-            layer.forward = stub
-        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
-    except _Stop:
-        pass
+            layer.forward = forward
+        yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, before in zip(layers, own, strict=True):
             del layer.forward
-            if forward is not None:
-                layer.forward = forward
-    return first[0], calls
+            if before is not None:
+                layer.forward = before
 
 
 def shared(calls: list[LayerCall], known: dict[tuple[Any, ...], list[Tensor]]) -> list[LayerCall]:

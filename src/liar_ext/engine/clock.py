@@ -10,9 +10,9 @@ import torch
 
 from liar_ext.errors import OutOfMemory, is_out_of_memory
 
-PHASES = ("load", "forward", "gram", "solve", "hold", "write")
+PHASES = ("load", "forward", "backward", "gram", "solve", "hold", "write")
 # on a GPU these are measured on the device
-ON_DEVICE = ("forward", "gram", "solve", "hold")
+ON_DEVICE = ("forward", "backward", "gram", "solve", "hold")
 
 
 class Clock:
@@ -76,6 +76,11 @@ class Clock:
             return (
                 "in the forward pass: a whole batch is in memory at once; lower --batch-size or "
                 f"--seq-len{or_else}"
+            )
+        if phase == "backward":
+            return (
+                "in the gradient pass: a whole batch is in memory at once, with all that its "
+                "backward pass needs; lower --batch-size or --seq-len"
             )
         if phase == "hold":
             return f"where hidden states wait; give --hidden-states {elsewhere}"

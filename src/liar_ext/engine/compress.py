@@ -7,21 +7,22 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Calibration
+from liar_ext.calibration.batches import Batch, Calibration, first_samples
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.store import CheckpointStore, Placement
 from liar_ext.checkpoint.writer import check_output, copy_other_files, writing
-from liar_ext.costs import held_bytes
+from liar_ext.costs import gradient_held_bytes, held_bytes
 from liar_ext.engine.compression import Compression, write_records
 from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
@@ -123,11 +124,7 @@ def compress(
                 ranks=ranks,
                 source=sums,
             )
-            positions = sum(batch.input_ids.numel() for batch in calibration.batches)
-            held = held_bytes(model, adapter, recipe, positions, dtype.itemsize)
-            # ranks have whole segments: this is the rank with most
-            count = segments(calibration.batches)[-1] + 1
-            held = held * -(-count // ranks.size) // count
+            held = _held(model, recipe, calibration.batches, dtype.itemsize, ranks.size)
             place = choose_place(execution.hidden_states, held, device, ranks.local_size)
             run.facts["backends"] = chosen_backends(device, dtype)
             run.facts["hidden_states"] = run.clock.hidden_states = place
@@ -191,6 +188,24 @@ def _identity(
             **chosen_backends(device, dtype),
         },
     }
+
+
+def _held(
+    model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch], item: int, ranks: int
+) -> int:
+    """Bytes that wait on the shelf of the rank with most."""
+    adapter = adapter_for(model.config)
+    windows = first_samples(batches, recipe.gradient_samples)
+    return max(
+        held_bytes(model, adapter, recipe, _positions(batches, ranks), item),
+        gradient_held_bytes(model, adapter, recipe, _positions(windows, ranks), item),
+    )
+
+
+def _positions(batches: Sequence[Batch], ranks: int) -> int:
+    """Tokens, with padding, of the rank with most; ranks have whole segments."""
+    count = segments(batches)[-1] + 1
+    return sum(b.input_ids.numel() for b in batches) * -(-count // ranks) // count
 
 
 @contextmanager

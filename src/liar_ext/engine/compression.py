@@ -147,6 +147,7 @@ class Compression:
                 "ranks": self._ranks.size,
                 "resumed_at": None if self.keeper is None else self.keeper.resumed,
                 **self.facts,
+                **driver.facts,
                 **self._peak(),
             },
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
 from liar_ext.costs import unit_costs
-from liar_ext.criteria import Columns
+from liar_ext.criteria import CRITERIA, Columns
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.gradients import GradientPass
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.progress import Progress
@@ -84,7 +85,7 @@ class Driver:
         shelf: where hidden states and paused forwards wait.
         library: Moments of the dense path on disk, read if they are there and kept if not.
         keeper: keeps what an interrupted run goes on from.
-        sites: reports in order, filled by `run`.
+        sites: reports in order, filled by `run`; facts: for the `run` field of the report.
     """
 
     store: LayerStore
@@ -98,6 +99,7 @@ class Driver:
     library: MomentsStore | None = None
     keeper: Keeper | None = None
     sites: list[SiteReport] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.adapter = adapter_for(self.store.model.config)
@@ -126,6 +128,20 @@ class Driver:
             self.ranks,
             self.clock,
         )
+        self._gradients: GradientPass | None = None
+        if CRITERIA[self.recipe.criterion].differentiates:
+            self._gradients = GradientPass(
+                self.store,
+                self.batches,
+                self.recipe,
+                self.targets,
+                self.device,
+                self.shelf,
+                self.ranks,
+                self.clock,
+                self.progress,
+                self._open,
+            )
 
     @torch.no_grad()
     def run(self) -> None:
@@ -137,6 +153,9 @@ class Driver:
         position = found or Position("survey")
         if position.generator is not None:
             self._repairer.generator.set_state(position.generator)
+        if self._gradients is not None:
+            self._repairer.gradients = self._gradients.results(self.keeper)
+            self.facts["gradients"] = self._gradients.facts
         if position.stage == "survey":
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)

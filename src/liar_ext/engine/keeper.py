@@ -8,6 +8,7 @@ repeated give the same bits again.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -115,6 +116,36 @@ class Keeper:
             ) from error
         keys = {name: name.partition(".") for name in stored}
         return {(int(keys[n][0]), keys[n][2]): found for n, found in stored.items()}
+
+    def put_aside(self, name: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keep what is computed once, before the first entry: with that, a later run finds it.
+
+        Args:
+            tensors: the same on every rank, on the CPU; facts: JSON data.
+        """
+        if self._ranks.rank == 0:
+            path = self._job.folder / f"{name}.safetensors"
+            save_file(dict(tensors), path, metadata={"facts": json.dumps(facts)})
+            sync_path(path)
+
+    def aside(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What an earlier run has put aside, or None.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        path = self._job.folder / f"{name}.safetensors"
+        if not self._ranks.broadcast(self._entry is not None and path.exists()):
+            return None
+        try:
+            with safe_open(path, framework="pt") as stored:
+                facts = json.loads(stored.metadata()["facts"])
+            return load_file(path), facts
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"--resume: {path}, {name} of an earlier run, cannot be read ({error}); "
+                "start again with --overwrite instead"
+            ) from error
 
     def hidden(self, batches: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """The hidden states of these batches that were kept.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
+from liar_ext.ops.saliency import UnitGradients
 from liar_ext.ops.solve import LADDER_STEPS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
@@ -27,6 +28,7 @@ class Repairer:
 
     Attributes:
         generator: what random criteria draw from, in the order of the Sites.
+        gradients: by layer and kind, for criteria that need them.
     """
 
     def __init__(self, recipe: Recipe, intercept: dict[str, bool], ranks: Ranks, clock: Clock):
@@ -34,6 +36,7 @@ class Repairer:
         self._criterion = CRITERIA[recipe.criterion]
         self._reconstruction = RECONSTRUCTIONS[recipe.reconstruct]
         self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.gradients: Mapping[tuple[int, str], UnitGradients] = {}
 
     def finding(
         self, survey: Survey, site: Site, statistics: Columns | None, similarity: float | None
@@ -102,12 +105,14 @@ class Repairer:
         return report, shrink
 
     def _evidence(self, site: Site, statistics: Columns, keep: int | None = None) -> Evidence:
+        gradients = self.gradients.get((site.layer, site.kind))
         return Evidence(
             site,
             statistics,
             self.generator,
             ridge=self._recipe.ridge,
             center=self._intercept[site.kind],
+            gradients=None if gradients is None else gradients.to(site.weight().device),
             keep=keep,
         )
 

@@ -75,6 +75,10 @@ class Stream:
         """The numbers of this rank's batches."""
         return list(self._batches)
 
+    def call(self, number: int, index: int) -> LayerCall:
+        """How the model calls a layer on a batch."""
+        return self._calls[number][index]
+
     def embed(self, backbone: nn.Module, options: dict[str, Any]) -> None:
         """Enter the first layer: embeddings, and every layer's own arguments."""
         known: dict[tuple[Any, ...], list[Tensor]] = {}

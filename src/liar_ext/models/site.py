@@ -115,13 +115,22 @@ class Site:
 
     def producer_rows(self) -> list[Tensor]:
         """Rows of each producer by unit, (units, rows of a unit, in)."""
-        found = []
-        for producer in self.spec.producers:
-            rows = self._rows(producer)
-            whole = linear.weight(self.module.get_submodule(producer.path))
-            own = whole[producer.segment * rows : (producer.segment + 1) * rows]
-            found.append(own.reshape(self.units, -1, whole.shape[1]))
-        return found
+        return [
+            self.rows_of(producer, linear.weight(self.module.get_submodule(producer.path)))
+            for producer in self.spec.producers
+        ]
+
+    def rows_of(self, producer: Producer, whole: Tensor) -> Tensor:
+        """A producer's part of what its linear has a row of for each output, by unit.
+
+        Args:
+            whole: (rows of the linear, ...).
+        Returns:
+            (units, rows of a unit, ...).
+        """
+        rows = self._rows(producer)
+        own = whole[producer.segment * rows : (producer.segment + 1) * rows]
+        return own.reshape(self.units, -1, *whole.shape[1:])
 
     def unit_columns(self, units: Tensor) -> Tensor:
         """Columns of the given units, (len(units) · columns_per_unit,) int64, in unit order."""

@@ -1,0 +1,381 @@
+"""Gradients of the calibration loss, for the criteria that judge by them.
+
+One pass over the dense model before anything is pruned: forward layer by layer, keeping what
+enters each; the loss of the next tokens; then the layers in reverse, each computed once more, with
+autograd, from what entered it. One layer's weights and one batch's graph are in memory at a time,
+and no parameter has a gradient: those of gates and weights follow from what the linears of a Site
+are given and what the loss makes of it (`ops.saliency`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.criteria import CRITERIA
+from liar_ext.engine.capture import last_hidden
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
+from liar_ext.engine.progress import Progress
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.store import LayerStore
+from liar_ext.engine.stream import Stream
+from liar_ext.errors import InputError
+from liar_ext.models import Site, adapter_for, linear
+from liar_ext.ops.saliency import UnitGradients, WeightGradients, gate_gradients, taylor_sums
+from liar_ext.recipe import Recipe
+
+if TYPE_CHECKING:
+    from liar_ext.engine.keeper import Keeper
+
+# decoders would otherwise keep keys and values
+_OPTIONS = {"use_cache": False}
+_FILE = "gradients"
+
+SiteGradients = dict[tuple[int, str], UnitGradients]
+
+
+@dataclass
+class GradientPass:
+    """Gradients with respect to gates on the units of the targeted Sites, and Taylor sums.
+
+    Attributes:
+        store, device, shelf, ranks, clock, progress: as of the driver.
+        recipe: its first `gradient_samples` calibration windows are what the loss is of.
+        targets: the layers that are pruned.
+        open_layer: opens a layer and checks it.
+        facts: for the report.
+    """
+
+    store: LayerStore
+    batches: Sequence[Batch]
+    recipe: Recipe
+    targets: range
+    device: torch.device
+    shelf: Shelf
+    ranks: Ranks
+    clock: Clock
+    progress: Progress
+    open_layer: Callable[[int], None]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.store.model
+        self._adapter = adapter_for(model.config)
+        _refuse_without_loss(model, self._adapter.decoder, self.recipe.criterion)
+        self._weights = CRITERIA[self.recipe.criterion].needs == "weight_gradients"
+        self._backbone = self._adapter.backbone(model)[1]
+        self._layers = self._adapter.layer_list(model)[1]
+        self._batches = first_samples(self.batches, self.recipe.gradient_samples)
+        self._stream = Stream(
+            self._batches,
+            self._layers,
+            device=self.device,
+            shelf=self.shelf,
+            ranks=self.ranks,
+            clock=self.clock,
+        )
+        # predicted tokens of each example
+        self._counts: dict[int, Tensor] = {}
+        self._gates: dict[tuple[int, str], dict[int, Tensor]] = {}
+        self._taylor: dict[tuple[int, str], dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def results(self, keeper: Keeper | None) -> SiteGradients:
+        """By layer and kind, on the CPU, the same on every rank; those that an earlier run has
+        kept, if any.
+
+        Raises:
+            InputError: there is nothing to predict, or the loss or a gradient is NaN or infinite.
+        """
+        kept = None if keeper is None else keeper.aside(_FILE)
+        if kept is not None:
+            self.facts = kept[1]
+            return _unflattened(kept[0])
+        found = self._run()
+        if keeper is not None:
+            with self.clock.phase("write"):
+                keeper.put_aside(_FILE, _flattened(found), self.facts)
+        return found
+
+    def _run(self) -> SiteGradients:
+        with _frozen(self.store.model):
+            entered = self._forward()
+            upstream = self._loss()
+            for index in reversed(range(self.targets.start, len(self._layers))):
+                self.open_layer(index)
+                self._backward(index, entered.pop(index), upstream)
+                self.store.close(index, final=False)
+                self.progress.layer(index)
+        for item in upstream.values():
+            item.free()
+        return self._gathered()
+
+    def _forward(self) -> dict[int, dict[int, Item]]:
+        """What enters each layer from the first targeted one on; the last output is the stream's
+        hidden states."""
+        with self.clock.phase("load"):
+            self.store.open_outside()
+        self._stream.embed(self._backbone, _OPTIONS)
+        self.store.close_outside()
+        layers = len(self._layers)
+        self.progress.begin(2 * layers - self.targets.start, "gradients")
+        entered: dict[int, dict[int, Item]] = {}
+        for index in range(layers):
+            self.open_layer(index)
+            later = self._stream.through(index, (), onward=True)
+            self.store.close(index, final=False)
+            if index in range(self.targets.start, layers):
+                entered[index], self._stream.hidden = self._stream.hidden, later
+            else:
+                self._stream.advance(later)
+            self.progress.layer(index)
+        return entered
+
+    def _loss(self) -> dict[int, Item]:
+        """The gradient of each batch's summed loss with respect to the last layer's output.
+
+        Summed, not averaged, so that half precision has something to hold; what is averaged is
+        divided at the end.
+        """
+        with self.clock.phase("load"):
+            self.store.open_head()
+        head = self.store.model.get_output_embeddings()
+        upstream: dict[int, Item] = {}
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for number, item in self._stream.hidden.items():
+            batch = self._batches[number]
+            targets = next_tokens(batch)
+            self._counts[number] = (targets != NO_TARGET).sum(1)
+            with self.clock.phase("backward"):
+                final = item.fetch().detach().requires_grad_()
+                with torch.enable_grad():
+                    last = last_hidden(
+                        self._backbone, self._layers, batch, self.device, _OPTIONS, final
+                    )
+                gradient, loss = loss_gradient(head, last.detach(), targets.to(self.device))
+                (own,) = torch.autograd.grad(last, final, gradient)
+                total += torch.stack((loss, self._counts[number].sum().to(loss)))
+                del final, last, gradient
+            with self.clock.phase("hold"):
+                item.free()
+                upstream[number] = self.shelf.put(own)
+        self._stream.hidden = {}
+        self.store.close_head()
+        loss_sum, predicted = self.ranks.sum_(total).tolist()
+        self._check_loss(loss_sum, int(predicted))
+        self.facts = {
+            "samples": sum(len(batch.input_ids) for batch in self._batches),
+            "predicted_tokens": int(predicted),
+            "loss": loss_sum / predicted,
+        }
+        return upstream
+
+    def _check_loss(self, loss: float, predicted: int) -> None:
+        name = f"--criterion {self.recipe.criterion}"
+        if not predicted:
+            raise InputError(
+                f"{name}: the first {self.recipe.gradient_samples} calibration windows have no "
+                "next token to predict; give longer ones, or more with --gradient-samples"
+            )
+        if not torch.isfinite(torch.tensor(loss)):
+            raise InputError(
+                f"{name}: the loss on the calibration windows is {loss}; check the checkpoint, or "
+                "compute in a wider type with --dtype"
+            )
+
+    def _backward(self, index: int, entered: Mapping[int, Item], upstream: dict[int, Item]) -> None:
+        """Through one layer, all batches of this rank; `upstream` goes on to what entered it."""
+        sites: list[Site] = []
+        if index in self.targets:
+            sites = self._adapter.sites_of(self.store.model, index, self.recipe.target)
+        with self.clock.phase("backward"):
+            taps = _Taps(self._layers[index], sites, self._weights)
+            sums = {path: self._sums(taps.modules[path]) for path in taps.weights}
+        for number, item in entered.items():
+            with self.clock.phase("backward"):
+                states = self._batch(index, number, item, upstream[number], taps, sums)
+            with self.clock.phase("hold"):
+                for used in (item, upstream[number]):
+                    used.free()
+                upstream[number] = self.shelf.put(states)
+        if sums:
+            with self.clock.phase("backward"):
+                for own in sums.values():
+                    self.ranks.sum_(own.total)
+                    self.ranks.sum_(own.squares)
+                for site in sites:
+                    self._taylor[index, site.kind] = self._reduced(site, sums)
+
+    def _batch(
+        self,
+        index: int,
+        number: int,
+        entered: Item,
+        upstream: Item,
+        taps: _Taps,
+        sums: Mapping[str, WeightGradients],
+    ) -> Tensor:
+        """One batch: gates and weight gradients from it, and the gradient of what entered."""
+        batch, call = self._batches[number], self._stream.call(number, index)
+        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(self.device)
+        hidden = entered.fetch().detach().requires_grad_()
+        with torch.enable_grad(), taps.recording():
+            output = self._layers[index](hidden, *call.args, **call.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        given = [taps.given[site.spec.consumer] for site in taps.sites]
+        made = [taps.made[path] for path in sums]
+        # nobody needs what enters the first targeted layer
+        first = index == self.targets.start
+        wanted = [*given, *made, *([] if first else [hidden])]
+        found = list(torch.autograd.grad(output, wanted, upstream.fetch()))
+        entering = hidden.new_empty(0) if first else found.pop()
+        length = len(batch.input_ids)
+        scale = 1 / self._counts[number].clamp(min=1).double()
+        for site, x, gradient in zip(taps.sites, given, found[: len(given)], strict=True):
+            rows = gate_gradients(
+                _by_example(x, length), _by_example(gradient, length), site.columns_per_unit, mask
+            )
+            gates = self._gates.setdefault((index, site.kind), {})
+            gates[number] = rows.cpu() * scale[:, None]
+        for path, gradient in zip(sums, found[len(given) :], strict=True):
+            x = _by_example(taps.given[path], length)
+            sums[path].add(x, _by_example(gradient, length), scale, mask)
+        taps.clear()
+        return entering
+
+    def _sums(self, module: nn.Module) -> WeightGradients:
+        # as of Moments: float64 where there is something to add up whose order may change
+        dtype = torch.float32 if self._stream.alone else torch.float64
+        return WeightGradients(linear.weight(module), dtype)
+
+    def _reduced(self, site: Site, sums: Mapping[str, WeightGradients]) -> dict[str, Tensor]:
+        """Taylor sums of a Site's units, over its consumer's columns and its producers' rows."""
+        examples = sum(len(batch.input_ids) for batch in self._batches)
+
+        def means(path: str) -> tuple[Tensor, Tensor]:
+            return sums[path].total / examples, sums[path].squares / examples
+
+        total, squares = means(site.spec.consumer)
+        columns = taylor_sums(site.weight().T, total.T, squares.T)
+        found = {form: site.per_unit(values) for form, values in columns.items()}
+        rows: dict[str, dict[str, Tensor]] = {}
+        for producer in site.spec.producers:
+            if producer.path not in rows:
+                weight = linear.weight(site.module.get_submodule(producer.path))
+                rows[producer.path] = taylor_sums(weight, *means(producer.path))
+            for form, values in rows[producer.path].items():
+                found[form] = found[form] + site.rows_of(producer, values).sum(1)
+        return {form: values.cpu() for form, values in found.items()}
+
+    def _gathered(self) -> SiteGradients:
+        """Examples of all ranks in the order of the batches."""
+        parts = self.ranks.gather(self._gates)
+        found: SiteGradients = {}
+        for index in self.targets:
+            for site in self._adapter.sites_of(self.store.model, index, self.recipe.target):
+                key = index, site.kind
+                rows = {n: r for part in parts for n, r in part.get(key, {}).items()}
+                gates = torch.cat([rows[number] for number in sorted(rows)])
+                found[key] = UnitGradients(gates, self._taylor.get(key, {}))
+                for values in (gates, *found[key].taylor.values()):
+                    if not bool(torch.isfinite(values).all()):
+                        raise InputError(
+                            f"{site.name}: gradients of the loss are NaN or infinite; compute in "
+                            "a wider type with --dtype"
+                        )
+        self._gates, self._taylor = {}, {}
+        return found
+
+
+class _Taps:
+    """What linears of Sites are given and give in a forward with autograd.
+
+    Attributes:
+        sites: whose consumers' inputs are wanted; weights: paths of the linears whose outputs are,
+            too. modules: by path.
+        given, made: by path, while `recording` or since.
+    """
+
+    def __init__(self, layer: nn.Module, sites: Sequence[Site], weights: bool) -> None:
+        self.sites = sites
+        consumers = [site.spec.consumer for site in sites]
+        producers = [p.path for site in sites for p in site.spec.producers] if weights else []
+        paths = list(dict.fromkeys((*consumers, *producers)))
+        self.modules = {path: layer.get_submodule(path) for path in paths}
+        self.weights = paths if weights else []
+        self.given: dict[str, Tensor] = {}
+        self.made: dict[str, Tensor] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        def hook_of(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                self.given[path], self.made[path] = args[0], output
+
+            return hook
+
+        handles = [m.register_forward_hook(hook_of(path)) for path, m in self.modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def clear(self) -> None:
+        """Let go of a batch's graph."""
+        self.given, self.made = {}, {}
+
+
+def _by_example(tensor: Tensor, examples: int) -> Tensor:
+    """(b, t, n), also of the (b · t, n) that some families make for their FFN."""
+    return tensor.detach().reshape(examples, -1, tensor.shape[-1])
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No parameter asks for a gradient inside."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _refuse_without_loss(model: PreTrainedModel, decoder: bool, criterion: str) -> None:
+    if decoder and model.get_output_embeddings() is not None:
+        return
+    reason = "has no language-model head" if decoder else "is an encoder, which predicts none"
+    others = ", ".join(name for name, other in CRITERIA.items() if not other.differentiates)
+    raise InputError(
+        f"--criterion {criterion}: needs the loss of the next token, and {type(model).__name__} "
+        f"{reason}; these need no loss: {others}"
+    )
+
+
+def _flattened(found: SiteGradients) -> dict[str, Tensor]:
+    tensors = {}
+    for (layer, kind), gradients in found.items():
+        tensors[f"{layer}.{kind}.gates"] = gradients.gates
+        for form, values in gradients.taylor.items():
+            tensors[f"{layer}.{kind}.{form}"] = values
+    return tensors
+
+
+def _unflattened(tensors: Mapping[str, Tensor]) -> SiteGradients:
+    parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, values in tensors.items():
+        layer, kind, what = name.split(".")
+        parts.setdefault((int(layer), kind), {})[what] = values
+    return {key: UnitGradients(part.pop("gates"), part) for key, part in parts.items()}

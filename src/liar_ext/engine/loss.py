@@ -1,0 +1,54 @@
+"""The loss of the next token, and its gradient where a language-model head begins."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import Batch
+from liar_ext.models import linear
+
+# float32 logits of one chunk: 128 MiB, and about three times that with their gradient
+CHUNK_LOGITS = 1 << 25
+# what `cross_entropy` leaves out
+NO_TARGET = -100
+
+
+def loss_gradient(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy of a language-model head, and its gradient.
+
+    Logits are made in chunks of positions, float32 at least: 2048 positions of a vocabulary of
+    128k take 1 GiB.
+
+    Args:
+        states: (b, t, d), what the head is given; targets: (b, t) int64, -100 for none.
+    Returns:
+        the gradient with respect to `states`, in their dtype, and the sum, float64.
+    """
+    flat, wanted = states.flatten(0, 1), targets.flatten()
+    gradient = torch.empty_like(flat)
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    step = max(1, CHUNK_LOGITS // linear.weight(head).shape[0])
+    for start in range(0, flat.shape[0], step):
+        rows = slice(start, start + step)
+        own = flat[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head(own)
+            loss = F.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                wanted[rows],
+                ignore_index=NO_TARGET,
+                reduction="sum",
+            )
+        (gradient[rows],) = torch.autograd.grad(loss, own)
+        total += loss.detach()
+    return gradient.view_as(states), total
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """The token that follows each, (b, t) int64; none after the last and beside padding."""
+    targets = torch.full_like(batch.input_ids, NO_TARGET)
+    valid = batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]
+    targets[:, :-1] = torch.where(valid, batch.input_ids[:, 1:], NO_TARGET)
+    return targets
