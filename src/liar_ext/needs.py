@@ -135,7 +135,8 @@ def needs(
         sequential=recipe.statistics == "sequential",
         scores=ALLOCATIONS[recipe.allocation].needs_scores,
         library=library,
-        solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
+        reconstruction=RECONSTRUCTIONS[recipe.reconstruct],
+        chooses=recipe.chooses_ridge,
     ).all()
     on_device, on_host = peak(phases)
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}
@@ -230,6 +231,8 @@ def _disk(
     add("scratch", scratch, execution.scratch)
     free = shutil.disk_usage(folder).free
     moments = MomentsStore.bytes_needed(site.columns_before for site in sites)
+    if recipe.chooses_ridge:
+        moments *= 2  # and of the tokens that are held out
     if recipe.statistics == "oneshot":
         scores = ALLOCATIONS[recipe.allocation].needs_scores
         if execution.moments is not None or (scores and 2 * moments <= free):

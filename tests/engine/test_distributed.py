@@ -44,6 +44,8 @@ VARIANTS = {
     "on disk": ("llama", "--hidden-states disk --target ffn,heads"),
     "encoder": ("bert", "--target ffn,heads"),
     "idle ranks": ("llama", "--samples 40"),
+    "ridge auto": ("llama", "--ridge auto --target ffn,heads"),
+    "all rows": ("llama", "--ridge auto --reconstruct mask-tuning --bias always"),
 }
 JOURNAL = "--journal-seconds 0"
 

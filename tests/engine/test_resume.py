@@ -74,12 +74,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             ],
         ),
         (
+            {"ridge": "auto"},
+            "device",
+            [("journal written", 1), ("site half pruned", 2), ("layer being written", 1)],
+        ),
+        (
             {"layers": (1, 3), "reconstruct": "none"},
             "device",
             [("layer computed", 2), ("journal written", 2), ("layer being written", 1)],
         ),
     ],
-    ids=["sequential", "global", "oneshot", "oneshot-global", "some-layers"],
+    ids=["sequential", "global", "oneshot", "oneshot-global", "ridge-auto", "some-layers"],
 )
 def test_killed_again_and_again_the_result_is_the_same(
     bench, tmp_path, recipe, hidden_states, kills

@@ -174,6 +174,20 @@ def make_batches(
     )
 
 
+def cut_to(batches: Sequence[Batch], least: int) -> tuple[Batch, ...]:
+    """At least `least` batches where there are so many sequences: the same, fewer at a time."""
+    if not batches or len(batches) >= least:
+        return tuple(batches)
+    pieces = -(-least // len(batches))
+    return tuple(
+        Batch(ids, mask)
+        for batch in batches
+        for ids, mask in zip(
+            batch.input_ids.chunk(pieces), batch.attention_mask.chunk(pieces), strict=True
+        )
+    )
+
+
 def check_enough(tokens: int, width: int) -> str | None:
     """Are there enough tokens to fit the widest Site?
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from liar_ext.allocation import ALLOCATIONS
-from liar_ext.calibration.batches import Calibration
+from liar_ext.calibration.batches import Batch, Calibration
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity
 from liar_ext.checkpoint.load import resolve
@@ -37,7 +37,7 @@ from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.statistics import segments
+from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout
@@ -126,13 +126,15 @@ def compress(
             positions = sum(batch.input_ids.numel() for batch in calibration.batches)
             held = held_bytes(model, adapter, recipe, positions, dtype.itemsize)
             # ranks have whole segments: this is the rank with most
-            count = segments(calibration.batches)[-1] + 1
+            count = segments(calibration.batches, least_segments(recipe))[-1] + 1
             held = held * -(-count // ranks.size) // count
             place = choose_place(execution.hidden_states, held, device, ranks.local_size)
             run.facts["backends"] = chosen_backends(device, dtype)
             run.facts["hidden_states"] = run.clock.hidden_states = place
             run.shelf = make_shelf(place, scratch, device)
-            run.library = _library(job, execution, recipe, identity, store, sums, ranks)
+            run.library = _library(
+                job, execution, recipe, identity, store, sums, ranks, calibration.batches
+            )
             if left_over:
                 run.warn(
                     f"{len(left_over)} tensors of the source are no part of "
@@ -277,6 +279,7 @@ def _library(
     store: CheckpointStore,
     sums: SourceSums,
     ranks: Ranks,
+    batches: Sequence[Batch],
 ) -> Any:
     """Moments on disk: where the user wants them, or where they save a second pass.
 
@@ -310,12 +313,17 @@ def _library(
         if not wanted and job.journal.read() is None:
             # with twice the room: the output is to fit as well
             room = shutil.disk_usage(job.folder).free
-            wanted = 2 * MomentsStore.bytes_needed(columns) <= room
+            sizes = columns * (2 if recipe.chooses_ridge else 1)
+            wanted = 2 * MomentsStore.bytes_needed(sizes) <= room
         if not ranks.broadcast(wanted):
             return None
     fingerprint = {name: identity[name] for name in ("versions", "compute")}
     # the tokens, under whatever name they were read
     fingerprint["calibration"] = identity["calibration"]["tokens_sha256"]
+    parts = segments(batches, least_segments(recipe))
+    if parts != segments(batches):
+        # float32 sums of other segments have other roundings
+        fingerprint["segments"] = parts[-1] + 1
     fingerprint["source"] = {"config": identity["source"]["config"], **sums.get()}
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
