@@ -14,10 +14,11 @@ from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS
 from liar_ext.models import Site, linear
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.gram import gram
-from liar_ext.ops.interpolate import Repair, costs, repair
+from liar_ext.ops.held_out import held_out_flops
+from liar_ext.ops.interpolate import Repair, repair
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import residual_energies
-from liar_ext.recipe import Recipe
+from liar_ext.recipe import RIDGES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 
 # for each of four rates, beside the first call; about two seconds together
@@ -118,10 +119,10 @@ def compression_flops(
         passes: of forwards through them; grams: Moments of each Site that are made.
         survey: what a survey makes of its statistics.
     Returns:
-        `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`, with what
-        the criterion and the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`.
+        `forward`; `gram`, `n² T` for the triangle; `solve`, of the repair (for `liar`, see
+        `ops.interpolate.costs`), of the fits that choose its ridge, and of what the criterion and
+        the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`.
     """
-    solves = RECONSTRUCTIONS[recipe.reconstruct].solves
     judged = sum(
         CRITERIA[recipe.criterion].flops(
             s.columns_before, s.outputs, s.columns_before - s.columns_after
@@ -131,15 +132,23 @@ def compression_flops(
     return {
         "forward": passes * tokens.positions * forward,
         "gram": grams * sum(s.columns_before**2 for s in sites) * tokens.tokens,
-        "solve": judged + survey + (sum(solve_flops(s) for s in sites) if solves else 0),
+        "solve": judged + survey + sum(solve_flops(s, recipe) for s in sites),
         "residual": sum(residual_flops(s) for s in sites),
     }
 
 
-def solve_flops(site: SitePlan) -> int:
-    """Of the cheapest way to the repaired rows of a Site; 0 where nothing is dropped."""
+def solve_flops(site: SitePlan, recipe: Recipe) -> int:
+    """Of the repaired rows of a Site; 0 where nothing is dropped."""
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
-    return int(min(costs(kept, dropped, site.outputs, False).values())) if dropped else 0
+    if not dropped:
+        return 0
+    one = RECONSTRUCTIONS[recipe.reconstruct].flops(kept, dropped, site.outputs)
+    if not recipe.chooses_ridge:
+        return one
+    judge, error = held_out_flops(kept, dropped, site.outputs)
+    # a fit by `C_SM W_Mᵀ`, whatever is cheapest for one repair
+    fit = kept**3 // 3 + 2 * kept**2 * site.outputs
+    return one + judge + len(RIDGES) * (fit + error)
 
 
 def residual_flops(site: SitePlan) -> int:
@@ -262,7 +271,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         return {
             "forward": _rate(device, 2 * n**3, lambda: torch.mm(square, square)),
             "gram": _rate(device, tokens * n**2, lambda: gram(x, out=moments)),
-            "solve": _rate(device, solve_flops(own), solve),
+            "solve": _rate(device, solve_flops(own, Recipe()), solve),
             "residual": _rate(device, residual_flops(own), residual),
         }
 

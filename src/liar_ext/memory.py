@@ -13,10 +13,11 @@ from liar_ext.checkpoint.reader import PIECE_BYTES
 from liar_ext.costs import SitePlan
 from liar_ext.engine.moments_file import BLOCK_BYTES
 from liar_ext.engine.ranks import BUFFER_BYTES
+from liar_ext.engine.ridge import choice_bytes
 from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.ops.gram import TOKENS
-from liar_ext.ops.interpolate import repair_bytes
 from liar_ext.ops.residual import residual_bytes
+from liar_ext.reconstruction import Reconstruction
 from liar_ext.survey import Reads
 
 # what `csrc/cpu/gram.cpp` packs at a time: fp32 bytes, or that many tokens if they are more
@@ -103,7 +104,8 @@ class Phases:
         survey: what a survey before anything is pruned reads, None for no survey;
             survey_bytes: what it makes of that, at most.
         library: Moments are kept on disk.
-        solves: weights are fitted.
+        reconstruction: what repairs.
+        chooses: tokens are held out to choose its ridge.
         judging: most bytes that the criterion holds beside the statistics of a Site.
     """
 
@@ -116,10 +118,12 @@ class Phases:
         survey: Reads | None,
         survey_bytes: int,
         library: bool,
-        solves: bool,
+        reconstruction: Reconstruction,
+        chooses: bool,
         judging: Callable[[SitePlan], int],
     ) -> None:
-        self._sizes, self._sites, self._solves = sizes, sites, solves
+        self._sizes, self._sites = sizes, sites
+        self._reconstruction, self._chooses = reconstruction, chooses
         self._judging = judging
         self._sequential, self._library = sequential, library
         self._survey, self._survey_bytes = survey, survey_bytes
@@ -203,7 +207,7 @@ class Phases:
         gram = device | {"paused_forwards": held, **sums, **self._gram(n)}
         moved = 0 if s.place != "device" else held
         repair = self._repair(site)
-        solve = device | {"paused_forwards": moved, "moments": 4 * n * n, "repair": repair}
+        solve = device | {"paused_forwards": moved, **self._moments(n), "repair": repair}
         found = [
             self._phase(f"forward to {site.kind}", forward, host),
             self._phase(f"statistics of {site.kind}", gram, host),
@@ -244,11 +248,11 @@ class Phases:
     def _made(self, what: str, *most: int) -> list[Phase]:
         """What is made of Moments that are there together; bytes of each Site, or of all."""
         device, host = self._standing(written=False)
-        squares = [4 * site.columns_before**2 for site in self._sites]
+        squares = [sum(self._moments(site.columns_before).values()) for site in self._sites]
         found = []
         for number, site in enumerate(self._sites):
             own = {
-                "moments": squares[number],
+                **self._moments(site.columns_before),
                 "statistics_of_other_sites": sum(squares[number + 1 :]),
                 what: most[min(number, len(most) - 1)],
             }
@@ -307,8 +311,14 @@ class Phases:
         return {
             "moments": 4 * columns**2,
             "float64_sums": 0 if s.alone else 8 * columns**2,
+            "held_out_sums": 8 * columns**2 if self._chooses else 0,
             "waiting_rows": self._rows() * columns * s.item,
         }
+
+    def _moments(self, columns: int) -> dict[str, int]:
+        """Of all tokens, and of those that are held out."""
+        own = 4 * columns**2
+        return {"moments": own, "held_out_moments": own if self._chooses else 0}
 
     def _exchanged(self, columns: int) -> dict[str, int]:
         """A buffer of the triangle, whose own rows do not wait any more."""
@@ -345,8 +355,11 @@ class Phases:
         repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
         residual = repaired + residual_bytes(n, rows, kept)
         solve = 0
-        if self._solves and kept < n:
-            solve = repair_bytes(kept, n - kept, outputs, rows)
+        if kept < n:
+            given = outputs if self._reconstruction.whole else rows
+            solve = self._reconstruction.holds(kept, n - kept, outputs, given)
+            if self._chooses:
+                solve = choice_bytes(kept, n - kept, given, own=solve)
         return max(self._judging(site), solve, residual)
 
     def _pinned(self, widths: Sequence[int]) -> int:

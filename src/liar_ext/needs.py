@@ -147,7 +147,8 @@ def needs(
         survey=reads_of(recipe),
         survey_bytes=survey_bytes,
         library=library,
-        solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
+        reconstruction=RECONSTRUCTIONS[recipe.reconstruct],
+        chooses=recipe.chooses_ridge,
         judging=lambda site: CRITERIA[recipe.criterion].holds(
             site.columns_before, site.outputs, site.columns_before - site.columns_after
         ),
@@ -247,6 +248,8 @@ def _disk(
     add("scratch", scratch, execution.scratch)
     free = shutil.disk_usage(folder).free
     moments = MomentsStore.bytes_needed(site.columns_before for site in sites)
+    if recipe.chooses_ridge:
+        moments *= 2  # and of the tokens that are held out
     if recipe.statistics == "oneshot":
         twice = needs_tokens(recipe) and 2 * moments <= free
         if execution.moments is not None or twice:

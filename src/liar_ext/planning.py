@@ -44,7 +44,12 @@ from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
-from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS, segments
+from liar_ext.engine.statistics import (
+    CHUNK_TOKENS,
+    MOST_SEGMENTS,
+    least_segments,
+    segments,
+)
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
@@ -241,7 +246,7 @@ def _tokens(
             samples=found.samples,
             seq_len=max(shape[1] for shape in shapes),
             batch=max(shape.numel() for shape in shapes),
-            segments=segments(found.batches)[-1] + 1,
+            segments=segments(found.batches, least_segments(recipe))[-1] + 1,
             counted=True,
         )
     adapter = adapter_for(model.config)
@@ -251,8 +256,10 @@ def _tokens(
     notes.append(
         f"calibration not counted: {recipe.samples} samples of {length} tokens assumed{short}"
     )
-    batch = min(recipe.batch_size, recipe.samples)
-    parts = min(MOST_SEGMENTS, total // CHUNK_TOKENS, -(-recipe.samples // batch))
+    least = least_segments(recipe)
+    # batches are cut smaller where there would be fewer
+    batch = min(recipe.batch_size, -(-recipe.samples // least))
+    parts = min(MOST_SEGMENTS, max(total // CHUNK_TOKENS, least), -(-recipe.samples // batch))
     return Tokens(total, total, recipe.samples, length, batch * length, max(1, parts), False)
 
 

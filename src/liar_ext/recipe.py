@@ -13,6 +13,10 @@ from typing import Any
 from liar_ext.errors import InputError
 
 VERSION = 1
+# what `--ridge auto` chooses from
+RIDGES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+DEFAULT_RIDGE = 1e-4
+AUTO = "auto"
 KINDS = ("ffn", "heads")
 CHOICES = {
     "budget": ("parameters", "flops"),
@@ -38,7 +42,8 @@ class Recipe:
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
         gradient_samples: of them, the first that criteria which need a loss take gradients of.
-        ridge: λ of the least squares, relative to the mean variance of the Site's columns.
+        ridge: λ of the least squares, relative to the mean variance of the Site's columns; `auto`
+            chooses from `RIDGES`, Site by Site, what is best on tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
         target_signal: what the repair aims at; `local` is the dense consumer on present inputs.
         statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).
@@ -60,7 +65,7 @@ class Recipe:
     seq_len: int = 2048
     batch_size: int = 8
     gradient_samples: int = 16
-    ridge: float = 1e-4
+    ridge: float | str = DEFAULT_RIDGE
     bias: str = "auto"
     target_signal: str = "local"
     statistics: str = "sequential"
@@ -108,10 +113,11 @@ class Recipe:
             object.__setattr__(self, "calibration", os.fspath(calibration))
         if not (self.calibration is None or isinstance(self.calibration, str)):
             raise InputError(f"--calibration {self.calibration}: must be a file or a data set name")
-        if isinstance(self.ridge, bool) or not (
-            isinstance(self.ridge, int | float) and 0 <= self.ridge < math.inf
-        ):
-            raise InputError(f"--ridge {self.ridge}: must be a number of at least 0, e.g. 1e-3")
+        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
+        if self.ridge != AUTO and not (number and 0 <= float(self.ridge) < math.inf):
+            raise InputError(
+                f"--ridge {self.ridge}: must be a number of at least 0, e.g. 1e-3, or auto"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             ends = self.layers
@@ -125,6 +131,18 @@ class Recipe:
                 f"--reconstruct {self.reconstruct} works through biases and --bias is never; "
                 "use --bias auto or another reconstruction"
             )
+
+    @property
+    def chooses_ridge(self) -> bool:
+        """Whether tokens are held out, to choose the ridge of each Site."""
+        from liar_ext.reconstruction import RECONSTRUCTIONS
+
+        return self.ridge == AUTO and RECONSTRUCTIONS[self.reconstruct].sweep is not None
+
+    @property
+    def first_ridge(self) -> float:
+        """The ridge before any is chosen: of criteria that look ahead to the repair."""
+        return DEFAULT_RIDGE if self.ridge == AUTO else float(self.ridge)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data: tuples are lists, so that what is read back compares equal."""

@@ -49,6 +49,8 @@ VARIANTS = {
     "levels": ("llama", "--allocation levels --target ffn,heads"),
     "gradients": ("llama", "--target ffn,heads --criterion fisher --gradient-samples 400"),
     "taylor": ("llama", "--criterion taylor-mixed --gradient-samples 400"),
+    "ridge auto": ("llama", "--ridge auto --target ffn,heads"),
+    "all rows": ("llama", "--ridge auto --reconstruct mask-tuning --bias always"),
 }
 JOURNAL = "--journal-seconds 0"
 

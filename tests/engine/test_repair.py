@@ -81,7 +81,7 @@ def test_rows_of_all_ranks_are_the_repair_of_all_rows(ranks):
     moments.sum += x.sum(0)
     moments.count += 500
     keep = torch.arange(0, site.columns, 2)
-    whole, residual = Repairer(Recipe(), {"ffn": False}, Ranks.single(), Clock(CPU))._solve(
+    whole, residual, _ = Repairer(Recipe(), {"ffn": False}, Ranks.single(), Clock(CPU))._solve(
         site, moments, keep
     )
     parts, energies = [], torch.zeros(2, dtype=torch.float64)

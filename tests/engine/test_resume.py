@@ -89,6 +89,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             [("journal written", 2), ("hidden states not named", 1), ("journal written", 2)],
         ),
         (
+            {"ridge": "auto"},
+            "device",
+            [("journal written", 1), ("site half pruned", 2), ("layer being written", 1)],
+        ),
+        (
             {"layers": (1, 3), "reconstruct": "none"},
             "device",
             [("layer computed", 2), ("journal written", 2), ("layer being written", 1)],
@@ -102,6 +107,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "alpha",
         "influence",
         "levels",
+        "ridge-auto",
         "some-layers",
     ],
 )

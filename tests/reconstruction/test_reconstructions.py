@@ -20,8 +20,8 @@ def problem(seed: int, columns: int = 37, kept: int = 20, outputs: int = 11):
     return x.double(), weight, order[:kept].sort().values, order[kept:].sort().values
 
 
-def repaired(name: str, x, weight, keep, drop, *, intercept: bool, ridge: float = 0.0):
-    task = Task(gram_reference(x), weight, keep, drop, ridge, intercept)
+def repaired(name: str, x, weight, keep, drop, *, intercept: bool, ridge: float = 0.0, unit=1):
+    task = Task(gram_reference(x), weight, keep, drop, ridge, intercept, unit=unit)
     return RECONSTRUCTIONS[name].repair(task)
 
 
@@ -78,5 +78,9 @@ def test_liar_leaves_least_and_the_intercept_helps(seed):
 def test_what_each_reconstruction_needs_is_declared():
     """`--bias never` and `check_enough` go by these."""
     assert {name for name, r in RECONSTRUCTIONS.items() if r.needs_bias} == {"bias"}
-    assert {name for name, r in RECONSTRUCTIONS.items() if r.solves} == {"liar"}
+    assert {name for name, r in RECONSTRUCTIONS.items() if r.solves} == {"liar", "admm"}
+    whole = {"mask-tuning", "rotation", "rotation-scaled", "admm"}
+    assert {name for name, r in RECONSTRUCTIONS.items() if r.whole} == whole
+    ridged = {name for name, r in RECONSTRUCTIONS.items() if r.sweep is not None}
+    assert ridged == {"liar", *whole}
     assert all(name == r.name for name, r in RECONSTRUCTIONS.items())

@@ -185,6 +185,20 @@ def first_samples(batches: Sequence[Batch], samples: int) -> tuple[Batch, ...]:
     return tuple(found)
 
 
+def cut_to(batches: Sequence[Batch], least: int) -> tuple[Batch, ...]:
+    """At least `least` batches where there are so many sequences: the same, fewer at a time."""
+    if not batches or len(batches) >= least:
+        return tuple(batches)
+    pieces = -(-least // len(batches))
+    return tuple(
+        Batch(ids, mask)
+        for batch in batches
+        for ids, mask in zip(
+            batch.input_ids.chunk(pieces), batch.attention_mask.chunk(pieces), strict=True
+        )
+    )
+
+
 def check_enough(tokens: int, width: int) -> str | None:
     """Are there enough tokens to fit the widest Site?
 

@@ -7,6 +7,12 @@ from typing import Any
 
 from liar_ext.errors import InputError
 
+
+def ridge(text: str) -> float | str:
+    """`auto`, or a number."""
+    return text if text == "auto" else float(text)
+
+
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (float, "F", "fraction of the targeted budget to remove"),
@@ -14,13 +20,17 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
     "criterion": (str, "NAME", "what to keep: magnitude, wanda, flap, random"),
     "allocation": (str, "NAME", "how many where: uniform, global, alpha, influence, levels, kwon"),
-    "reconstruct": (str, "NAME", "how to repair: none, bias, liar"),
+    "reconstruct": (
+        str,
+        "NAME",
+        "how to repair: none, bias, mask-tuning, rotation, rotation-scaled, admm, liar",
+    ),
     "calibration": (str, "TEXT", ".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets name"),
     "samples": (int, "N", "windows (decoders) or sentences (encoders)"),
     "seq_len": (int, "N", "tokens of each at most"),
     "batch_size": (int, "N", "sequences at a time"),
     "gradient_samples": (int, "N", "windows that criteria which need a loss take gradients of"),
-    "ridge": (float, "F", "λ relative to the mean variance of a Site's columns"),
+    "ridge": (ridge, "F", "λ relative to the mean variance of a Site's columns, or auto"),
     "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
     "target_signal": (str, "NAME", "what the repair aims at: local"),
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),

@@ -14,7 +14,7 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import output_folder
 from liar_ext.engine.compression import Compression, write_records
-from liar_ext.engine.inputs import check_backends, chosen_backends
+from liar_ext.engine.inputs import check_backends, chosen_backends, fit_to
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
@@ -53,6 +53,7 @@ def prune(
     prepared = tuple(_batch(batch, vocabulary) for batch in batches)
     if not prepared:
         raise InputError("no calibration batches; give at least one")
+    prepared = fit_to(prepared, recipe)
     check_backends(model.device)
     calibration = {
         "source": "memory",

@@ -37,7 +37,7 @@ from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.statistics import segments
+from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout
@@ -129,7 +129,9 @@ def compress(
             run.facts["backends"] = chosen_backends(device, dtype)
             run.facts["hidden_states"] = run.clock.hidden_states = place
             run.shelf = make_shelf(place, scratch, device)
-            run.library = _library(job, execution, recipe, identity, store, sums, ranks)
+            run.library = _library(
+                job, execution, recipe, identity, store, sums, ranks, calibration.batches
+            )
             if left_over:
                 run.warn(
                     f"{len(left_over)} tensors of the source are no part of "
@@ -197,14 +199,14 @@ def _held(
     adapter = adapter_for(model.config)
     windows = first_samples(batches, recipe.gradient_samples)
     return max(
-        held_bytes(model, adapter, recipe, _positions(batches, ranks), item),
-        gradient_held_bytes(model, adapter, recipe, _positions(windows, ranks), item),
+        held_bytes(model, adapter, recipe, _positions(batches, recipe, ranks), item),
+        gradient_held_bytes(model, adapter, recipe, _positions(windows, recipe, ranks), item),
     )
 
 
-def _positions(batches: Sequence[Batch], ranks: int) -> int:
+def _positions(batches: Sequence[Batch], recipe: Recipe, ranks: int) -> int:
     """Tokens, with padding, of the rank with most; ranks have whole segments."""
-    count = segments(batches)[-1] + 1
+    count = segments(batches, least_segments(recipe))[-1] + 1
     return sum(b.input_ids.numel() for b in batches) * -(-count // ranks) // count
 
 
@@ -292,6 +294,7 @@ def _library(
     store: CheckpointStore,
     sums: SourceSums,
     ranks: Ranks,
+    batches: Sequence[Batch],
 ) -> Any:
     """Moments on disk: where the user wants them, or where they save a second pass.
 
@@ -325,12 +328,17 @@ def _library(
         if not wanted and job.journal.read() is None:
             # with twice the room: the output is to fit as well
             room = shutil.disk_usage(job.folder).free
-            wanted = 2 * MomentsStore.bytes_needed(columns) <= room
+            sizes = columns * (2 if recipe.chooses_ridge else 1)
+            wanted = 2 * MomentsStore.bytes_needed(sizes) <= room
         if not ranks.broadcast(wanted):
             return None
     fingerprint = {name: identity[name] for name in ("versions", "compute")}
     # the tokens, under whatever name they were read
     fingerprint["calibration"] = identity["calibration"]["tokens_sha256"]
+    parts = segments(batches, least_segments(recipe))
+    if parts != segments(batches):
+        # float32 sums of other segments have other roundings
+        fingerprint["segments"] = parts[-1] + 1
     fingerprint["source"] = {"config": identity["source"]["config"], **sums.get()}
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

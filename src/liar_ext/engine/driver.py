@@ -23,6 +23,7 @@ from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
 from liar_ext.engine.shelf import DeviceShelf, Shelf
+from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Feed, Stream
 from liar_ext.errors import InputError
@@ -116,6 +117,7 @@ class Driver:
             shelf=self.shelf,
             ranks=self.ranks,
             clock=self.clock,
+            least=least_segments(self.recipe),
         )
         self._measurer = Measurer(
             self.store.model,
@@ -332,7 +334,9 @@ class Driver:
     ) -> Tensor:
         """Repair and shrink a Site; returns the kept columns."""
         notes = [*notes, *measured.notes]
-        report, shrink = self._repairer.repair(site, measured.moments, notes, kept_units)
+        report, shrink = self._repairer.repair(
+            site, measured.moments, notes, kept_units, measured.held
+        )
         report.seconds = {k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:
             self.progress.warn(f"{site.name}: {note}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from liar_ext.calibration.batches import Calibration, make_batches
+from liar_ext.calibration.batches import Batch, Calibration, cut_to, make_batches
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.reader import read_json
+from liar_ext.engine.statistics import least_segments
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.ops import backends
@@ -30,7 +33,7 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
     text = text_config(model.config)
     adapter = adapter_for(model.config)
     tokenizer = None if corpus.tokens is not None else load_tokenizer(folder)
-    return make_batches(
+    found = make_batches(
         corpus,
         tokenizer,
         packed=adapter.decoder,
@@ -40,6 +43,22 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
         seed=recipe.seed,
         vocab_size=text.vocab_size,
     )
+    return replace(found, batches=fit_to(found.batches, recipe))
+
+
+def fit_to(batches: Sequence[Batch], recipe: Recipe) -> tuple[Batch, ...]:
+    """The batches, cut smaller where too few of them could be held out to choose a ridge.
+
+    Raises:
+        InputError: there is only one sequence.
+    """
+    found = cut_to(batches, least_segments(recipe))
+    if recipe.chooses_ridge and len(found) < 2:
+        raise InputError(
+            f"--ridge {recipe.ridge}: holds out some of the calibration samples, and there is only "
+            f"{len(found)}; raise --samples, or give a number"
+        )
+    return found
 
 
 def load_tokenizer(folder: Path) -> Any:

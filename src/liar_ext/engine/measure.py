@@ -14,7 +14,7 @@ from liar_ext.criteria import Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import refuse_non_finite
-from liar_ext.engine.statistics import SiteColumns, SiteMoments, StateSimilarity
+from liar_ext.engine.statistics import SiteColumns, SiteMoments, StateSimilarity, held_out
 from liar_ext.engine.stream import Comparison, Feed, Stream
 from liar_ext.models import Adapter, Site
 from liar_ext.ops.moments import ColumnMoments, Moments
@@ -33,17 +33,23 @@ CENTRING_LIMIT = 100.0
 
 @dataclass
 class Measured:
-    """Attributes: the Moments of a Site, its column statistics where the library has them, notes
-    for the report."""
+    """Attributes: the Moments of a Site, its column statistics where the library has them, Moments
+    of the tokens that are held out where a ridge is chosen, notes for the report."""
 
     moments: Moments
     columns: ColumnMoments | None = None
+    held: Moments | None = None
 
     @property
     def notes(self) -> list[str]:
         if self.moments.gram.dtype == torch.float32:
             return []
         return ["means far above the deviations: statistics repeated in float64"]
+
+
+def held_name(kind: str) -> str:
+    """What the library calls the Moments of a Site's held-out tokens."""
+    return f"{kind}-held-out"
 
 
 @dataclass
@@ -85,6 +91,8 @@ class Measurer:
     _last: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        chooses = self.recipe.chooses_ridge
+        self._held_out = held_out(self.stream.count) if chooses else frozenset()
         # statistics end with the last targeted layer, or the last that other jobs ask for
         layers = len(self.adapter.layer_list(self.model)[1])
         asked = [index + 1 for index in range(layers) if self._extra(index)]
@@ -96,6 +104,10 @@ class Measurer:
             return []
         return self.adapter.sites_of(self.model, index, self.recipe.target)
 
+    def _names(self, kind: str) -> tuple[str, ...]:
+        """The files of a Site in the library that this recipe needs."""
+        return (kind, held_name(kind)) if self._held_out else (kind,)
+
     def needed(self, layer: int, reads: Reads = "moments") -> bool:
         """Whether hidden states have to go through layers from `layer` on, for what is read."""
         ahead = range(max(layer, self.targets.start), self.targets.stop)
@@ -103,7 +115,9 @@ class Measurer:
             return False
         if self.library is None or reads == "states":
             return True
-        sites = [(index, kind) for index in ahead for kind in self.recipe.target]
+        sites = [
+            (i, name) for i in ahead for kind in self.recipe.target for name in self._names(kind)
+        ]
         return bool(self.ranks.broadcast(not self.library.complete(sites)))
 
     def flows(self, index: int) -> bool:
@@ -158,25 +172,33 @@ class Measurer:
         if self.library is not None and self._in_library(index):
             self._pass_on(index)
             with self.clock.phase("load"):
-                return {
-                    site.kind: Measured(self.library.load(index, site.kind, self.device))
-                    for site in self.sites(index)
-                }
+                found: dict[str, Measured] = {}
+                for site in self.sites(index):
+                    whole, *held = (
+                        self.library.load(index, name, self.device)
+                        for name in self._names(site.kind)
+                    )
+                    found[site.kind] = Measured(whole, held=held[0] if held else None)
+                return found
         return self._forward(index)
 
     def standing(self, site: Site, feed: Feed) -> Measured:
         """Moments of all batches that stand at a Site."""
-        moments = self._standing(site, feed, torch.float32)
-        if not self._centred(site, moments):
-            del moments  # at 70B widths the two are 10 GB
-            moments = self._standing(site, feed, torch.float64)
-        return Measured(moments)
+        found = self._standing(site, feed, torch.float32)
+        if not self._centred(site, found.moments):
+            del found  # at 70B widths the two are 10 GB
+            found = self._standing(site, feed, torch.float64)
+        return found
 
-    def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Moments:
+    def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Measured:
         accumulator = self._gram(site, dtype)
         feed(accumulator)
+        return self._finished(accumulator)
+
+    def _finished(self, accumulator: SiteMoments) -> Measured:
         with self.clock.phase("gram"):
-            return accumulator.finish(self.ranks)
+            moments = accumulator.finish(self.ranks)
+            return Measured(moments, held=accumulator.finish_held(self.ranks))
 
     def _forward(self, index: int, compared: Comparison | None = None) -> dict[str, Measured]:
         """One forward of a layer, with all statistics that anybody asks for."""
@@ -186,28 +208,28 @@ class Measurer:
         later = self.stream.through(index, taps, onward=self.onward(index), compared=compared)
         measured: dict[str, Measured] = {}
         for site, tap in taps:
+            found = self._finished(tap.moments)
             with self.clock.phase("gram"):
-                moments = tap.moments.finish(self.ranks)
                 columns = None if tap.columns is None else tap.columns.finish(self.ranks)
-            if not self._centred(site, moments):
+            if not self._centred(site, found.moments):
                 again = self._gram(site, torch.float64)
                 self.stream.through(index, [(site, again)], onward=False)
-                with self.clock.phase("gram"):
-                    moments = again.finish(self.ranks)
-                refuse_non_finite(site, moments)
-            self._save(index, site, moments, columns)
+                found = self._finished(again)
+                refuse_non_finite(site, found.moments)
+            found.columns = columns
+            self._save(index, site, found)
             if site.kind in self.recipe.target and index in self.targets:
-                measured[site.kind] = Measured(moments, columns)
+                measured[site.kind] = found
         self.stream.advance(later)
         return measured
 
-    def _save(
-        self, index: int, site: Site, moments: Moments, columns: ColumnMoments | None
-    ) -> None:
+    def _save(self, index: int, site: Site, found: Measured) -> None:
         if self.library is not None:
             with self.clock.phase("write"):
                 if self.ranks.rank == 0:
-                    self.library.save(index, site.kind, moments, columns)
+                    self.library.save(index, site.kind, found.moments, found.columns)
+                    if found.held is not None:
+                        self.library.save(index, held_name(site.kind), found.held)
                 self.ranks.barrier()
 
     def _both(self, site: Site) -> _Both:
@@ -216,7 +238,13 @@ class Measurer:
 
     def _gram(self, site: Site, dtype: torch.dtype) -> SiteMoments:
         with self.clock.phase("gram"):
-            return SiteMoments(site.columns, self.device, dtype=dtype, alone=self.stream.alone)
+            return SiteMoments(
+                site.columns,
+                self.device,
+                dtype=dtype,
+                alone=self.stream.alone,
+                held_out=self._held_out,
+            )
 
     def _centred(self, site: Site, moments: Moments) -> bool:
         """Whether the sums survive centring.
@@ -242,7 +270,8 @@ class Measurer:
         assert self.library is not None
         kinds = self.recipe.target if index in self.targets else ()
         extra = self.flows(index) and self._extra(index)
-        there = all(self.library.has(index, kind) for kind in kinds) and not extra
+        names = [name for kind in kinds for name in self._names(kind)]
+        there = all(self.library.has(index, name) for name in names) and not extra
         return bool(self.ranks.broadcast(there))
 
     def _pass_on(self, index: int, compared: Comparison | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from liar_ext.criteria import CRITERIA, Columns, Evidence
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
 from liar_ext.ops.moments import Moments
@@ -55,10 +56,17 @@ class Repairer:
         return found.double().cpu(), [] if evidence is None else evidence.notes
 
     def repair(
-        self, site: Site, moments: Moments, notes: Sequence[str], kept_units: int
+        self,
+        site: Site,
+        moments: Moments,
+        notes: Sequence[str],
+        kept_units: int,
+        held: Moments | None = None,
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
+        Args:
+            held: Moments of those tokens that are held out to choose the ridge by.
         Returns:
             the report, and a function that applies the result to the layer and returns the kept
             columns.
@@ -68,7 +76,7 @@ class Repairer:
             evidence = self._evidence(site, moments, kept_units)
             keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
-            repaired, residual = self._solve(site, moments, kept_columns)
+            repaired, residual, choice = self._solve(site, moments, kept_columns, held)
         bias = _shifted(site.bias(), repaired.shift)
         used = repaired.diagnostics
         report = SiteReport(
@@ -83,10 +91,13 @@ class Repairer:
             relative_residual=residual,
             steps=[*notes, *evidence.notes],
         )
+        if choice is not None:
+            report.held_out = {f"{ridge:g}": error for ridge, error in choice.errors.items()}
         if used is not None:
             report.ridge, report.ridge_used = used.ridge, used.ridge_used
             report.condition, report.backward_error = used.condition, used.backward_error
             report.dead_columns, report.precision = used.dead, used.precision
+            report.iterations = used.iterations
             report.steps += used.steps
 
         def shrink() -> Tensor:
@@ -110,32 +121,47 @@ class Repairer:
             site,
             statistics,
             self.generator,
-            ridge=self._recipe.ridge,
+            ridge=self._recipe.first_ridge,
             center=self._intercept[site.kind],
             gradients=None if gradients is None else gradients.to(site.weight().device),
             keep=keep,
         )
 
-    def _solve(self, site: Site, moments: Moments, keep: Tensor) -> tuple[Repaired, float]:
-        """The repaired consumer and its residual; each rank solves for its own output rows."""
+    def _solve(
+        self, site: Site, moments: Moments, keep: Tensor, held: Moments | None = None
+    ) -> tuple[Repaired, float, Choice | None]:
+        """The repaired consumer, its residual, and how its ridge was chosen.
+
+        Each rank solves for its own output rows, or for all of them where rows see each other, and
+        measures what its own ones leave.
+        """
         dropped = torch.ones(site.columns, dtype=torch.bool, device=keep.device)
         dropped[keep] = False
         whole = site.weight()
         outputs = whole.shape[0]
-        weight = whole[self._ranks.rows(outputs)]
+        mine = self._ranks.rows(outputs)
+        weight = whole[mine]
         task = Task(
             moments,
-            weight,
+            whole if self._reconstruction.whole else weight,
             keep,
             dropped.nonzero().flatten(),
-            self._recipe.ridge,
+            self._recipe.first_ridge,
             self._intercept[site.kind],
             outputs,
+            site.columns_per_unit,
         )
+        choice = None
         try:
+            if held is not None and task.drop.numel():
+                choice = choose(task, held, self._reconstruction, self._ranks)
+                task = replace(task, ridge=choice.ridge)
             part = self._agreed(task) if task.drop.numel() else Repaired(task.weight)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
+        if self._reconstruction.whole:
+            shift = None if part.shift is None else part.shift[mine]
+            part = replace(part, weight=part.weight[mine], shift=shift)
         energies = residual_energies(moments, weight, keep, part.weight, part.shift)
         total = torch.tensor(energies, dtype=torch.float64, device=keep.device)
         self._ranks.sum_(total)
@@ -144,7 +170,7 @@ class Repairer:
             None if part.shift is None else self._ranks.gather_rows(part.shift, outputs),
             part.diagnostics,
         )
-        return gathered, relative_residual_of(total.tolist())
+        return gathered, relative_residual_of(total.tolist()), choice
 
     def _agreed(self, task: Task) -> Repaired:
         """The rows of this rank, with the same ridge on all ranks.

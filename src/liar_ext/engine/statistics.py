@@ -17,21 +17,27 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.engine.ranks import Ranks
 from liar_ext.ops.gram import gram
 from liar_ext.ops.moments import ColumnMoments, Moments
+from liar_ext.recipe import Recipe
 
 # tokens of a Gram call at least, where there are so many: each call reads and writes all of G and
 # is one more launch; for 1536 columns on one core, 300 tokens a call took 17 % longer than 1000
 CHUNK_TOKENS = 4096
 # enough for 64 ranks; closing a segment reads and writes the triangle once more
 MOST_SEGMENTS = 64
+# one segment of so many is held out where a ridge is chosen: 20 % of the tokens
+HELD_OUT = 5
 # rows of G that are added or rounded at a time
 _ROWS = 1024
 
 
-def segments(batches: Sequence[Batch]) -> list[int]:
-    """The segment of each batch: never falling, about equal tokens, `CHUNK_TOKENS` each or more."""
+def segments(batches: Sequence[Batch], least: int = 1) -> list[int]:
+    """The segment of each batch: never falling, about equal tokens, `CHUNK_TOKENS` each or more.
+
+    Of less where else there were not `least` of them; a batch is in one segment.
+    """
     tokens = [batch.tokens for batch in batches]
     total = sum(tokens)
-    count = max(1, min(MOST_SEGMENTS, total // CHUNK_TOKENS, len(tokens)))
+    count = max(1, min(MOST_SEGMENTS, max(total // CHUNK_TOKENS, least), len(tokens)))
     found, before = [], 0
     for own in tokens:
         # where the middle of the batch lies
@@ -42,21 +48,45 @@ def segments(batches: Sequence[Batch]) -> list[int]:
     return [names[name] for name in found]
 
 
+def least_segments(recipe: Recipe) -> int:
+    """How many there should be under a recipe: enough to hold one out where it chooses a ridge."""
+    return HELD_OUT if recipe.chooses_ridge else 1
+
+
+def held_out(count: int) -> frozenset[int]:
+    """Which of `count` segments are held out: one of `HELD_OUT`, or of all if there are fewer."""
+    every = min(HELD_OUT, count)
+    return frozenset(range(every // 2, count, every)) if count > 1 else frozenset()
+
+
 class SiteMoments:
     """Accumulates the Moments of one Site, batch by batch in the order of the batches.
 
     Args:
         dtype: float32, or float64 where centring would lose float32 sums.
         alone: all batches are one segment, so that there is nothing to add up in float64.
+        held_out: segments whose Moments are wanted on their own, too.
     """
 
     def __init__(
-        self, columns: int, device: torch.device, *, dtype: torch.dtype, alone: bool
+        self,
+        columns: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        alone: bool,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
         self._part = Moments.zeros(columns, dtype=dtype, device=device)
         self._whole: Tensor | None = None
-        if not alone and dtype != torch.float64:
+        self._held: Moments | None = None
+        if held_out or (not alone and dtype != torch.float64):
             self._whole = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        if held_out:
+            self._held = Moments.zeros(columns, dtype=torch.float64, device=device)
+        self._held_out = held_out
+        # sums and counts before the present segment
+        self._before = self._part.sum.clone(), self._part.count.clone()
         self._segment = 0
         self._pending: list[Tensor] = []
 
@@ -89,6 +119,17 @@ class SiteMoments:
             self._whole = None
         return moments
 
+    def finish_held(self, ranks: Ranks) -> Moments | None:
+        """The Moments of the segments that are held out, of all ranks; after `finish`."""
+        held, self._held = self._held, None
+        if held is None:
+            return None
+        ranks.sum_triangle_(held.gram)
+        ranks.sum_(held.sum)
+        ranks.sum_(held.count)
+        # rounded as those of all tokens are
+        return Moments(held.count, held.sum, held.gram.to(self._part.gram.dtype))
+
     def _flush(self) -> None:
         if self._pending:
             gram(
@@ -102,10 +143,18 @@ class SiteMoments:
         self._flush()
         if self._whole is None:
             return
+        targets = [self._whole]
+        if self._held is not None:
+            if self._segment in self._held_out:
+                targets.append(self._held.gram)
+                self._held.sum += self._part.sum - self._before[0]
+                self._held.count += self._part.count - self._before[1]
+            self._before = self._part.sum.clone(), self._part.count.clone()
         for start in range(0, self._whole.shape[0], _ROWS):
             stop = start + _ROWS
-            # the triangle: what is above the diagonal blocks is unspecified
-            self._whole[start:stop, :stop] += self._part.gram[start:stop, :stop]
+            for target in targets:
+                # the triangle: what is above the diagonal blocks is unspecified
+                target[start:stop, :stop] += self._part.gram[start:stop, :stop]
         self._part.gram.zero_()
 
 

@@ -43,7 +43,7 @@ class Stream:
 
     Attributes:
         hidden: what enters the next layer, by the number of the batch; on the shelf.
-        alone: all batches are one segment.
+        count: segments of all batches, `least` where there are so many batches. alone: it is 1.
     """
 
     def __init__(
@@ -55,10 +55,11 @@ class Stream:
         shelf: Shelf,
         ranks: Ranks,
         clock: Clock,
+        least: int = 1,
     ) -> None:
         self._layers, self._device, self._shelf, self._clock = layers, device, shelf, clock
-        self._segments = segments(batches)
-        count = self._segments[-1] + 1 if self._segments else 0
+        self._segments = segments(batches, least)
+        self.count = count = self._segments[-1] + 1 if self._segments else 0
         mine = ranks.share(count)
         self._batches = {
             i: batch

@@ -27,6 +27,7 @@ class Diagnostics:
         precision: of the factorisation that was used.
         steps: one line for each thing that had to be raised or repeated; empty when none.
         pivot: smallest pivot of that factorisation (the scaled matrix has a unit diagonal).
+        iterations: of an iterative method, else None.
     """
 
     ridge: float
@@ -38,6 +39,7 @@ class Diagnostics:
     precision: str
     steps: tuple[str, ...] = ()
     pivot: float = 1.0
+    iterations: int | None = None
 
     def encode(self) -> Tensor:
         """As a CPU uint8 tensor of fixed length: what a torch operator can return."""

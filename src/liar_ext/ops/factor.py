@@ -247,6 +247,16 @@ def _torch(
         return finish(system, factor, right, mean_kept, mean_dropped, working)
 
 
+def spread(system: Scaled) -> tuple[float, float]:
+    """Largest and smallest eigenvalue of one Ã, as estimated for a solve; 0 if it has no factor."""
+    start = probes(system.matrix.shape[1], PROBES, system.matrix)
+    largest = float(_largest(system.times, start))
+    factor = LibraryFactor.of(system.tensor(torch.float64))
+    if int(factor.info) != 0:
+        return largest, 0.0
+    return largest, 1.0 / float(_largest(factor.substitute_few, start))
+
+
 def inverse(matrix: Tensor, strength: float, floor: float) -> Tensor:
     """`(A + λI)⁻¹` (s, s) float64 in two copies of A, dead rows and columns zero.
 

@@ -79,6 +79,22 @@ class Moments:
         return self.gram.shape[1] == self.columns
 
     def __add__(self, other: Moments) -> Moments:
+        self._same_layout(other)
+        return Moments(
+            self.count + other.count, self.sum + other.sum, self.gram + other.gram, self.order
+        )
+
+    def __sub__(self, other: Moments) -> Moments:
+        """The Moments of the tokens of `self` that are not in `other`, which has some of them.
+
+        The Gram matrix is rounded at the size of the larger one.
+        """
+        self._same_layout(other)
+        return Moments(
+            self.count - other.count, self.sum - other.sum, self.gram - other.gram, self.order
+        )
+
+    def _same_layout(self, other: Moments) -> None:
         if self.gram.shape != other.gram.shape:
             raise ValueError(
                 f"moments of shapes {tuple(self.gram.shape)} and {tuple(other.gram.shape)} "
@@ -89,9 +105,6 @@ class Moments:
         )
         if not same_order:
             raise ValueError("moments with different column orders cannot be added")
-        return Moments(
-            self.count + other.count, self.sum + other.sum, self.gram + other.gram, self.order
-        )
 
     def mean(self) -> Tensor:
         """`μ = s/N`, (n,) float64, natural order."""

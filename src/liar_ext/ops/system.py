@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.errors import InputError
-from liar_ext.ops.moments import Moments, spans
+from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.solve import Precision, Solved, solve
 
 # norm of the rounding of a scaled, centred Gram matrix over eps · mean square / variance: 5.4, 6.2
@@ -101,6 +101,30 @@ def cross_block(
             torch.mm(block(keep[start:stop]), dropped.T, out=right[start:stop])
     right[dead] = 0.0
     return right
+
+
+def folded_system(
+    moments: Moments, weight: Tensor, keep: Tensor, drop: Tensor, ridge: float, center: bool
+) -> tuple[System, Tensor]:
+    """`C_SS`, and `C_SM W_Mᵀ` (s, out): all that a repair of W (out, n) needs of the Moments.
+
+    Raises:
+        ValueError: the weight has other columns than the Moments; and what `kept_system` raises.
+    """
+    if weight.ndim != 2 or weight.shape[1] != moments.columns:
+        raise ValueError(
+            f"weight must be (out, {moments.columns}), a column for each of the Moments; "
+            f"got {tuple(weight.shape)}"
+        )
+    system = kept_system(moments, keep, drop, ridge, center)
+    return system, cross_block(moments, keep, drop, center, system.dead, weight.detach())
+
+
+def folded_bytes(kept: int, dropped: int, rows: int) -> int:
+    """Most bytes that `folded_system` holds for `rows` rows of W, its result included."""
+    s, m, n = kept, dropped, kept + dropped
+    crossed = 8 * (s * s + rows * (s + m)) + gather_bytes(min(s, BLOCK), m, n)
+    return max(gather_bytes(s, s, n), crossed)
 
 
 def _check_finite(*values: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""Reconstruction: repairs the consumer after Selection, from Moments alone."""
+"""Reconstruction: repairs the consumer after Selection, from Moments alone.
+
+Those that fit weights minimise `E‖W'x_S + b' − Wx‖² + λ‖W' − W_S‖²` over the W' that they allow:
+the ridge means the same in all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from liar_ext.ops.diagnostics import Diagnostics
-from liar_ext.ops.moments import Moments
+from liar_ext.ops.moments import Moments, spans
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Task:
         moments: statistics of its input; weight: dense (out, n); keep, drop: columns S and M.
         ridge: relative λ; intercept: whether a bias may be changed or added.
         outputs: rows of the consumer, of which `weight` may be some; None if it has all.
+        unit: columns of a unit; `keep` has them one unit after the other.
     """
 
     moments: Moments
@@ -28,6 +33,21 @@ class Task:
     ridge: float
     intercept: bool
     outputs: int | None = None
+    unit: int = 1
+
+    def shift(self, weight: Tensor) -> Tensor | None:
+        """What a bias needs so that W' (out, |S|) has the mean output of W, or None without one."""
+        if not self.intercept:
+            return None
+        mean = self.moments.mean()
+        found = mean.new_zeros(weight.shape[0])
+        for start, stop in spans(0, self.keep.numel()):
+            part = self.keep[start:stop]
+            found += (self.weight[:, part].double() - weight[:, start:stop]) @ mean[part]
+        for start, stop in spans(0, self.drop.numel()):
+            part = self.drop[start:stop]
+            found += self.weight[:, part].double() @ mean[part]
+        return found
 
 
 @dataclass(frozen=True)
@@ -39,16 +59,32 @@ class Repaired:
     diagnostics: Diagnostics | None = None
 
 
+# a relative ridge -> `(W' − W_S)ᵀ` (|S|, out) float64 of that fit; None where that ridge does not
+# hold, nor do smaller ones
+Fit = Callable[[float], Tensor | None]
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """Attributes:
     name: as users write it.
     repair: Task -> Repaired.
     needs_bias: it works through the bias: `--bias never` contradicts it, and `auto` adds one.
-    solves: it fits weights, so it needs at least as many tokens as columns.
+    solves: it fits so many numbers that it needs at least as many tokens as columns.
+    whole: output rows see each other: every rank repairs all of them, not a slice.
+    sweep: Task, whose own ridge does not count -> fits with one ridge after another, sharing what
+        does not depend on it; None for what has no ridge. A `repair` with an intercept then has the
+        mean output of the dense consumer on the Moments that it is fitted to.
+    holds: (kept, dropped, outputs, rows) -> most bytes that `repair` holds beside its arguments;
+        rows: of the outputs, those that one rank repairs.
+    flops: (kept, dropped, outputs) -> floating-point operations of `repair`.
     """
 
     name: str
     repair: Callable[[Task], Repaired]
     needs_bias: bool = False
     solves: bool = False
+    whole: bool = False
+    sweep: Callable[[Task], Fit] | None = None
+    holds: Callable[[int, int, int, int], int] = lambda kept, dropped, outputs, rows: 0
+    flops: Callable[[int, int, int], int] = lambda kept, dropped, outputs: 0

@@ -16,6 +16,7 @@ from liar_ext.report.text import (
     number,
     parameters,
     percent,
+    ridge,
     short_name,
     size,
 )
@@ -232,7 +233,7 @@ def _solves(report: Report) -> str:
     lines = [
         "## Least squares\n",
         f"- ridge, relative to the mean variance of a layer's columns: asked for "
-        f"{number(report.recipe['ridge'])}, used {_spread(used)}",
+        f"{ridge(report.recipe['ridge'])}, used {_spread(used)}",
     ]
     if conditions:
         lines.append(f"- condition of the scaled systems: {_spread(conditions)}")

@@ -25,6 +25,7 @@ from liar_ext.report.text import (
     number,
     parameters,
     percent,
+    ridge,
     short_name,
     size,
 )
@@ -175,7 +176,7 @@ def _plots(report: Report) -> str:
         (
             plots.solves(report),
             f"Ridge relative to the mean variance of the Site's columns; asked for "
-            f"{number(report.recipe.get('ridge'))}. Condition of the scaled system with its ridge.",
+            f"{ridge(report.recipe.get('ridge'))}. Condition of the scaled system with its ridge.",
         ),
     ]
     drawn = "\n".join(_figure(svg, caption) for svg, caption in figures if svg is not None)

@@ -23,6 +23,9 @@ class SiteReport:
             of the dense one's, on the calibration tokens.
         ridge, ridge_used: relative λ asked for and used; steps: what was raised or repeated.
         condition, backward_error, dead_columns, precision: see `ops.diagnostics.Diagnostics`.
+        iterations: of an iterative reconstruction.
+        held_out: where the ridge was chosen, the mean squared error on held-out tokens of fits to
+            the others, over the variance of the dense output there, by ridge; those that hold.
         seconds: by phase.
     """
 
@@ -41,6 +44,8 @@ class SiteReport:
     backward_error: float | None = None
     dead_columns: int | None = None
     precision: str | None = None
+    iterations: int | None = None
+    held_out: dict[str, float] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -52,6 +52,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def ridge(value: float | str | None) -> str:
+    """What a recipe asks for: a number, or `auto` with what that means."""
+    return "auto (chosen on held-out tokens)" if value == "auto" else number(value)  # type: ignore[arg-type]
+
+
 def duration(seconds: float | None) -> str:
     """75.2 -> `1 min 15 s`."""
     if seconds is None:

@@ -1,0 +1,75 @@
+"""`--ridge auto`: of a grid, the ridge whose fit to most tokens is best on the tokens held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from liar_ext.engine.ranks import Ranks
+from liar_ext.errors import NumericalError
+from liar_ext.ops.held_out import HeldOut, held_out_bytes
+from liar_ext.ops.interpolate import repair_bytes
+from liar_ext.ops.moments import Moments
+from liar_ext.recipe import RIDGES
+from liar_ext.reconstruction import Reconstruction, Task
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Attributes: `ridge`; `errors`: by ridge, the held-out relative residual of its fit, of those
+    that hold."""
+
+    ridge: float
+    errors: dict[float, float]
+
+
+def choose(task: Task, held: Moments, reconstruction: Reconstruction, ranks: Ranks) -> Choice:
+    """The ridge of `RIDGES` with the least held-out error; of equals the largest.
+
+    Args:
+        task: of all tokens, with this rank's rows; held: Moments of those that are held out.
+        reconstruction: one that has a ridge.
+    Raises:
+        InputError: nothing is held out, or everything.
+        NumericalError: not even the largest ridge holds.
+    """
+    assert reconstruction.sweep is not None, "asked of what has a ridge"
+    fitted = task.moments - held
+    judge = HeldOut(fitted, held, task.weight, task.keep, task.drop, task.intercept)
+    fit = reconstruction.sweep(replace(task, moments=fitted))
+    grid = sorted(RIDGES, reverse=True)
+    found = torch.full((len(grid) + 1,), torch.inf, dtype=torch.float64, device=task.keep.device)
+    found[-1] = judge.dense
+    for position, ridge in enumerate(grid):
+        try:
+            change = fit(ridge)
+        except NumericalError:
+            change = None
+        if change is None:
+            break
+        found[position] = judge.error(change)
+        del change
+    # every rank has the energies of its rows, or all of them
+    found = ranks.broadcast(found) if reconstruction.whole else ranks.sum_(found)
+    *errors, dense = found.tolist()
+    relative = {
+        ridge: max(error, 0.0) / max(dense, torch.finfo(torch.float64).tiny)
+        for ridge, error in zip(grid, errors, strict=True)
+        if error < torch.inf
+    }
+    if not relative:
+        raise NumericalError(f"--ridge auto: no ridge up to {grid[0]:g} gives a usable fit")
+    return Choice(min(relative, key=relative.__getitem__), relative)
+
+
+def choice_bytes(kept: int, dropped: int, rows: int, *, own: int) -> int:
+    """Most bytes that `choose` holds beside its arguments, for the rows of W that this rank has.
+
+    Args:
+        own: what one repair holds.
+    """
+    fitted = 4 * (kept + dropped) ** 2
+    # with right sides `C_SM W_Mᵀ`, as for W without any rows, whatever is cheapest for one repair
+    one = max(own, repair_bytes(kept, dropped, 0, rows))
+    return fitted + one + held_out_bytes(kept, dropped, rows)
