@@ -83,30 +83,48 @@ def head_flops(model: PreTrainedModel) -> int:
 
 
 def compression_flops(
-    sites: Sequence[SitePlan], tokens: Tokens, forward: int, recipe: Recipe, passes: int
+    sites: Sequence[SitePlan],
+    tokens: Tokens,
+    forward: int,
+    recipe: Recipe,
+    passes: int,
+    pruned: int,
 ) -> dict[str, int]:
     """FLOPs of one compression by what they are for.
 
     Args:
         forward: of one token through the layers that the compression runs.
         passes: of forwards through them.
+        pruned: of one token through those that are pruned.
     Returns:
         `forward`; `gram`, `n² T` for the triangle; `solve`, see `ops.interpolate.costs`;
-        `residual`, the report's diagnostic, `out (n² + s²)`.
+        `residual`, the report's diagnostic, `out (n² + s²)`. With `--target-signal dense` the dense
+        path goes beside through the pruned layers, each consumer is called once more, `2 out n`,
+        and so are the products of the drift.
     """
     solves = RECONSTRUCTIONS[recipe.reconstruct].solves
+    paired = recipe.target_signal == "dense"
+    consumers = sum(2 * s.outputs * s.columns_before for s in sites) if paired else 0
+    beside = pruned + consumers if paired else 0
     return {
-        "forward": passes * tokens.positions * forward,
-        "gram": sum(s.columns_before**2 for s in sites) * tokens.tokens,
-        "solve": sum(solve_flops(s) for s in sites) if solves else 0,
+        "forward": tokens.positions * (passes * forward + beside),
+        "gram": (sum(s.columns_before**2 for s in sites) + consumers) * tokens.tokens,
+        "solve": sum(solve_flops(s, paired) for s in sites) if solves else 0,
         "residual": sum(residual_flops(s) for s in sites),
     }
 
 
-def solve_flops(site: SitePlan) -> int:
-    """Of the cheapest way to the repaired rows of a Site; 0 where nothing is dropped."""
+def solve_flops(site: SitePlan, paired: bool = False) -> int:
+    """Of the cheapest way to the repaired rows of a Site; 0 where nothing is dropped.
+
+    Args:
+        paired: the target is the dense path's: `ops.drift` has one way, and all Sites go it.
+    """
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
-    return int(min(costs(kept, dropped, site.outputs, False).values())) if dropped else 0
+    ways = costs(kept, dropped, site.outputs, False)
+    if paired:
+        return int(ways["fold first"])
+    return int(min(ways.values())) if dropped else 0
 
 
 def residual_flops(site: SitePlan) -> int:
@@ -119,17 +137,20 @@ def held_bytes(
     """Bytes of what waits on the shelf: hidden states, and the forwards that stand at one Site.
 
     A forward that stands at a Site holds the Site's input, the layer's input, what is added to the
-    Site's output (for an FFN), and what its module was given.
+    Site's output (for an FFN), and what its module was given. With `--target-signal dense` there
+    are hidden states of two paths, and the dense outputs of the layer's Sites.
     """
     if recipe.statistics != "sequential":
         # what enters a layer and what leaves it
         return 2 * positions * text_config(model.config).hidden_size * item
     hidden = text_config(model.config).hidden_size
-    widest = 0
+    widest = outputs = 0
     for site in adapter.sites_of(model, 0, recipe.target):
         beside = producer_rows(site) if site.kind == "heads" else hidden
         widest = max(widest, site.columns + beside + hidden)
-    return positions * (hidden + widest) * item
+        outputs += site.weight().shape[0]
+    dense = hidden + outputs if recipe.target_signal == "dense" else 0
+    return positions * (hidden + widest + dense) * item
 
 
 def producer_rows(site: Site) -> int:

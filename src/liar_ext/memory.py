@@ -14,6 +14,7 @@ from liar_ext.costs import SitePlan
 from liar_ext.engine.moments_file import BLOCK_BYTES
 from liar_ext.engine.ranks import BUFFER_BYTES
 from liar_ext.engine.statistics import CHUNK_TOKENS
+from liar_ext.ops.drift import drift_repair_bytes, drift_residual_bytes
 from liar_ext.ops.gram import TOKENS
 from liar_ext.ops.interpolate import repair_bytes
 from liar_ext.ops.residual import residual_bytes
@@ -27,6 +28,7 @@ _PANEL = 2048
 FLAGS = {
     "hidden_states": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "paused_forwards": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
+    "dense_outputs": "--hidden-states {elsewhere}, fewer --samples or --target-signal local",
     "passing_batch": "a smaller --batch-size or a shorter --seq-len",
     "attention_masks": "a shorter --seq-len",
     "statistics_of_other_sites": "--statistics sequential",
@@ -99,6 +101,7 @@ class Phases:
         scores: there is a pass that scores before anything is pruned.
         library: Moments are kept on disk.
         solves: weights are fitted.
+        paired: the dense path goes beside, for `--target-signal dense`.
     """
 
     def __init__(
@@ -110,8 +113,9 @@ class Phases:
         scores: bool,
         library: bool,
         solves: bool,
+        paired: bool,
     ) -> None:
-        self._sizes, self._sites, self._solves = sizes, sites, solves
+        self._sizes, self._sites, self._solves, self._paired = sizes, sites, solves, paired
         self._sequential, self._scores, self._library = sequential, scores, library
 
     def all(self) -> list[Phase]:
@@ -119,6 +123,8 @@ class Phases:
         found = [self._embedding()]
         if self._scores and not self._library:
             found += [self._scoring(site) for site in self._sites]
+        if self._paired:
+            found.append(self._ahead())
         if self._sequential:
             for first, site in enumerate(self._sites):
                 found += self._stopping(site, written=not first)
@@ -157,20 +163,43 @@ class Phases:
         device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), squares)
         return self._phase(f"scoring {site.kind}", device, host)
 
+    def _ahead(self) -> Phase:
+        """The dense path through a layer: its frames one batch at a time, and what is kept."""
+        s = self._sizes
+        device, host = self._standing(written=True)
+        self._outputs(self._sites, device, host)
+        device["passing_batch"] = max(
+            self._frame(site, s.batch) + self._passing(site) for site in self._sites
+        )
+        return self._phase("dense forward", device, host)
+
+    def _outputs(
+        self, sites: Sequence[SitePlan], device: dict[str, int], host: dict[str, int]
+    ) -> None:
+        """Outputs of the dense path that wait for these Sites."""
+        s = self._sizes
+        widths = [site.outputs for site in sites] if self._paired else []
+        positions = s.positions if s.place == "device" else s.batch
+        device["dense_outputs"] = positions * sum(widths) * s.item
+        if s.place == "host":
+            host["dense_outputs"] = self._pinned(widths)
+
     def _stopping(self, site: SitePlan, *, written: bool) -> list[Phase]:
         """Forwards to a Site, the Gram of the last of them, and the repair, nothing freed."""
         s = self._sizes
         n = site.columns_before
         device, host = self._standing(written=written)
+        self._outputs(self._sites[self._sites.index(site) :], device, host)
         held = self._frame(site, s.batch if s.place != "device" else s.positions)
         if s.place == "host":
             host["paused_forwards"] = self._pinned(self._widths(site))
-        sums = self._sums(n)
+        sums = self._sums(site)
         forward = device | {"paused_forwards": held, **sums, "passing_batch": self._passing(site)}
-        gram = device | {"paused_forwards": held, **sums, **self._gram(n)}
+        gram = device | {"paused_forwards": held, **sums, **self._gram(site)}
         moved = 0 if s.place != "device" else held
         repair = self._repair(site)
-        solve = device | {"paused_forwards": moved, "moments": 4 * n * n, "repair": repair}
+        moments = 4 * n * (n + self._beside(site))
+        solve = device | {"paused_forwards": moved, "moments": moments, "repair": repair}
         found = [
             self._phase(f"forward to {site.kind}", forward, host),
             self._phase(f"statistics of {site.kind}", gram, host),
@@ -184,14 +213,14 @@ class Phases:
         """One pass for all Sites of a layer, whose Moments are then there together."""
         s = self._sizes
         device, host = self._standing(written=True, leaving=True)
-        parts: list[dict[str, int]] = [self._sums(site.columns_before) for site in self._sites]
+        parts: list[dict[str, int]] = [self._sums(site) for site in self._sites]
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
         found = []
         for site in self._sites:
             frame = self._frame(site, s.batch)
             passing = {"passing_batch": frame + self._passing(site)}
             found.append(self._phase(f"forward to {site.kind}", device | sums | passing, host))
-            gram = {"passing_batch": frame, **self._gram(site.columns_before)}
+            gram = {"passing_batch": frame, **self._gram(site)}
             found.append(self._phase(f"statistics of {site.kind}", device | sums | gram, host))
         if s.ranks > 1:
             exchanged = self._exchanged(max(site.columns_before for site in self._sites))
@@ -225,10 +254,13 @@ class Phases:
         return device, host
 
     def _waiting(self, leaving: bool = False) -> tuple[dict[str, int], dict[str, int]]:
-        """Hidden states that enter a layer, with `leaving` those that leave it, too."""
+        """Hidden states that enter a layer, with `leaving` those that leave it, too.
+
+        With two paths those of both; they are one where `leaving` is asked.
+        """
         s = self._sizes
         row = s.hidden * s.item
-        times = 2 if leaving else 1
+        times = 2 if leaving or self._paired else 1
         device = {"attention_masks": s.masks}
         if s.place == "device":
             return device | {"hidden_states": times * s.positions * row}, {}
@@ -257,13 +289,19 @@ class Phases:
         copies = 3 if site.kind == "heads" else 2
         return s.batch * max(copies * site.columns_before * s.item, 8 * s.hidden)
 
-    def _sums(self, columns: int) -> dict[str, int]:
+    def _beside(self, site: SitePlan) -> int:
+        """Rows of the products with the drift of a Site's output."""
+        return site.outputs if self._paired else 0
+
+    def _sums(self, site: SitePlan) -> dict[str, int]:
         """Sums of a segment, of all segments, and rows that wait until they are a chunk."""
         s = self._sizes
+        columns = site.columns_before
+        together = columns + self._beside(site)
         return {
-            "moments": 4 * columns**2,
-            "float64_sums": 0 if s.alone else 8 * columns**2,
-            "waiting_rows": self._rows() * columns * s.item,
+            "moments": 4 * columns * together,
+            "float64_sums": 0 if s.alone else 8 * columns * together,
+            "waiting_rows": self._rows() * together * s.item,
         }
 
     def _exchanged(self, columns: int) -> dict[str, int]:
@@ -277,10 +315,13 @@ class Phases:
             return 0
         return min(s.positions, -(-CHUNK_TOKENS // s.batch) * s.batch)
 
-    def _gram(self, columns: int) -> dict[str, int]:
-        """One copy of the rows of a chunk, and what the kernel makes of them."""
+    def _gram(self, site: SitePlan) -> dict[str, int]:
+        """One copy of the rows of a chunk, and what the kernel makes of them.
+
+        Of a pair also a batch of the output on both paths, their difference, and its squares.
+        """
         s = self._sizes
-        rows = self._rows()
+        rows, columns = self._rows(), site.columns_before
         tokens = rows or s.batch
         if not s.cuda:
             fit = max(_PACKED_TOKENS, _PACKED_BYTES // (4 * columns))
@@ -290,8 +331,12 @@ class Phases:
         else:
             # three bfloat16 planes
             packed = 6 * min(tokens, TOKENS["cuda"]) * columns
-        joined = rows * columns * s.item if rows > s.batch else 0
-        return {"joined_rows": joined, "packed_rows": packed}
+        beside = self._beside(site)
+        joined = rows * (columns + beside) * s.item if rows > s.batch else 0
+        found = {"joined_rows": joined, "packed_rows": packed}
+        if beside:
+            found["drift_rows"] = s.batch * beside * (3 * s.item + 8)
+        return found
 
     def _repair(self, site: SitePlan) -> int:
         """The solve, or the residual beside its result, whichever is more."""
@@ -299,6 +344,9 @@ class Phases:
         rows = -(-outputs // self._sizes.ranks)
         # the repaired rows, and all of them once those of other ranks are here
         repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
+        if self._paired:
+            residual = repaired + drift_residual_bytes(n, rows, kept)
+            return max(drift_repair_bytes(kept, n - kept, outputs, rows), residual)
         residual = repaired + residual_bytes(n, rows, kept)
         solve = 0
         if self._solves and kept < n:

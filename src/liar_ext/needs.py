@@ -112,7 +112,9 @@ def needs(
     """
     cuda = device.type == "cuda"
     place, why = _place(execution, held // ranks, ranks, device, device_memory)
-    snapshots = 2 * tokens.positions * weights.hidden * weights.item
+    paired = recipe.target_signal == "dense"
+    states = tokens.positions * weights.hidden * weights.item
+    snapshots = 2 * (2 if paired else 1) * states
     disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
     library = "moments" in disk
     sizes = Sizes(
@@ -136,6 +138,7 @@ def needs(
         scores=ALLOCATIONS[recipe.allocation].needs_scores,
         library=library,
         solves=RECONSTRUCTIONS[recipe.reconstruct].solves,
+        paired=paired,
     ).all()
     on_device, on_host = peak(phases)
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}

@@ -128,7 +128,11 @@ def plan(
         device_memory=device_memory,
     )
     passes = 2 if ALLOCATIONS[recipe.allocation].needs_scores and not found.pop("library") else 1
-    flops = compression_flops(sites, tokens, sum(by_layer[: driver.targets.stop]), recipe, passes)
+    through, pruned = (
+        sum(by_layer[layers])
+        for layers in (slice(driver.targets.stop), slice(driver.targets.start, driver.targets.stop))
+    )
+    flops = compression_flops(sites, tokens, through, recipe, passes, pruned)
     return {
         "source": str(source),
         "model_type": adapter.model_type,

@@ -16,7 +16,7 @@ VERSION = 1
 KINDS = ("ffn", "heads")
 CHOICES = {
     "bias": ("auto", "always", "never"),
-    "target_signal": ("local",),
+    "target_signal": ("local", "dense"),
     "statistics": ("sequential", "oneshot"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -36,7 +36,8 @@ class Recipe:
         batch_size: sequences that go through a layer together.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
-        target_signal: what the repair aims at; `local` is the dense consumer on present inputs.
+        target_signal: what the repair aims at: `local`, what the dense consumer makes of the
+            present inputs; `dense`, what it made of the dense model's (only `sequential`).
         statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).
         round_to: FFN widths become multiples of this.
         layers: half-open range of layers to prune, or None for all.
@@ -119,6 +120,18 @@ class Recipe:
                 f"--reconstruct {self.reconstruct} works through biases and --bias is never; "
                 "use --bias auto or another reconstruction"
             )
+        if self.target_signal == "dense":
+            if self.statistics == "oneshot":
+                raise InputError(
+                    "--target-signal dense with --statistics oneshot: inputs are the dense path's "
+                    "there, so it is the same as local; use --statistics sequential, or local"
+                )
+            if not RECONSTRUCTIONS[self.reconstruct].follows:
+                able = ", ".join(name for name, r in RECONSTRUCTIONS.items() if r.follows)
+                raise InputError(
+                    f"--target-signal dense with --reconstruct {self.reconstruct}, which fits no "
+                    f"weights to a target; use --reconstruct {able}, or local"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data: tuples are lists, so that what is read back compares equal."""

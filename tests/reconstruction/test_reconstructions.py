@@ -79,4 +79,5 @@ def test_what_each_reconstruction_needs_is_declared():
     """`--bias never` and `check_enough` go by these."""
     assert {name for name, r in RECONSTRUCTIONS.items() if r.needs_bias} == {"bias"}
     assert {name for name, r in RECONSTRUCTIONS.items() if r.solves} == {"liar"}
+    assert {name for name, r in RECONSTRUCTIONS.items() if r.follows} == {"liar"}
     assert all(name == r.name for name, r in RECONSTRUCTIONS.items())

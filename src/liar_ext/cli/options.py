@@ -20,7 +20,12 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "batch_size": (int, "N", "sequences at a time"),
     "ridge": (float, "F", "λ relative to the mean variance of a Site's columns"),
     "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
-    "target_signal": (str, "NAME", "what the repair aims at: local"),
+    "target_signal": (
+        str,
+        "NAME",
+        "what the repair aims at: local (the dense consumer on present inputs) or dense (its "
+        "output in the dense model)",
+    ),
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
     "round_to": (int, "N", "FFN widths become multiples of N"),
     "layers": (str, "A:B", "prune layers A to B-1 only"),

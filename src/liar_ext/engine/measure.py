@@ -17,6 +17,7 @@ from liar_ext.engine.repair import refuse_non_finite
 from liar_ext.engine.statistics import SiteColumns, SiteMoments
 from liar_ext.engine.stream import Feed, Stream
 from liar_ext.models import Adapter, Site
+from liar_ext.ops.drift import Drift
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
 
@@ -32,11 +33,12 @@ CENTRING_LIMIT = 100.0
 
 @dataclass
 class Measured:
-    """Attributes: the Moments of a Site, its column statistics where the library has them, notes
-    for the report."""
+    """Attributes: the Moments of a Site, its column statistics where the library has them, the
+    drift of its output where there are two paths, notes for the report."""
 
     moments: Moments
     columns: ColumnMoments | None = None
+    drift: Drift | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -149,18 +151,18 @@ class Measurer:
         return self._forward(index)
 
     def standing(self, site: Site, feed: Feed) -> Measured:
-        """Moments of all batches that stand at a Site."""
-        moments = self._standing(site, feed, torch.float32)
-        if not self._centred(site, moments):
-            del moments  # at 70B widths the two are 10 GB
-            moments = self._standing(site, feed, torch.float64)
-        return Measured(moments)
+        """Statistics of all batches that stand at a Site."""
+        measured = self._standing(site, feed, torch.float32)
+        if not self._centred(site, measured.moments):
+            del measured  # at 70B widths the two are 10 GB
+            measured = self._standing(site, feed, torch.float64)
+        return measured
 
-    def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Moments:
+    def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Measured:
         accumulator = self._gram(site, dtype)
         feed(accumulator)
         with self.clock.phase("gram"):
-            return accumulator.finish(self.ranks)
+            return Measured(accumulator.finish(self.ranks))
 
     def _forward(self, index: int) -> dict[str, Measured]:
         """One forward of a layer, with all statistics that anybody asks for."""

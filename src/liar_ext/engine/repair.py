@@ -13,6 +13,7 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
+from liar_ext.ops.drift import Drift, drift_energies
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
 from liar_ext.ops.solve import LADDER_STEPS
@@ -41,10 +42,17 @@ class Repairer:
             return self._criterion.score(self._evidence(site, statistics)).cpu()
 
     def repair(
-        self, site: Site, moments: Moments, notes: Sequence[str], kept_units: int
+        self,
+        site: Site,
+        moments: Moments,
+        notes: Sequence[str],
+        kept_units: int,
+        drift: Drift | None = None,
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
+        Args:
+            drift: of the Site's output; with it the target is the dense path's.
         Returns:
             the report, and a function that applies the result to the layer and returns the kept
             columns.
@@ -54,7 +62,7 @@ class Repairer:
             evidence = self._evidence(site, moments, kept_units)
             keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
-            repaired, residual = self._solve(site, moments, kept_columns)
+            repaired, residual = self._solve(site, moments, kept_columns, drift)
         bias = _shifted(site.bias(), repaired.shift)
         used = repaired.diagnostics
         report = SiteReport(
@@ -100,13 +108,16 @@ class Repairer:
             keep=keep,
         )
 
-    def _solve(self, site: Site, moments: Moments, keep: Tensor) -> tuple[Repaired, float]:
+    def _solve(
+        self, site: Site, moments: Moments, keep: Tensor, drift: Drift | None = None
+    ) -> tuple[Repaired, float]:
         """The repaired consumer and its residual; each rank solves for its own output rows."""
         dropped = torch.ones(site.columns, dtype=torch.bool, device=keep.device)
         dropped[keep] = False
         whole = site.weight()
         outputs = whole.shape[0]
-        weight = whole[self._ranks.rows(outputs)]
+        rows = self._ranks.rows(outputs)
+        weight, own = whole[rows], None if drift is None else drift.rows(rows)
         task = Task(
             moments,
             weight,
@@ -115,12 +126,19 @@ class Repairer:
             self._recipe.ridge,
             self._intercept[site.kind],
             outputs,
+            own,
         )
         try:
-            part = self._agreed(task) if task.drop.numel() else Repaired(task.weight)
+            # what keeps all its columns has nothing to repair, unless its inputs have drifted
+            idle = own is None and not task.drop.numel()
+            part = Repaired(task.weight) if idle else self._agreed(task)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
-        energies = residual_energies(moments, weight, keep, part.weight, part.shift)
+        repaired = (weight, keep, part.weight, part.shift)
+        if own is None:
+            energies = residual_energies(moments, *repaired)
+        else:
+            energies = drift_energies(moments, own, *repaired)
         total = torch.tensor(energies, dtype=torch.float64, device=keep.device)
         self._ranks.sum_(total)
         gathered = Repaired(

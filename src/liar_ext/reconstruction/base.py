@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from liar_ext.ops.diagnostics import Diagnostics
+from liar_ext.ops.drift import Drift
 from liar_ext.ops.moments import Moments
 
 
@@ -19,6 +20,8 @@ class Task:
         moments: statistics of its input; weight: dense (out, n); keep, drop: columns S and M.
         ridge: relative λ; intercept: whether a bias may be changed or added.
         outputs: rows of the consumer, of which `weight` may be some; None if it has all.
+        drift: of the rows of `weight`, where the target is the dense path's output; None for that
+            of the dense consumer on present inputs.
     """
 
     moments: Moments
@@ -28,6 +31,7 @@ class Task:
     ridge: float
     intercept: bool
     outputs: int | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class Reconstruction:
     repair: Task -> Repaired.
     needs_bias: it works through the bias: `--bias never` contradicts it, and `auto` adds one.
     solves: it fits weights, so it needs at least as many tokens as columns.
+    follows: it goes by `Task.drift`; without that `--target-signal dense` is refused.
     """
 
     name: str
     repair: Callable[[Task], Repaired]
     needs_bias: bool = False
     solves: bool = False
+    follows: bool = False
