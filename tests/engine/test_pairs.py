@@ -97,8 +97,10 @@ def test_every_site_is_the_fit_to_the_dense_model_by_hooks(name, bias, tmp_path)
         old, new = before.bias(), after.bias()
         center = new is not None
         weight, shift = drift_reference(wanted, x, before.weight(), keep, recipe.ridge, center)
-        # float32 sums, and weights rounded to float32, at conditions of 1e3
-        assert_close_rms(after.weight(), weight, 1e-4)
+        # what float32 sums allow a local repair, too: their rounding, seen from the variances,
+        # times the condition
+        excess = float(x.square().mean(0).sum() / x.var(0).sum())
+        assert_close_rms(after.weight(), weight, 2e-7 * found.condition * excess)
         moved = None
         if new is not None:
             moved = new - (0 if old is None else old)
@@ -207,7 +209,8 @@ def test_each_batch_passes_a_layer_twice_and_no_more(tmp_path):
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     liar_ext.prune(model, batches, recipe)
-    assert len(calls) == 2 * 2 * len(batches)
+    # and once to record the layer's arguments, where nothing is computed
+    assert len(calls) == 2 * (2 + 1) * len(batches)
 
 
 def test_a_global_allocation_scores_on_one_path_first(tmp_path):
