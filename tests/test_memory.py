@@ -181,6 +181,32 @@ def test_memory_by_hand(small):
     assert own == parts_of(found, found["phases"]["peak"])
 
 
+def test_a_dense_target_by_hand(small, tmp_path):
+    wanted = {
+        signal: recipe(target=("ffn", "heads"), target_signal=signal)
+        for signal in ("local", "dense")
+    }
+    local, dense = (plan(small, wanted[signal]) for signal in ("local", "dense"))
+    tokens, batch, row = 12 * 32, 3 * 32, 32 * 4
+    # hidden states of two paths; outputs of both Sites wait, then those of the second
+    ahead = parts_of(dense, "dense forward")
+    assert ahead["hidden_states"] == 2 * tokens * row
+    assert ahead["dense_outputs"] == 2 * tokens * row
+    assert parts_of(dense, "forward to heads")["dense_outputs"] == 2 * tokens * row
+    ffn, before = (parts_of(found, "statistics of ffn") for found in (dense, local))
+    assert ffn["dense_outputs"] == tokens * row
+    assert ffn["moments"] == before["moments"] + 4 * 32 * 88
+    assert ffn["waiting_rows"] == before["waiting_rows"] + tokens * row
+    assert ffn["drift_rows"] == batch * 32 * (3 * 4 + 8)
+    assert dense["disk"]["snapshots"] == 2 * local["disk"]["snapshots"]
+    more = dense["hidden_states"]["bytes"] - local["hidden_states"]["bytes"]
+    assert more == 3 * tokens * row
+    moved = plan(
+        small, wanted["dense"], execution=Execution(hidden_states="disk", scratch=tmp_path)
+    )
+    assert parts_of(moved, "statistics of ffn")["dense_outputs"] == batch * row
+
+
 def test_moved_forwards_leave_memory_and_need_disk(small, tmp_path):
     here = plan(small, recipe(), execution=Execution(hidden_states="device"))
     away = plan(small, recipe(), execution=Execution(hidden_states="disk", scratch=tmp_path))

@@ -292,6 +292,27 @@ def test_gradients_cost_a_few_forwards_of_their_windows(checkpoint, criterion, l
     assert ("gradients of a layer" in names) == (criterion != "wanda")
 
 
+def test_a_dense_target_by_hand(checkpoint):
+    plans = {
+        signal: planning.plan(
+            checkpoint("llama"),
+            recipe(target=("ffn",), target_signal=signal, layers=(1, 3)),
+            rates=RATES,
+        )
+        for signal in ("local", "dense")
+    }
+    local, dense = (plans[signal]["flops"] for signal in ("local", "dense"))
+    tokens, layer = (
+        SAMPLES * SEQUENCE,
+        plans["local"]["flops"]["forward"] // (SAMPLES * SEQUENCE * 3),
+    )
+    # the dense path through two of three layers, and their consumers once more
+    assert dense["forward"] == local["forward"] + tokens * 2 * (layer + 2 * 32 * 88)
+    assert dense["gram"] == local["gram"] + tokens * 2 * 2 * 32 * 88
+    assert dense["residual"] == local["residual"]
+    assert dense["solve"] >= local["solve"]
+
+
 def test_padding_costs_memory_but_no_gram(checkpoint, tmp_path):
     from safetensors.numpy import save_file
 

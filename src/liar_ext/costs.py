@@ -15,7 +15,7 @@ from liar_ext.models import Site, linear
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.gram import gram
 from liar_ext.ops.held_out import held_out_flops
-from liar_ext.ops.interpolate import Repair, repair
+from liar_ext.ops.interpolate import Repair, costs, repair
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import residual_energies
 from liar_ext.recipe import RIDGES, Recipe
@@ -111,6 +111,7 @@ def compression_flops(
     passes: int,
     grams: int,
     survey: int,
+    pruned: int,
 ) -> dict[str, int]:
     """FLOPs of one compression by what they are for.
 
@@ -118,10 +119,13 @@ def compression_flops(
         forward: of one token through the layers that the compression runs.
         passes: of forwards through them; grams: Moments of each Site that are made.
         survey: what a survey makes of its statistics.
+        pruned: of one token through the layers that are pruned.
     Returns:
         `forward`; `gram`, `n² T` for the triangle; `solve`, of the repair (for `liar`, see
         `ops.interpolate.costs`), of the fits that choose its ridge, and of what the criterion and
-        the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`.
+        the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`. With
+        `--target-signal dense` the dense path goes beside through the pruned layers, each consumer
+        is called once more, `2 out n`, and so are the products of the drift.
     """
     judged = sum(
         CRITERIA[recipe.criterion].flops(
@@ -129,17 +133,24 @@ def compression_flops(
         )
         for s in sites
     )
+    paired = recipe.target_signal == "dense"
+    consumers = sum(2 * s.outputs * s.columns_before for s in sites) if paired else 0
+    beside = pruned + consumers if paired else 0
+    squares = grams * sum(s.columns_before**2 for s in sites)
     return {
-        "forward": passes * tokens.positions * forward,
-        "gram": grams * sum(s.columns_before**2 for s in sites) * tokens.tokens,
+        "forward": tokens.positions * (passes * forward + beside),
+        "gram": (squares + consumers) * tokens.tokens,
         "solve": judged + survey + sum(solve_flops(s, recipe) for s in sites),
         "residual": sum(residual_flops(s) for s in sites),
     }
 
 
 def solve_flops(site: SitePlan, recipe: Recipe) -> int:
-    """Of the repaired rows of a Site; 0 where nothing is dropped."""
+    """Of the repaired rows of a Site; 0 where there is nothing to repair."""
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
+    if recipe.target_signal == "dense":
+        # one way (`ops.drift`), and what is kept whole has drifted, too
+        return int(costs(kept, dropped, site.outputs, False)["fold first"])
     if not dropped:
         return 0
     one = RECONSTRUCTIONS[recipe.reconstruct].flops(kept, dropped, site.outputs)
@@ -222,17 +233,20 @@ def held_bytes(
     """Bytes of what waits on the shelf: hidden states, and the forwards that stand at one Site.
 
     A forward that stands at a Site holds the Site's input, the layer's input, what is added to the
-    Site's output (for an FFN), and what its module was given.
+    Site's output (for an FFN), and what its module was given. With `--target-signal dense` there
+    are hidden states of two paths, and the dense outputs of the layer's Sites.
     """
     if recipe.statistics != "sequential":
         # what enters a layer and what leaves it
         return 2 * positions * text_config(model.config).hidden_size * item
     hidden = text_config(model.config).hidden_size
-    widest = 0
+    widest = outputs = 0
     for site in adapter.sites_of(model, 0, recipe.target):
         beside = producer_rows(site) if site.kind == "heads" else hidden
         widest = max(widest, site.columns + beside + hidden)
-    return positions * (hidden + widest) * item
+        outputs += site.weight().shape[0]
+    dense = hidden + outputs if recipe.target_signal == "dense" else 0
+    return positions * (hidden + widest + dense) * item
 
 
 def _hidden(model: PreTrainedModel) -> int:

@@ -15,6 +15,7 @@ from liar_ext.engine.moments_file import BLOCK_BYTES
 from liar_ext.engine.ranks import BUFFER_BYTES
 from liar_ext.engine.ridge import choice_bytes
 from liar_ext.engine.statistics import CHUNK_TOKENS
+from liar_ext.ops.drift import drift_repair_bytes, drift_residual_bytes
 from liar_ext.ops.gram import TOKENS
 from liar_ext.ops.residual import residual_bytes
 from liar_ext.reconstruction import Reconstruction
@@ -32,6 +33,7 @@ FLAGS = {
     "gradient_states": "--hidden-states {elsewhere}, fewer --gradient-samples or a shorter "
     "--seq-len",
     "graph": "a smaller --batch-size or a shorter --seq-len",
+    "dense_outputs": "--hidden-states {elsewhere}, fewer --samples or --target-signal local",
     "passing_batch": "a smaller --batch-size or a shorter --seq-len",
     "attention_masks": "a shorter --seq-len",
     "statistics_of_other_sites": "--statistics sequential",
@@ -106,6 +108,7 @@ class Phases:
         library: Moments are kept on disk.
         reconstruction: what repairs.
         chooses: tokens are held out to choose its ridge.
+        paired: the dense path goes beside, for `--target-signal dense`.
         judging: most bytes that the criterion holds beside the statistics of a Site.
     """
 
@@ -120,9 +123,10 @@ class Phases:
         library: bool,
         reconstruction: Reconstruction,
         chooses: bool,
+        paired: bool,
         judging: Callable[[SitePlan], int],
     ) -> None:
-        self._sizes, self._sites = sizes, sites
+        self._sizes, self._sites, self._paired = sizes, sites, paired
         self._reconstruction, self._chooses = reconstruction, chooses
         self._judging = judging
         self._sequential, self._library = sequential, library
@@ -131,6 +135,8 @@ class Phases:
     def all(self) -> list[Phase]:
         """In the order in which they come first."""
         found = self._surveying()
+        if self._paired:
+            found.append(self._ahead())
         if self._sequential:
             for first, site in enumerate(self._sites):
                 found += self._stopping(site, written=not first)
@@ -194,20 +200,42 @@ class Phases:
         device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), squares)
         return self._phase(f"scoring {site.kind}", device, host)
 
+    def _ahead(self) -> Phase:
+        """The dense path through a layer: its frames one batch at a time, and what is kept."""
+        s = self._sizes
+        device, host = self._standing(written=True)
+        self._outputs(self._sites, device, host)
+        device["passing_batch"] = max(
+            self._frame(site, s.batch) + self._passing(site) for site in self._sites
+        )
+        return self._phase("dense forward", device, host)
+
+    def _outputs(
+        self, sites: Sequence[SitePlan], device: dict[str, int], host: dict[str, int]
+    ) -> None:
+        """Outputs of the dense path that wait for these Sites."""
+        s = self._sizes
+        widths = [site.outputs for site in sites] if self._paired else []
+        positions = s.positions if s.place == "device" else s.batch
+        device["dense_outputs"] = positions * sum(widths) * s.item
+        if s.place == "host":
+            host["dense_outputs"] = self._pinned(widths)
+
     def _stopping(self, site: SitePlan, *, written: bool) -> list[Phase]:
         """Forwards to a Site, the Gram of the last of them, and the repair, nothing freed."""
         s = self._sizes
         n = site.columns_before
         device, host = self._standing(written=written)
+        self._outputs(self._sites[self._sites.index(site) :], device, host)
         held = self._frame(site, s.batch if s.place != "device" else s.positions)
         if s.place == "host":
             host["paused_forwards"] = self._pinned(self._widths(site))
-        sums = self._sums(n)
+        sums = self._sums(site)
         forward = device | {"paused_forwards": held, **sums, "passing_batch": self._passing(site)}
-        gram = device | {"paused_forwards": held, **sums, **self._gram(n)}
+        gram = device | {"paused_forwards": held, **sums, **self._gram(site)}
         moved = 0 if s.place != "device" else held
         repair = self._repair(site)
-        solve = device | {"paused_forwards": moved, **self._moments(n), "repair": repair}
+        solve = device | {"paused_forwards": moved, **self._moments(site), "repair": repair}
         found = [
             self._phase(f"forward to {site.kind}", forward, host),
             self._phase(f"statistics of {site.kind}", gram, host),
@@ -227,7 +255,7 @@ class Phases:
     def _forwards(self, *, written: bool, when: str = "") -> list[Phase]:
         s = self._sizes
         device, host = self._standing(written=written, leaving=True)
-        parts: list[dict[str, int]] = [self._sums(site.columns_before) for site in self._sites]
+        parts: list[dict[str, int]] = [self._sums(site) for site in self._sites]
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
         found = []
         for site in self._sites:
@@ -236,7 +264,7 @@ class Phases:
             found.append(
                 self._phase(f"forward to {site.kind}{when}", device | sums | passing, host)
             )
-            gram = {"passing_batch": frame, **self._gram(site.columns_before)}
+            gram = {"passing_batch": frame, **self._gram(site)}
             found.append(
                 self._phase(f"statistics of {site.kind}{when}", device | sums | gram, host)
             )
@@ -248,11 +276,11 @@ class Phases:
     def _made(self, what: str, *most: int) -> list[Phase]:
         """What is made of Moments that are there together; bytes of each Site, or of all."""
         device, host = self._standing(written=False)
-        squares = [sum(self._moments(site.columns_before).values()) for site in self._sites]
+        squares = [sum(self._moments(site).values()) for site in self._sites]
         found = []
         for number, site in enumerate(self._sites):
             own = {
-                **self._moments(site.columns_before),
+                **self._moments(site),
                 "statistics_of_other_sites": sum(squares[number + 1 :]),
                 what: most[min(number, len(most) - 1)],
             }
@@ -273,10 +301,13 @@ class Phases:
         return device, host
 
     def _waiting(self, leaving: bool = False) -> tuple[dict[str, int], dict[str, int]]:
-        """Hidden states that enter a layer, with `leaving` those that leave it, too."""
+        """Hidden states that enter a layer, with `leaving` those that leave it, too.
+
+        With two paths those of both; they are one where `leaving` is asked.
+        """
         s = self._sizes
         row = s.hidden * s.item
-        times = 2 if leaving else 1
+        times = 2 if leaving or self._paired else 1
         device = {"attention_masks": s.masks}
         if s.place == "device":
             return device | {"hidden_states": times * s.positions * row}, {}
@@ -305,20 +336,27 @@ class Phases:
         copies = 3 if site.kind == "heads" else 2
         return s.batch * max(copies * site.columns_before * s.item, 8 * s.hidden)
 
-    def _sums(self, columns: int) -> dict[str, int]:
+    def _beside(self, site: SitePlan) -> int:
+        """Rows of the products with the drift of a Site's output."""
+        return site.outputs if self._paired else 0
+
+    def _sums(self, site: SitePlan) -> dict[str, int]:
         """Sums of a segment, of all segments, and rows that wait until they are a chunk."""
         s = self._sizes
+        columns = site.columns_before
+        together = columns + self._beside(site)
         return {
-            "moments": 4 * columns**2,
-            "float64_sums": 0 if s.alone else 8 * columns**2,
+            "moments": 4 * columns * together,
+            "float64_sums": 0 if s.alone else 8 * columns * together,
             "held_out_sums": 8 * columns**2 if self._chooses else 0,
-            "waiting_rows": self._rows() * columns * s.item,
+            "waiting_rows": self._rows() * together * s.item,
         }
 
-    def _moments(self, columns: int) -> dict[str, int]:
-        """Of all tokens, and of those that are held out."""
-        own = 4 * columns**2
-        return {"moments": own, "held_out_moments": own if self._chooses else 0}
+    def _moments(self, site: SitePlan) -> dict[str, int]:
+        """Of all tokens, with the drift if there is one, and of those that are held out."""
+        n = site.columns_before
+        held = 4 * n**2 if self._chooses else 0
+        return {"moments": 4 * n * (n + self._beside(site)), "held_out_moments": held}
 
     def _exchanged(self, columns: int) -> dict[str, int]:
         """A buffer of the triangle, whose own rows do not wait any more."""
@@ -331,10 +369,13 @@ class Phases:
             return 0
         return min(s.positions, -(-CHUNK_TOKENS // s.batch) * s.batch)
 
-    def _gram(self, columns: int) -> dict[str, int]:
-        """One copy of the rows of a chunk, and what the kernel makes of them."""
+    def _gram(self, site: SitePlan) -> dict[str, int]:
+        """One copy of the rows of a chunk, and what the kernel makes of them.
+
+        Of a pair also a batch of the output on both paths, their difference, and its squares.
+        """
         s = self._sizes
-        rows = self._rows()
+        rows, columns = self._rows(), site.columns_before
         tokens = rows or s.batch
         if not s.cuda:
             fit = max(_PACKED_TOKENS, _PACKED_BYTES // (4 * columns))
@@ -344,8 +385,12 @@ class Phases:
         else:
             # three bfloat16 planes
             packed = 6 * min(tokens, TOKENS["cuda"]) * columns
-        joined = rows * columns * s.item if rows > s.batch else 0
-        return {"joined_rows": joined, "packed_rows": packed}
+        beside = self._beside(site)
+        joined = rows * (columns + beside) * s.item if rows > s.batch else 0
+        found = {"joined_rows": joined, "packed_rows": packed}
+        if beside:
+            found["drift_rows"] = s.batch * beside * (3 * s.item + 8)
+        return found
 
     def _repair(self, site: SitePlan) -> int:
         """Selection, solve, or the residual beside its result, whichever is most."""
@@ -353,6 +398,10 @@ class Phases:
         rows = -(-outputs // self._sizes.ranks)
         # the repaired rows, and all of them once those of other ranks are here
         repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
+        if self._paired:
+            residual = repaired + drift_residual_bytes(n, rows, kept)
+            solve = drift_repair_bytes(kept, n - kept, outputs, rows)
+            return max(self._judging(site), solve, residual)
         residual = repaired + residual_bytes(n, rows, kept)
         solve = 0
         if kept < n:

@@ -123,7 +123,8 @@ def needs(
         # one after the other
         held_by_one, held = max(held_by_one, states), max(held, ranks * states)
     place, why = _place(execution, held_by_one, ranks, device, device_memory)
-    snapshots = 2 * tokens.positions * weights.hidden * weights.item
+    paired = recipe.target_signal == "dense"
+    snapshots = 2 * (2 if paired else 1) * tokens.positions * weights.hidden * weights.item
     disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
     library = "moments" in disk
     sizes = Sizes(
@@ -149,6 +150,7 @@ def needs(
         library=library,
         reconstruction=RECONSTRUCTIONS[recipe.reconstruct],
         chooses=recipe.chooses_ridge,
+        paired=paired,
         judging=lambda site: CRITERIA[recipe.criterion].holds(
             site.columns_before, site.outputs, site.columns_before - site.columns_after
         ),

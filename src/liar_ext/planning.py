@@ -150,6 +150,7 @@ def plan(
         passes=2 if again and needs_tokens(recipe) else 1,
         grams=2 if again and reads == "moments" else 1,
         survey=survey_flops,
+        pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
     flops["gradients"] = backward
     return {

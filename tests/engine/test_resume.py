@@ -98,6 +98,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             "device",
             [("layer computed", 2), ("journal written", 2), ("layer being written", 1)],
         ),
+        (
+            {"target_signal": "dense", "layers": (1, 4)},
+            "disk",
+            [
+                ("journal written", 1),
+                ("site half pruned", 1),
+                ("hidden states half written", 3),
+                ("journal written", 2),
+                ("old hidden states still there", 1),
+            ],
+        ),
     ],
     ids=[
         "sequential",
@@ -109,6 +120,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "levels",
         "ridge-auto",
         "some-layers",
+        "dense-target",
     ],
 )
 def test_killed_again_and_again_the_result_is_the_same(

@@ -79,6 +79,7 @@ def test_what_each_reconstruction_needs_is_declared():
     """`--bias never` and `check_enough` go by these."""
     assert {name for name, r in RECONSTRUCTIONS.items() if r.needs_bias} == {"bias"}
     assert {name for name, r in RECONSTRUCTIONS.items() if r.solves} == {"liar", "admm"}
+    assert {name for name, r in RECONSTRUCTIONS.items() if r.follows} == {"liar"}
     whole = {"mask-tuning", "rotation", "rotation-scaled", "admm"}
     assert {name for name, r in RECONSTRUCTIONS.items() if r.whole} == whole
     ridged = {name for name, r in RECONSTRUCTIONS.items() if r.sweep is not None}

@@ -32,7 +32,12 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "gradient_samples": (int, "N", "windows that criteria which need a loss take gradients of"),
     "ridge": (ridge, "F", "λ relative to the mean variance of a Site's columns, or auto"),
     "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
-    "target_signal": (str, "NAME", "what the repair aims at: local"),
+    "target_signal": (
+        str,
+        "NAME",
+        "what the repair aims at: local (the dense consumer on present inputs) or dense (its "
+        "output in the dense model)",
+    ),
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
     "round_to": (int, "N", "FFN widths become multiples of N"),
     "layers": (str, "A:B", "prune layers A to B-1 only"),

@@ -152,6 +152,34 @@ def shared(calls: list[LayerCall], known: dict[tuple[Any, ...], list[Tensor]]) -
     ]
 
 
+def layer_output(layer: nn.Module, states: Tensor, call: LayerCall) -> Tensor:
+    """What a layer makes of the hidden states that enter it."""
+    output = layer(states, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def listening(sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of these Sites' consumers, by kind, once a forward of their layer is through.
+
+    Copies: what follows may write to an output.
+    """
+    heard: dict[str, Tensor] = {}
+
+    def listen(site: Site) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            heard[site.kind] = output.clone()
+
+        return hook
+
+    handles = [site.consumer.register_forward_hook(listen(site)) for site in sites]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Run(greenlet.greenlet):
     """A greenlet of this module, told apart from any other the caller may be running in."""
 
@@ -227,11 +255,7 @@ class LayerRun:
         if self._shelf.moves:
             self._input, self._version = hidden, hidden._version
 
-        def body(states: Tensor) -> Tensor:
-            output = layer(states, *call.args, **call.kwargs)
-            return output[0] if isinstance(output, tuple) else output
-
-        self._greenlet = _Run(body)
+        self._greenlet = _Run(lambda states: layer_output(layer, states, call))
         self._resume = (hidden,)
 
     def _return(self) -> None:

@@ -18,14 +18,15 @@ from liar_ext.criteria import CRITERIA, Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.gradients import GradientPass
 from liar_ext.engine.keeper import Keeper, Position, Widths
-from liar_ext.engine.measure import Measured, Measurer
+from liar_ext.engine.measure import Measured
+from liar_ext.engine.pairs import PATHS
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
 from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
-from liar_ext.engine.stream import Feed, Stream
+from liar_ext.engine.stream import Feed
 from liar_ext.errors import InputError
 from liar_ext.models import Site, adapter_for, layout
 from liar_ext.recipe import Recipe
@@ -110,7 +111,8 @@ class Driver:
         self._intercept = {kind: self._may_shift(kind in biased) for kind in self.recipe.target}
         self.added_biases = [k for k, shift in self._intercept.items() if shift and k not in biased]
         self._repairer = Repairer(self.recipe, self._intercept, self.ranks, self.clock)
-        self._stream = Stream(
+        paths = PATHS[self.recipe.target_signal]
+        self._stream = paths.stream(
             self.batches,
             self._layers,
             device=self.device,
@@ -119,7 +121,7 @@ class Driver:
             clock=self.clock,
             least=least_segments(self.recipe),
         )
-        self._measurer = Measurer(
+        self._measurer = paths.measurer(
             self.store.model,
             self.adapter,
             self.recipe,
@@ -212,7 +214,7 @@ class Driver:
             position.layer = layer
             position.generator = self._repairer.generator.get_state()
             with self.clock.phase("write"):
-                self.keeper.keep(position, self._stream.hidden)
+                self.keeper.keep(position, self._stream.kept())
 
     def _open(self, index: int) -> None:
         """Make a layer available; InputError names a tensor with NaN or infinite weights."""
@@ -335,7 +337,7 @@ class Driver:
         """Repair and shrink a Site; returns the kept columns."""
         notes = [*notes, *measured.notes]
         report, shrink = self._repairer.repair(
-            site, measured.moments, notes, kept_units, measured.held
+            site, measured.moments, notes, kept_units, held=measured.held, drift=measured.drift
         )
         report.seconds = {k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:

@@ -147,8 +147,8 @@ class Keeper:
                 "start again with --overwrite instead"
             ) from error
 
-    def hidden(self, batches: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """The hidden states of these batches that were kept.
+    def hidden(self, batches: Sequence[int], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """All hidden states of these batches that were kept, by their names in `Stream.kept`.
 
         Raises:
             InputError: a file is missing or of another size.
@@ -159,13 +159,17 @@ class Keeper:
                 "--resume: the earlier run needed no forward pass, for its statistics were in a "
                 "--moments folder; give that folder again"
             )
-        for number in batches:
-            path = self._job.folder / self._entry["folder"] / f"{number}"
+        known, paths = self._entry["hidden"], {str(number): [str(number)] for number in batches}
+        for name in known:
+            number, dash, _ = name.partition("-")
+            if dash and number in paths:
+                paths[number].append(name)
+        for name in (name for names in paths.values() for name in names):
+            path = self._job.folder / self._entry["folder"] / name
             try:
-                data = self._entry["hidden"][str(number)]
-                if _digest(path) != data["sha256"]:
+                if _digest(path) != known[name]["sha256"]:
                     raise OSError("it is not what that run wrote")
-                yield number, restored(path, data, device)
+                yield name, restored(path, known[name], device)
             except (OSError, KeyError) as error:
                 raise InputError(
                     f"--resume: {path}, hidden states of an earlier run, cannot be read "
@@ -186,7 +190,7 @@ class Keeper:
             )
         return sums
 
-    def keep(self, position: Position, hidden: Mapping[int, Item]) -> None:
+    def keep(self, position: Position, hidden: Mapping[str, Item]) -> None:
         """Write an entry if it is time for one; everything that it names is on disk first."""
         assert position.generator is not None, "the driver sets it"
         # rank 0 has the clock
@@ -208,11 +212,11 @@ class Keeper:
             folder.mkdir()
         self._ranks.barrier()
         mine = {}
-        for number, item in hidden.items():
-            path = folder / str(number)
-            mine[str(number)] = item.save(path)
+        for state, item in hidden.items():
+            path = folder / state
+            mine[state] = item.save(path)
             sync_path(path)
-            mine[str(number)]["sha256"] = _digest(path)
+            mine[state]["sha256"] = _digest(path)
         every: list[tuple[dict[str, Any], dict[str, str]]] = self._ranks.gather((mine, digests))
         entry = {
             "stage": position.stage,

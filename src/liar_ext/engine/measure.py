@@ -17,6 +17,7 @@ from liar_ext.engine.repair import refuse_non_finite
 from liar_ext.engine.statistics import SiteColumns, SiteMoments, StateSimilarity, held_out
 from liar_ext.engine.stream import Comparison, Feed, Stream
 from liar_ext.models import Adapter, Site
+from liar_ext.ops.drift import Drift
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
 from liar_ext.survey import Reads
@@ -34,11 +35,13 @@ CENTRING_LIMIT = 100.0
 @dataclass
 class Measured:
     """Attributes: the Moments of a Site, its column statistics where the library has them, Moments
-    of the tokens that are held out where a ridge is chosen, notes for the report."""
+    of the tokens that are held out where a ridge is chosen, the drift of its output where there are
+    two paths, notes for the report."""
 
     moments: Moments
     columns: ColumnMoments | None = None
     held: Moments | None = None
+    drift: Drift | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -183,7 +186,7 @@ class Measurer:
         return self._forward(index)
 
     def standing(self, site: Site, feed: Feed) -> Measured:
-        """Moments of all batches that stand at a Site."""
+        """Statistics of all batches that stand at a Site."""
         found = self._standing(site, feed, torch.float32)
         if not self._centred(site, found.moments):
             del found  # at 70B widths the two are 10 GB

@@ -14,6 +14,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
+from liar_ext.ops.drift import Drift, drift_energies
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
 from liar_ext.ops.saliency import UnitGradients
@@ -61,12 +62,15 @@ class Repairer:
         moments: Moments,
         notes: Sequence[str],
         kept_units: int,
+        *,
         held: Moments | None = None,
+        drift: Drift | None = None,
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
         Args:
             held: Moments of those tokens that are held out to choose the ridge by.
+            drift: of the Site's output; with it the target is the dense path's.
         Returns:
             the report, and a function that applies the result to the layer and returns the kept
             columns.
@@ -76,7 +80,7 @@ class Repairer:
             evidence = self._evidence(site, moments, kept_units)
             keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
-            repaired, residual, choice = self._solve(site, moments, kept_columns, held)
+            repaired, residual, choice = self._solve(site, moments, kept_columns, held, drift)
         bias = _shifted(site.bias(), repaired.shift)
         used = repaired.diagnostics
         report = SiteReport(
@@ -128,7 +132,12 @@ class Repairer:
         )
 
     def _solve(
-        self, site: Site, moments: Moments, keep: Tensor, held: Moments | None = None
+        self,
+        site: Site,
+        moments: Moments,
+        keep: Tensor,
+        held: Moments | None = None,
+        drift: Drift | None = None,
     ) -> tuple[Repaired, float, Choice | None]:
         """The repaired consumer, its residual, and how its ridge was chosen.
 
@@ -140,7 +149,7 @@ class Repairer:
         whole = site.weight()
         outputs = whole.shape[0]
         mine = self._ranks.rows(outputs)
-        weight = whole[mine]
+        weight, own = whole[mine], None if drift is None else drift.rows(mine)
         task = Task(
             moments,
             whole if self._reconstruction.whole else weight,
@@ -150,19 +159,26 @@ class Repairer:
             self._intercept[site.kind],
             outputs,
             site.columns_per_unit,
+            own,
         )
         choice = None
         try:
             if held is not None and task.drop.numel():
                 choice = choose(task, held, self._reconstruction, self._ranks)
                 task = replace(task, ridge=choice.ridge)
-            part = self._agreed(task) if task.drop.numel() else Repaired(task.weight)
+            # what keeps all its columns has nothing to repair, unless its inputs have drifted
+            idle = own is None and not task.drop.numel()
+            part = Repaired(task.weight) if idle else self._agreed(task)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
         if self._reconstruction.whole:
             shift = None if part.shift is None else part.shift[mine]
             part = replace(part, weight=part.weight[mine], shift=shift)
-        energies = residual_energies(moments, weight, keep, part.weight, part.shift)
+        repaired = (weight, keep, part.weight, part.shift)
+        if own is None:
+            energies = residual_energies(moments, *repaired)
+        else:
+            energies = drift_energies(moments, own, *repaired)
         total = torch.tensor(energies, dtype=torch.float64, device=keep.device)
         self._ranks.sum_(total)
         gathered = Repaired(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.ranks import Ranks
+from liar_ext.ops.cross import cross
+from liar_ext.ops.drift import Drift
 from liar_ext.ops.gram import gram
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
@@ -59,6 +61,12 @@ def held_out(count: int) -> frozenset[int]:
     return frozenset(range(every // 2, count, every)) if count > 1 else frozenset()
 
 
+def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of `x` (..., n) that `mask` has, all of them without one, (·, n)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if mask is None else rows[mask]
+
+
 class SiteMoments:
     """Accumulates the Moments of one Site, batch by batch in the order of the batches.
 
@@ -88,23 +96,12 @@ class SiteMoments:
         # sums and counts before the present segment
         self._before = self._part.sum.clone(), self._part.count.clone()
         self._segment = 0
-        self._pending: list[Tensor] = []
+        self._pending: list[tuple[Tensor, ...]] = []
 
     def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of `x` (..., n), a batch of `segment`."""
-        if segment != self._segment:
-            self._close()
-            self._segment = segment
-        rows = x.reshape(-1, x.shape[-1])
-        if mask is not None:
-            rows = rows[mask]
-        if not self._pending and rows.shape[0] >= CHUNK_TOKENS:
-            gram(rows, out=self._part)
-            return
-        # a copy: the batch may leave memory before there are enough rows
-        self._pending.append(rows.clone() if mask is None else rows)
-        if sum(part.shape[0] for part in self._pending) >= CHUNK_TOKENS:
-            self._flush()
+        self._enter(segment)
+        self._take((valid_rows(x, mask),), owned=mask is not None)
 
     def finish(self, ranks: Ranks) -> Moments:
         """The Moments of all batches of all ranks; nothing can be added afterwards."""
@@ -130,12 +127,28 @@ class SiteMoments:
         # rounded as those of all tokens are
         return Moments(held.count, held.sum, held.gram.to(self._part.gram.dtype))
 
+    def _enter(self, segment: int) -> None:
+        if segment != self._segment:
+            self._close()
+            self._segment = segment
+
+    def _take(self, rows: tuple[Tensor, ...], *, owned: bool) -> None:
+        """Sum rows of a batch, now or with those that follow; `owned` ones are of no other's."""
+        if not self._pending and rows[0].shape[0] >= CHUNK_TOKENS:
+            self._sum(*rows)
+            return
+        # a copy: the batch may leave memory before there are enough rows
+        self._pending.append(rows if owned else tuple(part.clone() for part in rows))
+        if sum(part[0].shape[0] for part in self._pending) >= CHUNK_TOKENS:
+            self._flush()
+
+    def _sum(self, x: Tensor, *_: Tensor) -> None:
+        gram(x, out=self._part)
+
     def _flush(self) -> None:
         if self._pending:
-            gram(
-                torch.cat(self._pending) if len(self._pending) > 1 else self._pending[0],
-                out=self._part,
-            )
+            columns = zip(*self._pending, strict=True)
+            self._sum(*(torch.cat(part) if len(part) > 1 else part[0] for part in columns))
             self._pending = []
 
     def _close(self) -> None:
@@ -156,6 +169,64 @@ class SiteMoments:
                 # the triangle: what is above the diagonal blocks is unspecified
                 target[start:stop, :stop] += self._part.gram[start:stop, :stop]
         self._part.gram.zero_()
+
+
+class SitePairs(SiteMoments):
+    """Accumulates the Moments of one Site, and the drift of its consumer's output.
+
+    Args:
+        outputs: of the consumer.
+    """
+
+    def __init__(
+        self, outputs: int, columns: int, device: torch.device, *, dtype: torch.dtype, alone: bool
+    ) -> None:
+        super().__init__(columns, device, dtype=dtype, alone=alone)
+        self._drift = Drift.zeros(outputs, columns, dtype=dtype, device=device)
+        self._whole_cross: Tensor | None = None
+        if self._whole is not None:
+            self._whole_cross = torch.zeros_like(self._drift.pairs.cross, dtype=torch.float64)
+
+    def add_pair(
+        self, x: Tensor, local: Tensor, dense: Tensor, mask: Tensor | None, segment: int
+    ) -> None:
+        """Accumulate the valid rows of a batch of `segment`.
+
+        Args:
+            x: present inputs (..., n); local, dense: what the consumer makes of them, and what it
+                made of the dense path's (..., out), both with its bias or both without.
+        """
+        self._enter(segment)
+        wanted = valid_rows(dense, mask)
+        change = wanted - valid_rows(local, mask)
+        self._drift.dense.add(wanted)
+        self._drift.change.add(change)
+        self._take((valid_rows(x, mask), change), owned=mask is not None)
+
+    def finish_pair(self, ranks: Ranks) -> tuple[Moments, Drift]:
+        """Of all batches of all ranks; nothing can be added afterwards."""
+        moments, drift = self.finish(ranks), self._drift
+        pairs = drift.pairs
+        total = pairs.cross if self._whole_cross is None else self._whole_cross
+        for value in (total, pairs.sum_x, pairs.sum_y, pairs.count):
+            ranks.sum_(value)
+        for columns in (drift.change, drift.dense):
+            for value in (columns.count, columns.sum, columns.squares):
+                ranks.sum_(value)
+        if self._whole_cross is not None:
+            pairs.cross.copy_(self._whole_cross)
+            self._whole_cross = None
+        return moments, drift
+
+    def _sum(self, x: Tensor, *rest: Tensor) -> None:
+        super()._sum(x)
+        cross(rest[0], x, out=self._drift.pairs)
+
+    def _close(self) -> None:
+        super()._close()
+        if self._whole_cross is not None:
+            self._whole_cross += self._drift.pairs.cross
+            self._drift.pairs.cross.zero_()
 
 
 class SiteColumns:

@@ -99,9 +99,14 @@ class Stream:
                 item.free()
         self.hidden = dict(later)
 
-    def shelve(self, states: Iterable[tuple[int, Tensor]]) -> None:
+    def kept(self) -> dict[str, Item]:
+        """All hidden states, by a name for `shelve`: the number of the batch, and after a dash
+        the path where there are several."""
+        return {str(number): item for number, item in self.hidden.items()}
+
+    def shelve(self, states: Iterable[tuple[str, Tensor]]) -> None:
         """Hidden states from elsewhere (a snapshot) take the place of the present ones."""
-        self.advance({number: self._shelf.put(tensor) for number, tensor in states})
+        self.advance({int(name): self._shelf.put(tensor) for name, tensor in states})
 
     def through(
         self,
@@ -186,13 +191,16 @@ class Stream:
                 with self._clock.phase("forward"):
                     x = run.again() if number in arrived else _expect(run.to_next(), site)
                     arrived.add(number)
-                with self._clock.phase("gram"):
-                    accumulator.add(x, self._masks[number], self._segments[number])
+                self._hand(accumulator, site, number, x)
                 del x
                 with self._clock.phase("hold"):
                     run.shelve()
 
         return feed
+
+    def _hand(self, accumulator: Accumulator, site: Site, number: int, x: Tensor) -> None:
+        with self._clock.phase("gram"):
+            accumulator.add(x, self._masks[number], self._segments[number])
 
     def _runs(self, index: int) -> dict[int, LayerRun]:
         layer = self._layers[index]

@@ -7,6 +7,12 @@ import liar_ext.ops.solve_cuda  # noqa: F401
 from liar_ext.ops.attempt import Attempt, attempt, attempt_reference
 from liar_ext.ops.cross import CrossMoments, cross, cross_reference
 from liar_ext.ops.diagnostics import Diagnostics
+from liar_ext.ops.drift import (
+    Drift,
+    drift_reference,
+    drift_residual_reference,
+    repair_drifted,
+)
 from liar_ext.ops.gram import gram, gram_reference
 from liar_ext.ops.interpolate import (
     Interpolation,
@@ -26,6 +32,7 @@ __all__ = [
     "ColumnMoments",
     "CrossMoments",
     "Diagnostics",
+    "Drift",
     "Interpolation",
     "Moments",
     "Repair",
@@ -34,6 +41,8 @@ __all__ = [
     "attempt_reference",
     "cross",
     "cross_reference",
+    "drift_reference",
+    "drift_residual_reference",
     "gram",
     "gram_reference",
     "interpolate",
@@ -43,6 +52,7 @@ __all__ = [
     "pack_reference",
     "relative_residual",
     "repair",
+    "repair_drifted",
     "residual_reference",
     "solve",
 ]

@@ -227,24 +227,42 @@ def repair(
         diagnostics = solved.diagnostics[0]
         diagnostics = dataclasses.replace(diagnostics, steps=steps + diagnostics.steps)
         del solved, z
+    return fold(carried, moments, weight, keep, drop, center, diagnostics)
+
+
+def fold(
+    change: Tensor,
+    moments: Moments,
+    weight: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    center: bool,
+    diagnostics: Diagnostics,
+) -> Repair:
+    """`W_S + D` and `W_M μ_M − D μ_S` (zeros without `center`) of a change D (out, |S|).
+
+    D is float64 and becomes the result.
+    """
     mean = moments.mean()
-    shift = carried.new_zeros(weight.shape[0])
+    shift = change.new_zeros(weight.shape[0])
     if center:
-        shift -= carried @ mean[keep]
+        shift -= change @ mean[keep]
         for start, stop in spans(0, drop.numel()):
             part = drop[start:stop]
             shift += weight[:, part].double() @ mean[part]
     for start, stop in spans(0, keep.numel()):
-        carried[:, start:stop] += weight[:, keep[start:stop]]
-    return Repair(carried, shift, diagnostics)
+        change[:, start:stop] += weight[:, keep[start:stop]]
+    return Repair(change, shift, diagnostics)
 
 
-def repair_bytes(kept: int, dropped: int, outputs: int, rows: int | None = None) -> int:
+def repair_bytes(
+    kept: int, dropped: int, outputs: int, rows: int | None = None, route: str | None = None
+) -> int:
     """Most bytes that `repair` holds beside its arguments, its result included, on float64.
 
     Args:
         kept, dropped, outputs: s, m and rows of W; rows: of the slice that is repaired, None for
-            all of them.
+            all of them; route: a name of `costs`, None for the cheapest.
     Returns:
         the largest of four moments, with r right sides (rows, or m where Q is solved for):
         8 s² and a gather; 8 (s² + s r) with W_M and a block of C_SM; the solve,
@@ -256,7 +274,7 @@ def repair_bytes(kept: int, dropped: int, outputs: int, rows: int | None = None)
     r = outputs if rows is None else rows
     matrix, block = 8 * s * s, min(s, BLOCK)
     built = gather_bytes(s, s, n)
-    if cheapest(kept, dropped, outputs) == "fold first":
+    if (route or cheapest(kept, dropped, outputs)) == "fold first":
         right, result = 8 * s * r, 8 * s * r
         crossed = matrix + right + 8 * r * m + gather_bytes(block, m, n)
     else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from liar_ext.ops.diagnostics import Diagnostics
+from liar_ext.ops.drift import Drift
 from liar_ext.ops.moments import Moments, spans
 
 
@@ -24,6 +25,8 @@ class Task:
         ridge: relative λ; intercept: whether a bias may be changed or added.
         outputs: rows of the consumer, of which `weight` may be some; None if it has all.
         unit: columns of a unit; `keep` has them one unit after the other.
+        drift: of the rows of `weight`, where the target is the dense path's output; None for that
+            of the dense consumer on present inputs.
     """
 
     moments: Moments
@@ -34,6 +37,7 @@ class Task:
     intercept: bool
     outputs: int | None = None
     unit: int = 1
+    drift: Drift | None = None
 
     def shift(self, weight: Tensor) -> Tensor | None:
         """What a bias needs so that W' (out, |S|) has the mean output of W, or None without one."""
@@ -71,6 +75,7 @@ class Reconstruction:
     repair: Task -> Repaired.
     needs_bias: it works through the bias: `--bias never` contradicts it, and `auto` adds one.
     solves: it fits so many numbers that it needs at least as many tokens as columns.
+    follows: it goes by `Task.drift`; without that `--target-signal dense` is refused.
     whole: output rows see each other: every rank repairs all of them, not a slice.
     sweep: Task, whose own ridge does not count -> fits with one ridge after another, sharing what
         does not depend on it; None for what has no ridge. A `repair` with an intercept then has the
@@ -84,6 +89,7 @@ class Reconstruction:
     repair: Callable[[Task], Repaired]
     needs_bias: bool = False
     solves: bool = False
+    follows: bool = False
     whole: bool = False
     sweep: Callable[[Task], Fit] | None = None
     holds: Callable[[int, int, int, int], int] = lambda kept, dropped, outputs, rows: 0

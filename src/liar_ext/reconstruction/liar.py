@@ -1,10 +1,12 @@
 """liar: `W' = W_S + W_M Qᵀ`, `b' = b + W_M P` with the least-squares Q and P (arXiv 2407.13331).
 
-Without an intercept the uncentred system is solved and P is zero (`ops.interpolate`).
+Without an intercept the uncentred system is solved and P is zero (`ops.interpolate`). Where the
+target is the dense path's output, the same fit has the drift on its right side (`ops.drift`).
 """
 
 from torch import Tensor
 
+from liar_ext.ops.drift import repair_drifted
 from liar_ext.ops.interpolate import costs, repair_bytes
 from liar_ext.ops.interpolate import repair as fold
 from liar_ext.ops.system import folded_system
@@ -12,16 +14,27 @@ from liar_ext.reconstruction.base import Fit, Reconstruction, Repaired, Task
 
 
 def repair(task: Task) -> Repaired:
-    folded = fold(
-        task.moments,
-        task.weight,
-        task.keep,
-        task.drop,
-        ridge=task.ridge,
-        center=task.intercept,
-        outputs=task.outputs,
-    )
-    return Repaired(folded.weight, folded.shift if task.intercept else None, folded.diagnostics)
+    if task.drift is not None:
+        found = repair_drifted(
+            task.moments,
+            task.drift,
+            task.weight,
+            task.keep,
+            task.drop,
+            ridge=task.ridge,
+            center=task.intercept,
+        )
+    else:
+        found = fold(
+            task.moments,
+            task.weight,
+            task.keep,
+            task.drop,
+            ridge=task.ridge,
+            center=task.intercept,
+            outputs=task.outputs,
+        )
+    return Repaired(found.weight, found.shift if task.intercept else None, found.diagnostics)
 
 
 def sweep(task: Task) -> Fit:
@@ -42,4 +55,12 @@ def flops(kept: int, dropped: int, outputs: int) -> int:
     return int(min(costs(kept, dropped, outputs, False).values()))
 
 
-LIAR = Reconstruction("liar", repair, solves=True, sweep=sweep, holds=repair_bytes, flops=flops)
+LIAR = Reconstruction(
+    "liar",
+    repair,
+    solves=True,
+    follows=True,
+    sweep=sweep,
+    holds=repair_bytes,
+    flops=flops,
+)

@@ -170,8 +170,9 @@ def _plots(report: Report) -> str:
         ),
         (
             plots.time_split(report),
-            "forward is the cost of running the calibration tokens through the model once (twice "
-            "with an allocation that needs scores); gram and solve are the price of the repair.",
+            "forward is the cost of running the calibration tokens through the model once (and "
+            "once more each with an allocation that needs scores and for a dense target); gram and "
+            "solve are the price of the repair.",
         ),
         (
             plots.solves(report),

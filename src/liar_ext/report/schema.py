@@ -20,7 +20,9 @@ class SiteReport:
 
     Attributes:
         relative_residual: mean squared error of the repaired consumer's output over the variance
-            of the dense one's, on the calibration tokens.
+            of the dense one's, on the calibration tokens. The dense one gets the same inputs; with
+            `--target-signal dense` it gets those of the dense model, so that what layers before
+            did to the inputs counts.
         ridge, ridge_used: relative λ asked for and used; steps: what was raised or repeated.
         condition, backward_error, dead_columns, precision: see `ops.diagnostics.Diagnostics`.
         iterations: of an iterative reconstruction.

@@ -1,0 +1,152 @@
+"""Two paths of the same tokens, for a target that is the dense model's: the pruned one, which goes
+from Site to Site as ever, and beside it the dense one.
+
+Up to the first layer that is pruned they are one. From there on a layer gets the dense states
+first, while its weights are still the dense ones: a batch goes through in one go, and what each
+Site's consumer says waits on the shelf until the pruned path stands there. So nothing of the dense
+path is paused, and each layer is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liar_ext.engine.capture import layer_output, listening
+from liar_ext.engine.measure import Measured, Measurer
+from liar_ext.engine.repair import refuse_non_finite
+from liar_ext.engine.shelf import Item
+from liar_ext.engine.statistics import SitePairs
+from liar_ext.engine.stream import Accumulator, Feed, Stream, Visit
+from liar_ext.errors import InputError
+from liar_ext.models import Site
+
+# what the name of a dense state in a snapshot ends with
+DENSE = "-dense"
+
+
+class PairStream(Stream):
+    """Hidden states of both paths.
+
+    Attributes:
+        dense: those of the dense path by the number of the batch, once the paths have parted.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dense: dict[int, Item] = {}
+        self._outputs: dict[tuple[str, int], Item] = {}
+
+    def advance(self, later: Mapping[int, Item]) -> None:
+        """Both paths become `later`: they are one."""
+        super().advance(later)
+        self._part({})
+
+    def kept(self) -> dict[str, Item]:
+        return super().kept() | {f"{n}{DENSE}": item for n, item in self.dense.items()}
+
+    def shelve(self, states: Iterable[tuple[str, Tensor]]) -> None:
+        own: dict[int, Item] = {}
+        dense: dict[int, Item] = {}
+        for name, tensor in states:
+            path = dense if name.endswith(DENSE) else own
+            path[int(name.removesuffix(DENSE))] = self._shelf.put(tensor)
+        self.advance(own)
+        self._part(dense)
+
+    def through(self, *args: Any, **kwargs: Any) -> dict[int, Item]:
+        # where this is used, layers before the first that is pruned, there is one path
+        assert not self.dense, "the paths have parted"
+        return super().through(*args, **kwargs)
+
+    def stopping(self, index: int, sites: Sequence[Site], visit: Visit, *, onward: bool) -> None:
+        def visit_and_forget(site: Site, feed: Feed) -> Tensor | None:
+            columns = visit(site, feed)
+            self._forget(site.kind)
+            return columns
+
+        try:
+            later = self._ahead(index, sites, onward=onward)
+            super().stopping(index, sites, visit_and_forget, onward=onward)
+            self._part(later)
+        finally:
+            for site in sites:
+                self._forget(site.kind)
+
+    def _ahead(self, index: int, sites: Sequence[Site], *, onward: bool) -> dict[int, Item]:
+        """The dense path through a layer that is still dense; its consumers' outputs wait."""
+        layer, later = self._layers[index], {}
+        for number in self._batches:
+            before = self.dense.get(number, self.hidden[number])
+            with listening(sites) as heard, self._clock.phase("forward"):
+                states = layer_output(layer, before.fetch(), self._calls[number][index])
+            if len(heard) != len(sites):
+                raise RuntimeError(f"a forward of layer {index} did not reach all of its Sites")
+            with self._clock.phase("hold"):
+                for kind, output in heard.items():
+                    self._outputs[kind, number] = self._shelf.put(output)
+                if onward:
+                    later[number] = self._shelf.put(states)
+                if number in self.dense:
+                    self.dense.pop(number).free()
+            del states
+        return later
+
+    def _hand(self, accumulator: Accumulator, site: Site, number: int, x: Tensor) -> None:
+        assert isinstance(accumulator, SitePairs), "a Measurer of pairs takes these statistics"
+        with self._clock.phase("forward"):
+            dense = self._outputs[site.kind, number].fetch()
+            local = site.consumer(x)
+        with self._clock.phase("gram"):
+            accumulator.add_pair(x, local, dense, self._masks[number], self._segments[number])
+
+    def _part(self, dense: Mapping[int, Item]) -> None:
+        for item in self.dense.values():
+            item.free()
+        self.dense = dict(dense)
+
+    def _forget(self, kind: str) -> None:
+        """Free the outputs of a Site."""
+        for key in [key for key in self._outputs if key[0] == kind]:
+            self._outputs.pop(key).free()
+
+
+class PairMeasurer(Measurer):
+    """Statistics of Sites where both paths are known."""
+
+    def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Measured:
+        with self.clock.phase("gram"):
+            accumulator = SitePairs(
+                site.weight().shape[0],
+                site.columns,
+                self.device,
+                dtype=dtype,
+                alone=self.stream.alone,
+            )
+        feed(accumulator)
+        with self.clock.phase("gram"):
+            moments, drift = accumulator.finish_pair(self.ranks)
+        refuse_non_finite(site, moments)
+        bad = ~torch.isfinite(drift.dense.squares + drift.change.squares)
+        if bool(bad.any()):
+            raise InputError(
+                f"{site.name}: {int(bad.sum())} of {bad.numel()} outputs are NaN or infinite on "
+                "the dense or the pruned path; compute in a wider type with --dtype"
+            )
+        return Measured(moments, drift=drift)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Attributes: what carries hidden states and what takes statistics for a target."""
+
+    stream: type[Stream]
+    measurer: type[Measurer]
+
+
+# by `Recipe.target_signal`
+PATHS = {"local": Paths(Stream, Measurer), "dense": Paths(PairStream, PairMeasurer)}
