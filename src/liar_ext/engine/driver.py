@@ -12,6 +12,7 @@ from torch import Tensor
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.progress import Progress
@@ -62,8 +63,10 @@ class Driver:
         device, progress, clock: where, who watches, how long.
         ranks: the processes that share the work.
         shelf: where hidden states and paused forwards wait.
-        library: Moments of the dense path on disk, read if they are there and kept if not.
+        library: Moments of the dense path on disk, read if they are there and kept if not; with
+            sequential statistics for the scores of an allocation only.
         keeper: keeps what an interrupted run goes on from.
+        judgements: of criteria, shared with other compressions of the same model.
         sites: reports in order, filled by `run`.
     """
 
@@ -77,6 +80,7 @@ class Driver:
     shelf: Shelf = field(default_factory=DeviceShelf)
     library: MomentsStore | None = None
     keeper: Keeper | None = None
+    judgements: Judgements | None = None
     sites: list[SiteReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,7 +90,9 @@ class Driver:
         biased = layout.biased_kinds(self.store.model)
         self._intercept = {kind: self._may_shift(kind in biased) for kind in self.recipe.target}
         self.added_biases = [k for k, shift in self._intercept.items() if shift and k not in biased]
-        self._repairer = Repairer(self.recipe, self._intercept, self.ranks, self.clock)
+        self._repairer = Repairer(
+            self.recipe, self._intercept, self.ranks, self.clock, self.judgements
+        )
         self._stream = Stream(
             self.batches,
             self._layers,
@@ -121,6 +127,9 @@ class Driver:
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)
             position = Position("prune", widths=widths)
+        if self.recipe.statistics == "sequential":
+            # from here on statistics are of the pruned path, which no library has
+            self._measurer.library = None
         self.sites = position.sites
         self.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
         if self._measurer.needed(position.layer):

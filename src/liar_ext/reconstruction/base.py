@@ -46,9 +46,12 @@ class Reconstruction:
     repair: Task -> Repaired.
     needs_bias: it works through the bias: `--bias never` contradicts it, and `auto` adds one.
     solves: it fits weights, so it needs at least as many tokens as columns.
+    uses_ridge: another ridge may give another result; `liar compare` computes cells once that
+        differ in what does not matter.
     """
 
     name: str
     repair: Callable[[Task], Repaired]
     needs_bias: bool = False
     solves: bool = False
+    uses_ridge: bool = True

@@ -8,4 +8,4 @@ def repair(task: Task) -> Repaired:
     return Repaired(task.weight[:, task.keep], shift)
 
 
-BIAS = Reconstruction("bias", repair, needs_bias=True)
+BIAS = Reconstruction("bias", repair, needs_bias=True, uses_ridge=False)

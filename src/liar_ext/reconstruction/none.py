@@ -7,4 +7,4 @@ def repair(task: Task) -> Repaired:
     return Repaired(task.weight[:, task.keep])
 
 
-NONE = Reconstruction("none", repair)
+NONE = Reconstruction("none", repair, uses_ridge=False)
