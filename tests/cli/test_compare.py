@@ -27,10 +27,9 @@ TRANSIENT = ("seconds", "relative_to_forward", "forward_seconds", "peak_host_byt
 def _arguments(inputs, out: Path, *options: str, bert: bool = False) -> list[str]:
     source, text = (inputs.bert, inputs.stsb) if bert else (inputs.llama, inputs.text)
     measured = f"stsb={inputs.stsb}" if bert else f"text={inputs.other}"
-    options = (*FIXED, *options)
-    if "--eval" not in options:
-        options = (*options, "--eval", measured, "--eval-seq-len", "32")
-    return ["compare", str(source), "--out", str(out), "--calibration", str(text), *options]
+    own = [] if "--eval" in options else ["--eval", measured, "--eval-seq-len", "32"]
+    place = ["--out", str(out), "--calibration", str(text)]
+    return ["compare", str(source), *place, *FIXED, *own, *options]
 
 
 def _compare(inputs, out: Path, *options: str, bert: bool = False) -> int:
@@ -64,7 +63,7 @@ def bf16(inputs, tmp_path) -> Path:
 
 
 GRIDS = {
-    "sequential": ["--targets", "ffn;ffn,heads", "--allocations", "uniform,global"],
+    "sequential": ["--targets", "ffn,heads", "--allocations", "uniform,global"],
     "oneshot": ["--targets", "heads;ffn", "--allocations", "global", "--statistics", "oneshot"],
     "bf16": ["--criteria", "wanda", "--reconstructions", "liar", "--bias", "always"],
     "bert": ["--targets", "heads;ffn", "--criteria", "flap", "--reconstructions", "bias,liar"],
@@ -80,7 +79,7 @@ def test_every_cell_equals_prune_and_eval_of_its_recipe(inputs, tmp_path, capsys
         arguments[1] = str(bf16)
     assert main(arguments) == 0
     cells = _result(out)["cells"]
-    assert len(cells) == {"sequential": 16, "oneshot": 8, "bf16": 1, "bert": 4}[name]
+    assert len(cells) == {"sequential": 8, "oneshot": 8, "bf16": 1, "bert": 4}[name]
     for number, cell in enumerate(cells):
         recipe, folder = tmp_path / f"{number}.json", tmp_path / f"{number}"
         recipe.write_text(json.dumps(cell["recipe"]))
@@ -235,16 +234,16 @@ def test_passes_are_shared_where_they_can_be(inputs, tmp_path, monkeypatch):
     from dataclasses import replace
 
     monkeypatch.setitem(CRITERIA, "obs", replace(obs, choose=choose))
-    axes = ["--targets", "ffn;heads;ffn,heads", "--criteria", "wanda,obs"]
+    axes = ["--targets", "ffn;ffn,heads", "--criteria", "wanda,obs"]
     axes += ["--reconstructions", "none,liar", "--allocations", "uniform,global"]
     assert _compare(inputs, tmp_path / "oneshot", *axes, "--statistics", "oneshot") == 0
-    assert len(entered) == 1, "one forward for 24 cells"
+    assert len(entered) == 1, "one forward for 16 cells"
     # a Site is judged once for each number of units, not for each reconstruction
     by_two = [name for name in asked if name.endswith("down_proj")]
     assert len(by_two) <= 2 * 2 * 2
     del entered[:]
-    assert _compare(inputs, tmp_path / "sequential", *axes) == 0
-    assert len(entered) == 24 + 1, "and one more for the scores of all allocations"
+    assert _compare(inputs, tmp_path / "sequential", *axes[:2], *axes[4:]) == 0
+    assert len(entered) == 8 + 1, "and one more for the scores of all allocations"
     del entered[:]
     assert _compare(inputs, tmp_path / "ridges", "--ridges", "0.1,1e-3", *axes[4:6]) == 0
     assert len(entered) == 3

@@ -151,21 +151,23 @@ def summary(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
     from liar_ext.comparison.tables import groups
-    from liar_ext.report.text import number
+    from liar_ext.report.text import number, short_name
 
     table = Table(title=f"{result['source']}: the best of each sparsity", title_justify="left")
     for name in ("pruned", "sparsity", "evaluation", "value", "criterion", "repair", "residual"):
         numeric = name in ("sparsity", "value", "residual")
         table.add_column(name, justify="right" if numeric else "left")
     for name, measured in result["dense"]["metrics"].items():
-        table.add_row("dense", "", name, number(measured["value"], 5), "", "", "")
+        table.add_row("dense", "", short_name(name), number(measured["value"], 5), "", "", "")
     for group in groups(result):
         table.add_section()
         for sparsity in dict.fromkeys(cell["sparsity"] for cell in group.cells):
             done = [c for c in group.cells if c["sparsity"] == sparsity and c["status"] == "done"]
             for name, evaluation in result["evaluations"].items():
                 if not done:
-                    table.add_row(group.title, f"{sparsity:g}", name, "failed", "", "", "")
+                    table.add_row(
+                        group.title, f"{sparsity:g}", short_name(name), "failed", "", "", ""
+                    )
                     continue
                 values = [cell["metrics"][name]["value"] for cell in done]
                 value = max(values) if evaluation["higher"] else min(values)
@@ -173,7 +175,7 @@ def summary(result: dict[str, Any]) -> Table:
                 table.add_row(
                     group.title,
                     f"{sparsity:g}",
-                    name,
+                    short_name(name),
                     number(value, 5),
                     best["criterion"],
                     best["variant"],

@@ -36,7 +36,7 @@ def _plot(result: dict[str, Any], group: Group, evaluation: str) -> str:
     cells = [cell for cell in group.cells if cell["status"] == "done"]
     criteria = list(dict.fromkeys(cell["criterion"] for cell in cells))
     variants = list(dict.fromkeys(cell["variant"] for cell in cells))
-    colours = matplotlib.colormaps["tab10" if len(criteria) <= 10 else "tab20"].colors
+    colours = matplotlib.colormaps["tab10" if len(criteria) <= 10 else "tab20"]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": group.title + evaluation}):
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         axes = figure.subplots()
@@ -52,7 +52,7 @@ def _plot(result: dict[str, Any], group: Group, evaluation: str) -> str:
                         marker=_MARKERS[v % len(_MARKERS)],
                         markersize=4,
                         linewidth=1.2,
-                        color=colours[c % len(colours)],
+                        color=colours(c % colours.N),
                         label=f"{criterion}, {variant}",
                     )
         dense = measured[field]

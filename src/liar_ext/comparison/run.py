@@ -104,32 +104,34 @@ def _work(subject: Subject, grid: Grid, ledger: Ledger, identity: dict[str, Any]
     todo = [cell for cell in cells if not ledger.done(cell.key)]
     same = len(grid.cells) - len(cells)
     say(
-        f"{len(grid.cells)} cells"
+        f"{len(grid.cells)} cell{'s' * (len(grid.cells) > 1)}"
         + (f", {same} of them the same computation as another" if same else "")
         + (f", {len(cells) - len(todo)} done before" if len(todo) < len(cells) else "")
     )
     if not todo:
         return
-    if ledger.dense is None:
-        ledger.add_dense(subject.dense())
-        dense = ledger.dense
-        assert dense is not None
+    dense = ledger.dense
+    if dense is None:
+        dense = subject.dense()
+        ledger.add_dense(dense)
         say(f"dense: {_metrics(dense)}; one plain forward {dense['forward_seconds']:.2f} s")
     library = _library(subject, cells, ledger.folder / MOMENTS, identity, say)
     for position, cell in enumerate(todo, len(cells) - len(todo) + 1):
-        entry = _tried(subject, cell, library, ledger)
+        entry = _tried(subject, cell, library, dense["forward_seconds"], ledger.folder)
         ledger.add({"key": cell.key, "recipe": cell.recipe.to_json(), **entry})
         say(f"[{position}/{len(cells)}] {cell.label}: {_line(entry)}")
 
 
 def _tried(
-    subject: Subject, cell: Cell, library: MomentsStore | None, ledger: Ledger
+    subject: Subject,
+    cell: Cell,
+    library: MomentsStore | None,
+    forward_seconds: float,
+    folder: Path,
 ) -> dict[str, Any]:
     """A cell's figures, or in one line why there are none."""
-    assert ledger.dense is not None
-    seconds = ledger.dense["forward_seconds"]
     try:
-        found = subject.measure(cell, library, seconds, ledger.folder)
+        found = subject.measure(cell, library, forward_seconds, folder)
         json.dumps(found, allow_nan=False)
     except Exception as error:  # whatever one cell trips over, the others are still wanted
         if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):

@@ -41,7 +41,9 @@ def markdown(result: dict[str, Any]) -> str:
         for name, evaluation in result["evaluations"].items():
             if several:
                 lines += ["", f"### {_shown_metric(evaluation['metric'])}, {short_name(name)}"]
-            lines += ["", f"![plot]({group.plot(result, name)})", ""]
+            if any(cell["status"] == "done" for cell in group.cells):
+                lines += ["", f"![plot]({group.plot(result, name)})"]
+            lines += [""]
             lines += _table(group.cells, name, evaluation["higher"])
     lines += _cost(result)
     if counts["failed"]:
