@@ -25,9 +25,9 @@ from liar_ext.engine.api import prune
 from liar_ext.engine.compress import compress
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
+from liar_ext.engine.plain import plain_forward
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
-from liar_ext.models import adapter_for
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 
@@ -63,11 +63,11 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     dense = load(folder, dtype=compute_dtype(recipe.dtype, device), device=device)
     batches = load_calibration(folder, dense, recipe).batches
     # the first pass pays for threads and libraries; a batch is enough for that
-    _forward(dense, batches[:1], device)
+    plain_forward(dense, batches[:1], device)
     forward, compression = [], []
     reports: list[Report] = []
     for _ in range(arguments.repeats):
-        forward.append(_timed(functools.partial(_forward, dense, batches, device), device))
+        forward.append(_timed(functools.partial(plain_forward, dense, batches, device), device))
         if not arguments.streamed:
             work = functools.partial(_prune_into, reports, copy.deepcopy(dense), batches, recipe)
             compression.append(_timed(work, device))
@@ -109,16 +109,6 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     print("  " + ", ".join(f"{k} {v:.2f} s" for k, v in result["phases"].items()))
     return result
-
-
-@torch.no_grad()
-def _forward(model: PreTrainedModel, batches: tuple[Batch, ...], device: torch.device) -> None:
-    adapter = adapter_for(model.config)
-    backbone = adapter.backbone(model)[1]
-    options = {"use_cache": False} if adapter.decoder else {}
-    for batch in batches:
-        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
-        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
 
 
 def _prune_into(

@@ -32,8 +32,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.checkpoint.load import load, resolve
-    from liar_ext.engine.inputs import compute_dtype, resolve_device
+    from liar_ext.engine.inputs import compute_dtype, load_tokenizer, resolve_device
     from liar_ext.environment import environment
+    from liar_ext.evaluation.task import Evaluation
     from liar_ext.models import adapter_for, text_config
     from liar_ext.recipe import CHOICES
 
@@ -57,58 +58,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         needed = "--text" if adapter.decoder else "--stsb"
         raise InputError(f"{folder}: a {adapter.model_type} model is evaluated with {needed}")
     limit = adapter.max_positions(text_config(model.config))
-    measured = _perplexity if adapter.decoder else _stsb
-    result = measured(arguments, folder, model, min(arguments.seq_len or 2048, limit))
-    result = {"source": str(arguments.source), **result, "environment": environment(device)}
+    evaluation = Evaluation(
+        "text" if adapter.decoder else "stsb",
+        arguments.text or arguments.stsb,
+        min(arguments.seq_len or 2048, limit),
+        arguments.batch_size,
+    )
+    measured = evaluation.on(load_tokenizer(folder))(model)
+    result = {"source": str(arguments.source), **measured, "environment": environment(device)}
     _warn_of_overlap(folder, given)
     if not arguments.json:
         error = result["standard_error"]
         spread = "" if error is None else f" ± {error:.4g}"
         print(f"{result['metric']} {result['value']:.4f}{spread}  ({result['dataset']})")
     return result
-
-
-def _perplexity(
-    arguments: argparse.Namespace, folder: Path, model: Any, seq_len: int
-) -> dict[str, Any]:
-    from liar_ext.engine.inputs import load_tokenizer
-    from liar_ext.evaluation.perplexity import perplexity, tokenize
-
-    text = _read_text(Path(arguments.text))
-    ids = tokenize(text, load_tokenizer(folder))
-    result = perplexity(model, ids, seq_len, batch_size=arguments.batch_size).to_json()
-    # the loss is the mean of the windows; its error carries to the perplexity as a factor
-    error = result["standard_error"]
-    spread = None if error is None else error * result["perplexity"]
-    return {
-        "metric": "perplexity",
-        "value": result["perplexity"],
-        "dataset": arguments.text,
-        **result,
-        "standard_error": spread,
-        "loss_standard_error": error,
-    }
-
-
-def _stsb(arguments: argparse.Namespace, folder: Path, model: Any, seq_len: int) -> dict[str, Any]:
-    from liar_ext.engine.inputs import load_tokenizer
-    from liar_ext.evaluation.stsb import spearman
-
-    result = spearman(
-        model,
-        load_tokenizer(folder),
-        arguments.stsb,
-        batch_size=arguments.batch_size,
-        max_length=min(seq_len, 256),
-    ).to_json()
-    return {"metric": "spearman", "value": result["spearman"], "dataset": arguments.stsb, **result}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _warn_of_overlap(folder: Path, evaluated: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 from liar_ext.errors import InputError
@@ -47,8 +48,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
 }
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """All Recipe fields, and `--recipe FILE` to start from a file."""
+def add_recipe_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """All Recipe fields but some, and `--recipe FILE` to start from a file."""
     from dataclasses import fields
 
     from liar_ext.recipe import Recipe
@@ -57,6 +58,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", metavar="FILE", help="start from a recipe.json; options win")
     for name, (kind, metavar, text) in OPTIONS.items():
+        if name in without:
+            continue
         default = defaults[name]
         shown = ",".join(default) if isinstance(default, tuple) else default
         suffix = "" if default is None else f" (default {shown})"
@@ -73,7 +76,7 @@ def recipe_of(arguments: argparse.Namespace) -> Any:
     if arguments.recipe is not None:
         values = Recipe.read(arguments.recipe).to_json()
     for name in OPTIONS:
-        given = getattr(arguments, name)
+        given = getattr(arguments, name, None)
         if given is not None:
             values[name] = _parsed(name, given)
     return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)

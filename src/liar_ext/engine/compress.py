@@ -76,25 +76,11 @@ def compress(
     check_output(Path(out), folder, overwrite=overwrite or execution.resume)
     device = resolve_device(recipe.device) if ranks.size == 1 else ranks.device
     check_backends(device)
-    reader = CheckpointReader(folder)
-    if layout.KEY in reader.config:
-        raise InputError(
-            f"{folder}: pruned already, to shapes of its own; start from the dense one"
-        )
-    config = layout.config_object(reader.config)
-    adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
-    model = layout.empty_model(config)
-    left_over = reader.bind(model)
-    layers = adapter.layer_list(model)[0] + "."
-    beyond = [name for name in left_over if layers in name]
-    if beyond:
-        raise InputError(
-            f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "
-            f"{type(model).__name__}; check num_hidden_layers in config.json"
-        )
+    reader, model, left_over = dense_checkpoint(folder)
+    adapter = adapter_for(model.config)
     calibration = load_calibration(folder, model, recipe)
     dtype = compute_dtype(recipe.dtype, device) or reader.main_dtype()
-    identity = _identity(recipe, reader, calibration, device, dtype)
+    identity = identity_of(recipe, reader, calibration, device, dtype)
     for name, value in identity.items():
         ranks.same(name, value)
     if execution.resume:
@@ -158,7 +144,34 @@ def compress(
     return report
 
 
-def _identity(
+def dense_checkpoint(folder: Path) -> tuple[CheckpointReader, PreTrainedModel, list[str]]:
+    """The reader of a checkpoint that can be pruned, its model on `meta`, and the names of tensors
+    that are no part of the model.
+
+    Raises:
+        InputError: it is pruned already, of an unsupported model, incomplete, or has more layers
+            than its config says.
+    """
+    reader = CheckpointReader(folder)
+    if layout.KEY in reader.config:
+        raise InputError(
+            f"{folder}: pruned already, to shapes of its own; start from the dense one"
+        )
+    config = layout.config_object(reader.config)
+    adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
+    model = layout.empty_model(config)
+    left_over = reader.bind(model)
+    layers = adapter.layer_list(model)[0] + "."
+    beyond = [name for name in left_over if layers in name]
+    if beyond:
+        raise InputError(
+            f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "
+            f"{type(model).__name__}; check num_hidden_layers in config.json"
+        )
+    return reader, model, left_over
+
+
+def identity_of(
     recipe: Recipe,
     reader: CheckpointReader,
     calibration: Calibration,

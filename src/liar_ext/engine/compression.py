@@ -18,6 +18,7 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets, longest, targeted_layers
+from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
@@ -42,7 +43,7 @@ class Compression:
     """One run of the driver, from a dense config to a Report.
 
     Attributes:
-        clock: where the time goes; shelf, library, keeper: see `Driver`.
+        clock: where the time goes; shelf, library, keeper, judgements: see `Driver`.
         facts: for the `run` field of the report.
     """
 
@@ -59,6 +60,7 @@ class Compression:
         self.shelf: Shelf = DeviceShelf()
         self.library: MomentsStore | None = None
         self.keeper: Keeper | None = None
+        self.judgements: Judgements | None = None
         self.facts: dict[str, Any] = {}
         self._ranks = ranks or Ranks.single(device)
         self._store = store
@@ -102,6 +104,7 @@ class Compression:
             self.shelf,
             self.library,
             self.keeper,
+            self.judgements,
         )
         self._reset_peak()
         driver.run()

@@ -17,6 +17,7 @@ from liar_ext.costs import unit_costs
 from liar_ext.criteria import CRITERIA, Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.gradients import GradientPass
+from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.measure import Measured
 from liar_ext.engine.pairs import PATHS
@@ -85,8 +86,10 @@ class Driver:
         device, progress, clock: where, who watches, how long.
         ranks: the processes that share the work.
         shelf: where hidden states and paused forwards wait.
-        library: Moments of the dense path on disk, read if they are there and kept if not.
+        library: Moments of the dense path on disk, read if they are there and kept if not; with
+            sequential statistics for the scores of an allocation only.
         keeper: keeps what an interrupted run goes on from.
+        judgements: of criteria, shared with other compressions of the same model.
         sites: reports in order, filled by `run`; facts: for the `run` field of the report.
     """
 
@@ -100,6 +103,7 @@ class Driver:
     shelf: Shelf = field(default_factory=DeviceShelf)
     library: MomentsStore | None = None
     keeper: Keeper | None = None
+    judgements: Judgements | None = None
     sites: list[SiteReport] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -110,7 +114,9 @@ class Driver:
         biased = layout.biased_kinds(self.store.model)
         self._intercept = {kind: self._may_shift(kind in biased) for kind in self.recipe.target}
         self.added_biases = [k for k, shift in self._intercept.items() if shift and k not in biased]
-        self._repairer = Repairer(self.recipe, self._intercept, self.ranks, self.clock)
+        self._repairer = Repairer(
+            self.recipe, self._intercept, self.ranks, self.clock, self.judgements
+        )
         paths = PATHS[self.recipe.target_signal]
         self._stream = paths.stream(
             self.batches,
@@ -164,6 +170,9 @@ class Driver:
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)
             position = Position("prune", widths=widths, notes=position.notes)
+        if self.recipe.statistics == "sequential":
+            # from here on statistics are of the pruned path, which no library has
+            self._measurer.library = None
         self.sites = position.sites
         self.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
         if self._measurer.needed(position.layer):

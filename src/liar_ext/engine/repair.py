@@ -10,6 +10,7 @@ from torch import Tensor
 
 from liar_ext.criteria import CRITERIA, Columns, Evidence
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
@@ -33,9 +34,19 @@ class Repairer:
         gradients: by layer and kind, for criteria that need them.
     """
 
-    def __init__(self, recipe: Recipe, intercept: dict[str, bool], ranks: Ranks, clock: Clock):
+    def __init__(
+        self,
+        recipe: Recipe,
+        intercept: dict[str, bool],
+        ranks: Ranks,
+        clock: Clock,
+        judgements: Judgements | None = None,
+    ):
         self._recipe, self._intercept, self._ranks, self._clock = recipe, intercept, ranks, clock
         self._criterion = CRITERIA[recipe.criterion]
+        if judgements is not None:
+            dense = recipe.statistics == "oneshot"
+            self._criterion = judgements.of(self._criterion, choices=dense)
         self._reconstruction = RECONSTRUCTIONS[recipe.reconstruct]
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.gradients: Mapping[tuple[int, str], UnitGradients] = {}

@@ -94,3 +94,8 @@ class Reconstruction:
     sweep: Callable[[Task], Fit] | None = None
     holds: Callable[[int, int, int, int], int] = lambda kept, dropped, outputs, rows: 0
     flops: Callable[[int, int, int], int] = lambda kept, dropped, outputs: 0
+
+    @property
+    def uses_ridge(self) -> bool:
+        """Whether another ridge may give another result."""
+        return self.sweep is not None

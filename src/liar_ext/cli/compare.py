@@ -1,0 +1,184 @@
+"""`liar compare SRC --out DIR`: every combination of methods and sparsities on one model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.cli.prune import add_waiting
+from liar_ext.errors import InputError, LiarError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from liar_ext.evaluation.task import Evaluation
+
+DESCRIPTION = """Prune SRC in every combination of the axes, evaluate each, and write tables and
+plots. The model is read once and stays in memory; no pruned model is written. An axis that is not
+given has one value, the default of `liar prune` or that of --recipe."""
+
+# axis -> (metavar, help)
+AXES = {
+    "sparsities": ("F,F", "fractions of the targeted parameters to remove"),
+    "targets": ("KINDS;KINDS", 'separated by semicolons, e.g. "ffn;heads;ffn,heads"'),
+    "criteria": ("NAME,NAME", "what to keep"),
+    "allocations": ("NAME,NAME", "how many where"),
+    "reconstructions": ("NAME,NAME", "how to repair"),
+    "ridges": ("F,F", "λ relative to the mean variance of a Site's columns"),
+    "target_signals": ("NAME,NAME", "what the repair aims at"),
+}
+# recipe fields that are axes only; a ridge and a target signal may also be fixed by their own
+VARIED = ("sparsity", "target", "criterion", "allocation", "reconstruct")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare", help="a grid of methods and sparsities, measured", description=DESCRIPTION
+    )
+    parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
+    group = parser.add_argument_group("axes")
+    for name, (metavar, text) in AXES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="KIND=FILE",
+        help="text=FILE (perplexity, decoders) or stsb=FILE.csv (Spearman x 100, encoders); may be "
+        "given several times",
+    )
+    group.add_argument(
+        "--eval-seq-len", type=int, default=2048, metavar="N", help="window (default 2048 at most)"
+    )
+    group.add_argument(
+        "--eval-windows", type=int, metavar="N", help="of a text the first N windows (default all)"
+    )
+    group.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
+    add_recipe_options(parser, without=VARIED)
+    group = parser.add_argument_group("execution")
+    add_waiting(group)
+    group.add_argument(
+        "--keep-moments", action="store_true", help="leave DIR/moments for `liar prune --moments`"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="start again in DIR")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure all cells.
+
+    Raises:
+        InputError: bad input, or another one than that of what is resumed.
+        LiarError: some cells failed. The result is written and printed before.
+    """
+    from liar_ext.calibration.sources import refuse_missing_path
+    from liar_ext.cli.output import print_table
+    from liar_ext.comparison.grid import make_grid, parse_axis
+    from liar_ext.comparison.run import compare
+    from liar_ext.engine.execution import Execution
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: liar compare is one process; run it "
+            "without torchrun"
+        )
+    given = {name: getattr(arguments, name) for name in AXES}
+    axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
+    base = recipe_of(arguments)
+    grid = make_grid(base, axes)
+    if base.calibration is None:
+        raise InputError("--calibration is missing: give a .txt, .jsonl, .csv or token file")
+    refuse_missing_path(base.calibration)
+    result = compare(
+        arguments.source,
+        arguments.out,
+        grid,
+        evaluations_of(arguments),
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        keep_moments=arguments.keep_moments,
+        execution=Execution(hidden_states=arguments.hidden_states, scratch=arguments.scratch),
+    )
+    if not arguments.json:
+        print_table(summary(result))
+        print(f"written: {Path(arguments.out) / 'comparison.md'}")
+    if result["counts"]["failed"]:
+        if arguments.json:
+            print(json.dumps(result, allow_nan=False), flush=True)
+        failed = [cell for cell in result["cells"] if cell["status"] == "failed"]
+        raise LiarError(
+            f"{len(failed)} of {len(result['cells'])} cells failed, the first: {failed[0]['error']}"
+        )
+    return result
+
+
+def evaluations_of(arguments: argparse.Namespace) -> list[Evaluation]:
+    """What `--eval` and its options say."""
+    from liar_ext.evaluation.task import METRICS, Evaluation
+
+    for name, least in (("eval_seq_len", 2), ("eval_windows", 1), ("eval_batch_size", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not arguments.eval:
+        raise InputError("--eval is missing: give text=FILE or stsb=FILE.csv")
+    found = []
+    for text in arguments.eval:
+        kind, equals, path = text.partition("=")
+        if kind not in METRICS or not (equals and path):
+            raise InputError(f"--eval {text}: give text=FILE or stsb=FILE.csv")
+        if not Path(path).is_file():
+            raise InputError(f"--eval {text}: no such file")
+        if arguments.eval.count(text) > 1:
+            raise InputError(f"--eval {text}: is given twice")
+        windows = arguments.eval_windows if kind == "text" else None
+        found.append(
+            Evaluation(kind, path, arguments.eval_seq_len, arguments.eval_batch_size, windows)
+        )
+    return found
+
+
+def summary(result: dict[str, Any]) -> Table:
+    """The best cell of each target, allocation and sparsity, and the dense model."""
+    from rich.table import Table
+
+    from liar_ext.comparison.tables import groups
+    from liar_ext.report.text import number, short_name
+
+    table = Table(title=f"{result['source']}: the best of each sparsity", title_justify="left")
+    for name in ("pruned", "sparsity", "evaluation", "value", "criterion", "repair", "residual"):
+        numeric = name in ("sparsity", "value", "residual")
+        table.add_column(name, justify="right" if numeric else "left")
+    for name, measured in result["dense"]["metrics"].items():
+        table.add_row("dense", "", short_name(name), number(measured["value"], 5), "", "", "")
+    for group in groups(result):
+        table.add_section()
+        for sparsity in dict.fromkeys(cell["sparsity"] for cell in group.cells):
+            done = [c for c in group.cells if c["sparsity"] == sparsity and c["status"] == "done"]
+            for name, evaluation in result["evaluations"].items():
+                if not done:
+                    table.add_row(
+                        group.title, f"{sparsity:g}", short_name(name), "failed", "", "", ""
+                    )
+                    continue
+                values = [cell["metrics"][name]["value"] for cell in done]
+                value = max(values) if evaluation["higher"] else min(values)
+                best = done[values.index(value)]
+                table.add_row(
+                    group.title,
+                    f"{sparsity:g}",
+                    short_name(name),
+                    number(value, 5),
+                    best["criterion"],
+                    best["variant"],
+                    f"{best['residual']['mean']:.4f}",
+                )
+    return table

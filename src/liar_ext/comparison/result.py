@@ -1,0 +1,84 @@
+"""The result of a comparison: one JSON object, tables, plots."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liar_ext.comparison.grid import Grid
+from liar_ext.comparison.ledger import PLOTS, RESULT, TABLES, VERSION, Ledger, write_whole
+from liar_ext.comparison.plots import draw
+from liar_ext.comparison.tables import markdown
+from liar_ext.environment import environment
+
+if TYPE_CHECKING:
+    from liar_ext.comparison.subject import Subject
+
+# of a calibration: what says which text it was, not how to recognise it elsewhere
+_CALIBRATION = ("source", "sha256", "seed", "seq_len", "samples", "tokens")
+
+
+def assemble(
+    source: str | Path,
+    subject: Subject,
+    grid: Grid,
+    ledger: Ledger,
+    identity: dict[str, Any],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """The whole result as JSON data; a cell that is the same computation as another says so."""
+    cells: list[dict[str, Any]] = []
+    first: dict[str, str] = {}
+    for cell in grid.cells:
+        entry = {n: v for n, v in ledger.entries[cell.key].items() if n not in ("key", "recipe")}
+        same = first.get(cell.key)
+        first.setdefault(cell.key, cell.label)
+        where = {**cell.coordinates, "variant": cell.variant, "same_as": same}
+        cells.append({**where, **entry, "recipe": cell.recipe.to_json()})
+    computed = [ledger.entries[key] for key in first]
+    counts = Counter(cell["status"] for cell in cells)
+    calibration = subject.calibration.to_json()
+    assert ledger.dense is not None, "it is measured before the cells"
+    return {
+        "version": VERSION,
+        "source": str(source),
+        "axes": json.loads(json.dumps(grid.axes)),
+        "recipe": grid.fixed(),
+        "environment": environment(subject.device),
+        "identity": identity,
+        "calibration": {name: calibration[name] for name in _CALIBRATION},
+        "evaluations": {
+            e.name: {"metric": e.metric.name, "higher": e.metric.higher, **e.identity()}
+            for e in subject.evaluations
+        },
+        "dense": {name: value for name, value in ledger.dense.items() if name != "key"},
+        "cells": cells,
+        "skipped": [{**where, "reason": reason} for where, reason in grid.skipped],
+        "counts": {
+            "done": counts["done"],
+            "failed": counts["failed"],
+            "skipped": len(grid.skipped),
+            "computed": len(computed),
+        },
+        "seconds": sum(
+            entry["seconds"]["total"] + entry["seconds"]["evaluation"]
+            for entry in computed
+            if entry["status"] == "done"
+        ),
+        "warnings": list(notes),
+    }
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """The JSON, the tables and the plots, each replaced as a whole; plots that are no more go."""
+    plots = draw(result)
+    for path in folder.glob(PLOTS):
+        if path.name not in plots:
+            path.unlink()
+    for name, svg in plots.items():
+        write_whole(folder / name, svg)
+    write_whole(folder / TABLES, markdown(result))
+    write_whole(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")

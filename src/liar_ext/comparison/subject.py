@@ -1,0 +1,217 @@
+"""Subject: the dense checkpoint in memory, and the pruned copies that are measured beside it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from liar_ext.checkpoint.load import load
+from liar_ext.checkpoint.reader import CheckpointReader, tied_names
+from liar_ext.checkpoint.writer import storage_dtype
+from liar_ext.comparison.grid import Cell, Grid
+from liar_ext.costs import held_bytes
+from liar_ext.engine.compress import dense_checkpoint, identity_of
+from liar_ext.engine.compression import Compression
+from liar_ext.engine.driver import targeted_layers
+from liar_ext.engine.execution import Execution, choose_place, make_shelf
+from liar_ext.engine.inputs import (
+    check_backends,
+    chosen_backends,
+    compute_dtype,
+    load_calibration,
+    load_tokenizer,
+    resolve_device,
+)
+from liar_ext.engine.judgements import Judgements
+from liar_ext.engine.moments_store import MomentsStore
+from liar_ext.engine.plain import plain_forward
+from liar_ext.engine.store import InMemory
+from liar_ext.errors import InputError
+from liar_ext.evaluation.mode import inference
+from liar_ext.evaluation.task import Evaluation
+from liar_ext.models import adapter_for, text_config
+from liar_ext.recipe import Recipe
+from liar_ext.report import Report
+
+# of folders for what waits on disk, which a killed process leaves
+SCRATCH = ".scratch-"
+
+
+class Subject:
+    """One dense model, read when it is first needed, and never changed.
+
+    Attributes:
+        calibration: the tokens of all cells; device, dtype: of all computation.
+        evaluations: as given, with windows that the model can take.
+    Raises:
+        InputError: a checkpoint, calibration or evaluation that cannot be used.
+    """
+
+    def __init__(
+        self, folder: Path, grid: Grid, evaluations: Sequence[Evaluation], execution: Execution
+    ) -> None:
+        base = grid.base
+        self.folder, self._grid, self._execution = folder, grid, execution
+        self._judgements = Judgements()
+        self.device = resolve_device(base.device)
+        check_backends(self.device)
+        self._reader, empty, self.left_over = dense_checkpoint(folder)
+        self._adapter = adapter_for(empty.config)
+        targeted_layers(InMemory(empty), base)  # refuses layers that the model has not
+        limit = self._adapter.max_positions(text_config(empty.config))
+        self.evaluations = [replace(e, seq_len=min(e.seq_len, limit)) for e in evaluations]
+        for evaluation in evaluations:
+            if evaluation.metric.decoder != self._adapter.decoder:
+                needed = "text" if self._adapter.decoder else "stsb"
+                raise InputError(
+                    f"--eval {evaluation.name}: {folder} is a {self._adapter.model_type} model, "
+                    f"which is evaluated with {needed}=FILE"
+                )
+        # hashing has the source to itself while the text is read
+        self._reader.start_hashing(threads=max(1, (os.cpu_count() or 1) // 4))
+        self.calibration = load_calibration(folder, empty, base)
+        self.dtype = compute_dtype(base.dtype, self.device) or self._reader.main_dtype()
+        positions = sum(batch.input_ids.numel() for batch in self.calibration.batches)
+        targets = tuple(dict.fromkeys(k for cell in grid.cells for k in cell.recipe.target))
+        widest = replace(base, target=targets)
+        held = held_bytes(empty, self._adapter, widest, positions, self.dtype.itemsize)
+        self.place = choose_place(execution.hidden_states, held, self.device)
+
+    def identity(self) -> dict[str, Any]:
+        """All that the figures depend on, as JSON data; waits for the sums of the source."""
+        found = identity_of(
+            self._grid.base, self._reader, self.calibration, self.device, self.dtype
+        )
+        found["recipe"] = self._grid.fixed()
+        found["source_sha256"] = self._reader.hashes()
+        found["evaluations"] = {e.name: e.identity() for e in self.evaluations}
+        return json.loads(json.dumps(found))
+
+    def library(self, folder: Path, identity: dict[str, Any]) -> MomentsStore:
+        """Moments of the dense path, as `liar prune --moments` keeps them."""
+        fingerprint = {name: identity[name] for name in ("versions", "compute")}
+        fingerprint["calibration"] = identity["calibration"]["tokens_sha256"]
+        config = identity["source"]["config"]
+        fingerprint["source"] = {"config": config, **identity["source_sha256"]}
+        return MomentsStore(folder, fingerprint)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The dense model, in the compute dtype, on the device."""
+        return load(self.folder, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def _measures(self) -> dict[str, Any]:
+        tokenizer = load_tokenizer(self.folder)
+        return {evaluation.name: evaluation.on(tokenizer) for evaluation in self.evaluations}
+
+    def dense(self) -> dict[str, Any]:
+        """The dense model's figures, and the seconds of one plain forward of the calibration."""
+        metrics = {name: measure(self.model) for name, measure in self._measures.items()}
+        # the first pass pays for threads and libraries; a batch is enough for that
+        plain_forward(self.model, self.calibration.batches[:1], self.device)
+        start = time.perf_counter()
+        plain_forward(self.model, self.calibration.batches, self.device)
+        seconds = time.perf_counter() - start
+        tied = tied_names(self.model)
+        parameters = sum(p.numel() for n, p in self.model.named_parameters() if n not in tied)
+        return {"metrics": metrics, "parameters": parameters, "forward_seconds": seconds}
+
+    def measure(
+        self, cell: Cell, library: MomentsStore | None, forward_seconds: float, scratch: Path
+    ) -> dict[str, Any]:
+        """One cell: prune a copy, evaluate it, forget it. JSON data.
+
+        Args:
+            scratch: folder for what waits on disk, unless the user named another.
+        """
+        _reset_peak()
+        scratch = self._execution.scratch or scratch
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=scratch) as temporary:
+            model, report = self._pruned(cell.recipe, library, Path(temporary))
+        start = time.perf_counter()
+        metrics = {name: measure(model) for name, measure in self._measures.items()}
+        evaluation = time.perf_counter() - start
+        residuals = [site.relative_residual for site in report.sites]
+        before, after = report.totals["parameters_before"], report.totals["parameters_after"]
+        peaks = {name: value for name, value in report.run.items() if name.startswith("peak")}
+        return {
+            "metrics": metrics,
+            "sparsity_reached": report.totals["sparsity"],
+            "parameters_removed": before - after,
+            "parameters_after": after,
+            "residual": {"mean": sum(residuals) / len(residuals), "max": max(residuals)},
+            "layout": report.layout,
+            "warnings": report.warnings,
+            "seconds": {**report.seconds, "evaluation": evaluation},
+            "relative_to_forward": report.seconds["total"] / forward_seconds,
+            **peaks,
+        }
+
+    def _pruned(
+        self, recipe: Recipe, library: MomentsStore | None, scratch: Path
+    ) -> tuple[PreTrainedModel, Report]:
+        """A pruned model with the weights that its file would have, and the report."""
+        dense = {id(parameter) for parameter in self.model.parameters()}
+        model = twin(self.model)
+        with inference(model):
+            run = Compression(InMemory(model), self._reader.config, recipe, self.device, None)
+            run.facts["backends"] = chosen_backends(self.device, self.dtype)
+            run.facts["hidden_states"] = run.clock.hidden_states = self.place
+            run.shelf = make_shelf(self.place, scratch, self.device)
+            run.library, run.judgements = library, self._judgements
+            calibration = self.calibration
+            report = run.run(calibration.batches, str(self.folder), calibration.to_json())
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in dense:
+                as_stored(name, parameter, self._reader, recipe)
+        return model, report
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A module tree of its own over the same tensors.
+
+    Pruning replaces tensors and writes into none, so a pruned twin costs the memory of what is
+    left of the pruned layers, and the original stays as it is.
+    """
+    shared = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def as_stored(
+    name: str, parameter: torch.nn.Parameter, reader: CheckpointReader, recipe: Recipe
+) -> None:
+    """Round a repaired parameter to the dtype that a checkpoint would keep it in.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    # a bias that was added takes the dtype of its own weight
+    like = name if name in reader else f"{name.rpartition('.')[0]}.weight"
+    dtype = storage_dtype(recipe.dtype, reader.dtype(like))
+    stored = parameter.data.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise InputError(
+            f"{name}: repaired weights up to {float(parameter.abs().max()):.1e} do not fit "
+            f"{dtype}; use --dtype bfloat16 or float32, or a larger --ridge"
+        )
+    parameter.data = stored.to(parameter.dtype)
+
+
+def _reset_peak() -> None:
+    """Make the process's peak memory that of what comes now, where the system can."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

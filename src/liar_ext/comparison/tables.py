@@ -1,0 +1,183 @@
+"""A comparison as Markdown: one table for each target and allocation, the best in bold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from liar_ext.report.text import NONE, number, percent, short_name
+
+Cell = dict[str, Any]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole page."""
+    env, calibration = result["environment"], result["calibration"]
+    recipe, counts = result["recipe"], result["counts"]
+    lines = [
+        f"# Comparison: {short_name(result['source'])}",
+        "",
+        f"{calibration['tokens']:,} calibration tokens of {short_name(calibration['source'])}, "
+        f"{recipe['statistics']} statistics, seed {recipe['seed']}; torch {env['torch']}, "
+        f"transformers {env['transformers']}, liar-ext {env['liar_ext']}, on {env['device']}.",
+        "",
+    ]
+    for name, evaluation in result["evaluations"].items():
+        dense = result["dense"]["metrics"][name]
+        better = "higher" if evaluation["higher"] else "lower"
+        lines.append(
+            f"- {_shown_metric(evaluation['metric'])} on {short_name(dense['dataset'])} ({better} "
+            f"is better): dense **{_value(dense)}**{_spread(dense)}"
+        )
+    lines += [
+        "",
+        "In brackets: mean relative residual of the Sites on the calibration tokens. Bold: the "
+        "best of a sparsity. `%` is the share of the targeted parameters that was asked for; where "
+        "units allow only another, the one reached is in brackets.",
+    ]
+    several = len(result["evaluations"]) > 1
+    for group in groups(result):
+        lines += ["", f"## {group.title}"]
+        for name, evaluation in result["evaluations"].items():
+            if several:
+                lines += ["", f"### {_shown_metric(evaluation['metric'])}, {short_name(name)}"]
+            if any(cell["status"] == "done" for cell in group.cells):
+                lines += ["", f"![plot]({group.plot(result, name)})"]
+            lines += [""]
+            lines += _table(group.cells, name, evaluation["higher"])
+    lines += _cost(result)
+    if counts["failed"]:
+        lines += ["", "## Failed", ""]
+        lines += [
+            f"- {_where(cell)}: {cell['error']}"
+            for cell in result["cells"]
+            if cell["status"] == "failed"
+        ]
+    if result["skipped"]:
+        lines += ["", "## Not possible", ""]
+        lines += [f"- {_where(entry)}: {entry['reason']}" for entry in result["skipped"]]
+    if result["warnings"]:
+        lines += ["", "## Warnings", "", *(f"- {text}" for text in result["warnings"])]
+    return "\n".join(lines) + "\n"
+
+
+class Group:
+    """The cells of one target and one allocation. Attributes: `target`, `allocation`, `cells`."""
+
+    def __init__(self, target: Sequence[str], allocation: str, cells: list[Cell]) -> None:
+        self.target, self.allocation, self.cells = tuple(target), allocation, cells
+
+    @property
+    def title(self) -> str:
+        kinds = " + ".join(kind.replace("ffn", "FFN") for kind in self.target)
+        return f"{kinds}, {self.allocation}"
+
+    def plot(self, result: dict[str, Any], evaluation: str) -> str:
+        """The name of its plot's file."""
+        number = list(result["evaluations"]).index(evaluation)
+        suffix = f"-{number + 1}" if len(result["evaluations"]) > 1 else ""
+        return f"plot-{'-'.join(self.target)}-{self.allocation}{suffix}.svg"
+
+
+def groups(result: dict[str, Any]) -> Iterator[Group]:
+    """The cells by target and allocation, in the order of the axes."""
+    for target in result["axes"]["targets"]:
+        for allocation in result["axes"]["allocations"]:
+            cells = [
+                cell
+                for cell in result["cells"]
+                if cell["target"] == target and cell["allocation"] == allocation
+            ]
+            if cells:
+                yield Group(target, allocation, cells)
+
+
+def best_of(cells: Sequence[Cell], evaluation: str, higher: bool) -> float | None:
+    values = [c["metrics"][evaluation]["value"] for c in cells if c["status"] == "done"]
+    return (max if higher else min)(values, default=None)
+
+
+def _table(cells: Sequence[Cell], evaluation: str, higher: bool) -> list[str]:
+    variants = list(dict.fromkeys(cell["variant"] for cell in cells))
+    lines = [
+        "| removed | criterion | " + " | ".join(variants) + " |",
+        "|---|---|" + "---|" * len(variants),
+    ]
+    for sparsity in dict.fromkeys(cell["sparsity"] for cell in cells):
+        of_sparsity = [cell for cell in cells if cell["sparsity"] == sparsity]
+        best = best_of(of_sparsity, evaluation, higher)
+        for criterion in dict.fromkeys(cell["criterion"] for cell in of_sparsity):
+            row = {c["variant"]: c for c in of_sparsity if c["criterion"] == criterion}
+            shown = [_entry(row.get(variant), evaluation, best) for variant in variants]
+            removed = _removed(sparsity, list(row.values()))
+            lines.append(f"| {removed} | {criterion} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _entry(cell: Cell | None, evaluation: str, best: float | None) -> str:
+    if cell is None:
+        return NONE
+    if cell["status"] == "failed":
+        return "failed"
+    measured = cell["metrics"][evaluation]
+    value = _value(measured)
+    if measured["value"] == best:
+        value = f"**{value}**"
+    return f"{value} ({cell['residual']['mean']:.3f})"
+
+
+def _removed(sparsity: float, cells: Sequence[Cell]) -> str:
+    reached = [cell["sparsity_reached"] for cell in cells if cell["status"] == "done"]
+    away = [value for value in reached if abs(value - sparsity) > 0.01]
+    asked = f"{100 * sparsity:g} %"
+    return f"{asked} ({percent(max(away), 0)})" if away else asked
+
+
+def _cost(result: dict[str, Any]) -> list[str]:
+    """Median cost of a computation by criterion and variant."""
+    done = [c for c in result["cells"] if c["status"] == "done" and c["same_as"] is None]
+    if not done:
+        return []
+    variants = list(dict.fromkeys(cell["variant"] for cell in done))
+    lines = [
+        "",
+        "## Cost",
+        "",
+        f"{result['counts']['computed']} computations in {result['seconds']:.0f} s, evaluation "
+        "included. Median compression time over one plain forward of the same tokens "
+        f"({result['dense']['forward_seconds']:.2f} s); the cell that takes the statistics for "
+        "others has all of their cost.",
+        "",
+        "| criterion | " + " | ".join(variants) + " |",
+        "|---|" + "---|" * len(variants),
+    ]
+    for criterion in dict.fromkeys(cell["criterion"] for cell in done):
+        shown = []
+        for variant in variants:
+            found = sorted(
+                cell["relative_to_forward"]
+                for cell in done
+                if cell["criterion"] == criterion and cell["variant"] == variant
+            )
+            shown.append(f"{found[len(found) // 2]:.2f}" if found else NONE)
+        lines.append(f"| {criterion} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _value(measured: dict[str, Any]) -> str:
+    value = measured["value"]
+    return f"{value:.2f}" if abs(value) < 1e4 else number(value, 4)
+
+
+def _spread(measured: dict[str, Any]) -> str:
+    error = measured["standard_error"]
+    return "" if error is None else f" (standard error {number(error, 2)})"
+
+
+def _shown_metric(name: str) -> str:
+    return {"spearman": "Spearman × 100"}.get(name, name)
+
+
+def _where(entry: dict[str, Any]) -> str:
+    parts = [",".join(entry["target"]), entry["allocation"], f"{entry['sparsity']:g}"]
+    return " ".join([*parts, entry["criterion"], entry["reconstruct"], f"ridge {entry['ridge']}"])

@@ -1,0 +1,78 @@
+"""Judgements: what criteria said of Sites, for compressions of one model that ask again.
+
+Neither the reconstruction nor, for scores, the sparsity shows in what a criterion is asked on the
+dense path. Greedy selections cost as much as repairs, so a grid judges each Site once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from liar_ext.criteria import Criterion, Evidence
+
+# a Site and its statistics are in the key by what they hold; notes are what comes out
+_APART = ("site", "statistics", "generator", "notes")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Judgements:
+    """Remembers; one object for any number of compressions of the same weights.
+
+    A judgement is given again to the bit: with the same evidence, a random generator's state
+    included, which is then left as the judgement left it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[Tensor, list[str], Tensor]] = {}
+
+    def of(self, criterion: Criterion, *, choices: bool) -> Criterion:
+        """The criterion, asked once for each evidence.
+
+        Args:
+            choices: remember what to keep as well as scores for an allocation; of use where the
+                statistics are those of the dense path, elsewhere nobody asks again.
+        """
+        score = self._once(criterion.name, "score", criterion.score, choices)
+        choose = criterion.choose
+        if choices:
+            choose = self._once(criterion.name, "choose", criterion.select, choices)
+        return replace(criterion, score=score, choose=choose)
+
+    def _once(
+        self, name: str, what: str, judge: Callable[[Evidence], Tensor], choices: bool
+    ) -> Callable[[Evidence], Tensor]:
+        def judged(evidence: Evidence) -> Tensor:
+            key = _key(evidence) if choices or evidence.keep is None else None
+            if key is None:
+                return judge(evidence)
+            key = (name, what, *key)
+            if key not in self._known:
+                before = len(evidence.notes)
+                result = judge(evidence)
+                state = evidence.generator.get_state()
+                self._known[key] = result.clone(), evidence.notes[before:], state
+                return result
+            result, notes, state = self._known[key]
+            evidence.notes.extend(notes)
+            evidence.generator.set_state(state)
+            return result.clone()
+
+        return judged
+
+
+def _key(evidence: Evidence) -> tuple[object, ...] | None:
+    """All that a judgement depends on; None if it holds what cannot be compared."""
+    rest = [getattr(evidence, f.name) for f in fields(evidence) if f.name not in _APART]
+    if not all(isinstance(value, _PLAIN) for value in rest):
+        return None
+    site, statistics = evidence.site, evidence.statistics
+    data = sha256(type(statistics).__name__.encode())
+    for tensor in (statistics.mean(), statistics.diagonal(), evidence.generator.get_state()):
+        own = tensor.detach().to("cpu").contiguous()
+        data.update(own.view(torch.uint8).numpy().tobytes())
+    return (site.layer, site.kind, site.units, *rest, data.hexdigest())

@@ -1,0 +1,24 @@
+"""What a compression is compared with: one plain forward over the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.batches import Batch
+from liar_ext.models import adapter_for
+
+
+@torch.no_grad()
+def plain_forward(model: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> None:
+    """All batches through the headless model, for compression needs no head either; waits."""
+    adapter = adapter_for(model.config)
+    backbone = adapter.backbone(model)[1]
+    options = {"use_cache": False} if adapter.decoder else {}
+    for batch in batches:
+        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
