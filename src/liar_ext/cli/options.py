@@ -19,7 +19,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (float, "F", "fraction of the targeted budget to remove"),
     "budget": (str, "WHAT", "what --sparsity counts: parameters, flops"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
-    "criterion": (str, "NAME", "what to keep: magnitude, wanda, flap, random"),
+    "criterion": (str, "NAME", "what to keep; see docs/methods, e.g. wanda, obs"),
     "allocation": (str, "NAME", "how many where: uniform, global, alpha, influence, levels, kwon"),
     "reconstruct": (
         str,
