@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import liar_ext
+from liar_ext.allocation import ALLOCATIONS
 from liar_ext.cli import main
+from liar_ext.criteria import CRITERIA
+from liar_ext.reconstruction import RECONSTRUCTIONS
 
 PRUNE = ["--samples", "32", "--seq-len", "32", "--sparsity", "0.5"]
 
@@ -147,3 +150,12 @@ def test_a_pruned_folder_with_its_own_layout_is_not_pruned_again(inputs, tmp_pat
     again = ["prune", str(out), "--out", str(tmp_path / "x"), "--calibration", str(inputs.stsb)]
     assert main(again) == 2
     assert "start from the dense one" in capsys.readouterr().err
+
+
+def test_help_names_every_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")  # names are not broken at their hyphens
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").split())
+    for registry in (CRITERIA, ALLOCATIONS, RECONSTRUCTIONS):
+        assert set(registry) <= words

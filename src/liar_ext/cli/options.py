@@ -19,7 +19,14 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (float, "F", "fraction of the targeted budget to remove"),
     "budget": (str, "WHAT", "what --sparsity counts: parameters, flops"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
-    "criterion": (str, "NAME", "what to keep; see docs/methods, e.g. wanda, obs"),
+    "criterion": (
+        str,
+        "NAME",
+        "what to keep: magnitude, magnitude-l1, magnitude-producer, magnitude-producer-l1, "
+        "magnitude-both, magnitude-both-l1, wanda, flap, flap-ifv, flap-wifn, rcpu, leverage, obs, "
+        "obs-swap, snip, michel, fisher, fisher-rearranged, taylor-vector, taylor-first, "
+        "taylor-second, taylor-mixed, random",
+    ),
     "allocation": (str, "NAME", "how many where: uniform, global, alpha, influence, levels, kwon"),
     "reconstruct": (
         str,
