@@ -12,6 +12,7 @@ anything differs or is left behind.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -142,7 +143,9 @@ def interrupt(case: Case, chance: random.Random) -> str:
     arguments += ["--journal-seconds", str(work.execution.journal_seconds)]
     arguments += ["--overwrite"] * work.overwrite
     moment = chance.uniform(0, case.seconds)
-    end = liar_kill.command(arguments, work.out, after=moment, number=number)
+    # with as many threads as the run it is compared with: the report's last digits depend on them
+    threads = functools.partial(torch.set_num_threads, work.threads)
+    end = liar_kill.command(arguments, work.out, threads, after=moment, number=number)
     line, kept = end.error_line, work.job.folder.exists()
     if end.code == 0:
         said = "complete"
