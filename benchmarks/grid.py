@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "results"
 METHODS = ("magnitude", "wanda", "flap", "random")
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+KEPT = ("sparsity", "criterion", "allocation", "reconstruct", "bias", "statistics", "ridge")
 FFN, HEADS = ("ffn",), ("heads",)
 # targets and sparsities that are crossed
 PLACES = {
@@ -58,10 +59,9 @@ def rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for cell in result["cells"]:
         (measured,) = cell["metrics"].values()
         recipe = cell["recipe"]
-        kept = ("sparsity", "criterion", "allocation", "reconstruct", "bias", "statistics", "ridge")
         yield {
             "target": ",".join(cell["target"]),
-            **{name: recipe[name] for name in kept},
+            **{name: recipe[name] for name in KEPT},
             **{name: measured[name] for name in ("value", "loss") if name in measured},
             "standard_error": measured["standard_error"],
             "residual": cell["residual"]["mean"],
@@ -79,14 +79,17 @@ def measure(name: str, source: Path, calibration: str, evaluation: Any, work: Pa
     from liar_ext.comparison.grid import make_grid
     from liar_ext.comparison.run import compare
 
-    data: dict[str, Any] = {"rows": []}
+    data: dict[str, Any] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, (axes, fixed) in enumerate(parts(name)):
         grid = make_grid(Recipe(calibration=calibration, **SIZES[name], **fixed), axes)
         result = compare(source, work / f"{number}", grid, [evaluation], resume=True)
         if result["counts"]["failed"]:
             raise SystemExit(f"{work / str(number)}: {result['counts']['failed']} cells failed")
-        data["rows"] += rows(result)
-        data |= {"model": name, "environment": result["environment"]}
+        for row in rows(result):
+            # a recipe of two parts is one row
+            found.setdefault(tuple(row[key] for key in ("target", *KEPT)), row)
+        data |= {"rows": list(found.values()), "model": name, "environment": result["environment"]}
         data["dense"] = next(iter(result["dense"]["metrics"].values()))
         data["dense"]["dataset"] = Path(data["dense"]["dataset"]).name
     (RESULTS / f"grid-{name}.json").write_text(json.dumps(data, indent=1) + "\n")

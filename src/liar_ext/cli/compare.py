@@ -153,32 +153,32 @@ def summary(result: dict[str, Any]) -> Table:
     from liar_ext.comparison.tables import groups
     from liar_ext.report.text import number, short_name
 
+    evaluations = result["evaluations"]
+    # what tells them apart: the file only where there are several
+    names = {
+        name: short_name(name) if len(evaluations) > 1 else evaluation["metric"]
+        for name, evaluation in evaluations.items()
+    }
     table = Table(title=f"{result['source']}: the best of each sparsity", title_justify="left")
     for name in ("pruned", "sparsity", "evaluation", "value", "criterion", "repair", "residual"):
         numeric = name in ("sparsity", "value", "residual")
         table.add_column(name, justify="right" if numeric else "left")
     for name, measured in result["dense"]["metrics"].items():
-        table.add_row("dense", "", short_name(name), number(measured["value"], 5), "", "", "")
+        table.add_row("dense", "", names[name], number(measured["value"], 5), "", "", "")
     for group in groups(result):
         table.add_section()
         for sparsity in dict.fromkeys(cell["sparsity"] for cell in group.cells):
             done = [c for c in group.cells if c["sparsity"] == sparsity and c["status"] == "done"]
-            for name, evaluation in result["evaluations"].items():
+            for name, evaluation in evaluations.items():
+                where = (group.title, f"{sparsity:g}", names[name])
                 if not done:
-                    table.add_row(
-                        group.title, f"{sparsity:g}", short_name(name), "failed", "", "", ""
-                    )
+                    table.add_row(*where, "failed", "", "", "")
                     continue
                 values = [cell["metrics"][name]["value"] for cell in done]
                 value = max(values) if evaluation["higher"] else min(values)
                 best = done[values.index(value)]
+                residual = f"{best['residual']['mean']:.4f}"
                 table.add_row(
-                    group.title,
-                    f"{sparsity:g}",
-                    short_name(name),
-                    number(value, 5),
-                    best["criterion"],
-                    best["variant"],
-                    f"{best['residual']['mean']:.4f}",
+                    *where, number(value, 5), best["criterion"], best["variant"], residual
                 )
     return table
