@@ -40,7 +40,7 @@ def test_it_is_frozen_and_hashable():
         ({"sparsity": True}, "--sparsity True"),
         ({"target": ()}, "--target (empty)"),
         ({"target": ("ffn", "ffn")}, "each once"),
-        ({"criterion": "none"}, "magnitude, wanda, flap, random"),
+        ({"criterion": "none"}, "wanda, flap, flap-ifv, flap-wifn, rcpu"),
         (
             {"reconstruct": "magic"},
             "none, bias, mask-tuning, rotation, rotation-scaled, admm, liar",

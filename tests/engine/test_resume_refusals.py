@@ -176,8 +176,8 @@ def _without_sites(folder: Path) -> None:
         (_hidden(lambda path: path.write_bytes(b"1")), "hidden-prune-2/1.* not what that run"),
         (_hidden(lambda path: _flip(path, 5)), "hidden-prune-2/1.* not what that run wrote"),
         (
-            lambda folder: next(folder.glob("hidden-*/scores.safetensors")).unlink(),
-            "scores.safetensors, scores of an earlier run, cannot be read",
+            lambda folder: next(folder.glob("hidden-*/findings.safetensors")).unlink(),
+            "findings.safetensors, .* cannot be read",
         ),
         (_journal("{"), "journal.json: cannot be read .*--overwrite instead of --resume"),
         (_journal("[]"), "journal.json: written by another release; .*--overwrite"),
@@ -186,7 +186,7 @@ def _without_sites(folder: Path) -> None:
     ],
     ids=[
         *("layer", "truncated", "shard-gone", "hidden-gone", "hidden-short"),
-        *("hidden-flipped", "scores-gone"),
+        *("hidden-flipped", "findings-gone"),
         *("journal", "list", "release", "key"),
     ],
 )
