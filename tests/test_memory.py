@@ -72,6 +72,11 @@ def parts_of(found: dict[str, Any], name: str) -> dict[str, int]:
 # what has to be predicted is the process; above what torch and transformers need, parts are seen
 MEASURED = {
     "float32 on the device": ((768, 3072, 2, "float32"), 8, {}),
+    "with gradients of weights": (
+        (768, 3072, 2, "float32"),
+        8,
+        {"--criterion": "taylor-mixed", "--reconstruct": "none", "--statistics": "oneshot"},
+    ),
     "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),
 }
 # half a minute each, and minutes

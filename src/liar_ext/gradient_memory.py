@@ -63,14 +63,15 @@ def gradient_sizes(
     targeted = [site for site in sites if site.kind in recipe.target]
     asked = criterion.needs == "weight_gradients"
     hidden = max(site.weight().shape[0] for site in sites)
-    # queries, keys and values before and after positions are turned into them, what attention
-    # gives; what goes into an FFN's activation, comes out, is multiplied, and the product
-    graph, made = 2 * hidden, 0
+    # the two sums of the residual stream; queries, keys and values as attention gets them, and what
+    # it gives; what goes into an FFN's activation and comes out, its other factor, the product
+    graph = 2 * hidden
     for site in sites:
         rows = producer_rows(site)
-        graph += 2 * rows + site.columns + (site.columns if site.kind == "ffn" else 0)
+        graph += rows + site.columns + (site.columns if site.kind == "ffn" else 0)
         if asked and site.kind in recipe.target:
-            made += rows + 2 * hidden
+            # what the linears are given and give, unless it is there already
+            graph += 2 * hidden + (rows if site.kind == "heads" else 0)
     vocabulary, width = linear.weight(head).shape
     return GradientSizes(
         kept=kept_states(model, adapter, recipe),
@@ -78,7 +79,7 @@ def gradient_sizes(
         batch=windows.batch,
         head=0 if tied_names(model) else vocabulary * width,
         vocabulary=vocabulary,
-        graph=graph + made,
+        graph=graph,
         # a norm's input and what it is divided by, of two norms
         wide=4 * hidden,
         widest=max(site.columns for site in targeted),
