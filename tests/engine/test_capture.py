@@ -72,10 +72,10 @@ def moments_seen(
     seen: dict[str, Moments] = {}
     real = Repairer._solve
 
-    def solve(self: Any, site: Any, moments: Moments, keep: Tensor) -> Any:
+    def solve(self: Any, site: Any, moments: Moments, keep: Tensor, drift: Any = None) -> Any:
         seen[site.name] = moments
         kept_columns[site.name] = keep
-        return real(self, site, moments, keep)
+        return real(self, site, moments, keep, drift)
 
     monkeypatch.setattr(Repairer, "_solve", solve)
     return seen
