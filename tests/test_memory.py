@@ -91,6 +91,7 @@ WIDE = {
         10,
         {"--allocation": "global", "--reconstruct": "none"},
     ),
+    "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
 }
