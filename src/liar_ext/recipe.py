@@ -39,7 +39,7 @@ class Recipe:
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns; `auto`
-            chooses from `RIDGES`, Site by Site, what is best on tokens held out of a first fit.
+            chooses from `RIDGES`, Site by Site, by tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
         target_signal: what the repair aims at; `local` is the dense consumer on present inputs.
         statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).

@@ -369,8 +369,8 @@ def test_repaired_weights_that_do_not_fit_the_dtype_are_refused(tmp_path, monkey
     real = Repairer._solve
 
     def huge(self, *args):
-        repaired, residual = real(self, *args)
-        return dataclasses.replace(repaired, weight=repaired.weight * 1e6), residual
+        repaired, *rest = real(self, *args)
+        return dataclasses.replace(repaired, weight=repaired.weight * 1e6), *rest
 
     monkeypatch.setattr(Repairer, "_solve", huge)
     recipe, batches = setting(tmp_path)
