@@ -43,7 +43,7 @@ class Recipe:
         batch_size: sequences that go through a layer together.
         gradient_samples: of them, the first that criteria which need a loss take gradients of.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns; `auto`
-            chooses from `RIDGES`, Site by Site, what is best on tokens held out of a first fit.
+            chooses from `RIDGES`, Site by Site, by tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
         target_signal: what the repair aims at: `local`, what the dense consumer makes of the
             present inputs; `dense`, what it made of the dense model's (only `sequential`).

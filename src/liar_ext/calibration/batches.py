@@ -194,8 +194,11 @@ def cut_to(batches: Sequence[Batch], least: int) -> tuple[Batch, ...]:
         Batch(ids, mask)
         for batch in batches
         for ids, mask in zip(
-            batch.input_ids.chunk(pieces), batch.attention_mask.chunk(pieces), strict=True
+            batch.input_ids.tensor_split(pieces),
+            batch.attention_mask.tensor_split(pieces),
+            strict=True,
         )
+        if len(ids)
     )
 
 
