@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liar_ext import memory, planning
+from liar_ext import memory_parts, planning
 from liar_ext.cli.plan import bytes_of
 from liar_ext.engine.execution import Execution
 from liar_ext.errors import InputError
@@ -332,10 +332,16 @@ def test_other_sizes_are_refused(text):
 
 
 def test_page_locked_memory_comes_in_powers_of_two():
-    assert [memory.power_of_two(size) for size in (1, 2, 3, 1024, 1025)] == [1, 2, 4, 1024, 2048]
+    assert [memory_parts.power_of_two(size) for size in (1, 2, 3, 1024, 1025)] == [
+        1,
+        2,
+        4,
+        1024,
+        2048,
+    ]
 
 
 def test_a_phase_is_plain_data():
-    phase = memory.Phase("name", {"a": 1}, {"b": 2})
+    phase = memory_parts.Phase("name", {"a": 1}, {"b": 2})
     assert (phase.device_bytes, phase.host_bytes) == (1, 2)
     assert json.loads(json.dumps(asdict(phase)))["device"] == {"a": 1}

@@ -18,7 +18,8 @@ from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.gradient_memory import GradientSizes, gradient_phases
-from liar_ext.memory import Phases, Sizes, advice, peak, power_of_two, resident_bytes
+from liar_ext.memory import Phases
+from liar_ext.memory_parts import Sizes, advice, peak, power_of_two, resident_bytes
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS

@@ -38,7 +38,6 @@ from liar_ext.costs import (
     measure,
     producer_rows,
 )
-from liar_ext.criteria import CRITERIA
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
@@ -60,7 +59,7 @@ from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
-from liar_ext.survey import needs_tokens, reads_of, survey_of
+from liar_ext.survey import needs_tokens, reads_of, survey_costs
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
@@ -120,7 +119,7 @@ def plan(
     gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
     backward = gradient_flops(model, adapter, recipe, tokens)
 
-    survey_flops, survey_bytes = _survey_costs(model, adapter, recipe, driver.targets)
+    survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
     removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
     bytes_after = _written(model, adapter, stored, recipe.dtype)
@@ -312,22 +311,6 @@ def _shrink(
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)
     return sites
-
-
-def _survey_costs(
-    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, layers: range
-) -> tuple[int, int]:
-    """FLOPs of what a survey makes of its statistics, and the most bytes that this holds."""
-    survey, criterion = survey_of(recipe), CRITERIA[recipe.criterion]
-    flops = most = 0
-    if survey is None:
-        return flops, most
-    for index in layers:
-        sites = adapter.sites_of(model, index, recipe.target)
-        for site in sites[:1] if survey.whole_layer else sites:
-            own, held = survey.costs(site, criterion)
-            flops, most = flops + own, max(most, held)
-    return flops, most
 
 
 def _parameters(model: PreTrainedModel) -> int:

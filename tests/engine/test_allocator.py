@@ -10,7 +10,7 @@ import pytest
 CHECK = """
 import torch
 from liar_ext.engine.allocator import steady_allocator
-from liar_ext.memory import resident_bytes
+from liar_ext.memory_parts import resident_bytes
 
 told = steady_allocator()
 before = resident_bytes()

@@ -13,6 +13,9 @@ from liar_ext.survey.scores import SCORES
 from liar_ext.survey.spectra import SPECTRA
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from liar_ext.models import Adapter
     from liar_ext.recipe import Recipe
 
 SURVEYS: dict[str, Survey] = {s.name: s for s in (SCORES, SPECTRA, INFLUENCE, LEVELS)}
@@ -35,4 +38,29 @@ def needs_tokens(recipe: Recipe) -> bool:
     return reads_of(recipe) not in (None, "weights")
 
 
-__all__ = ["SURVEYS", "Reads", "Survey", "View", "needs_tokens", "reads_of", "survey_of"]
+def survey_costs(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, layers: range
+) -> tuple[int, int]:
+    """FLOPs of what a survey makes of its statistics, and the most bytes that this holds."""
+    survey, criterion = survey_of(recipe), CRITERIA[recipe.criterion]
+    flops = most = 0
+    if survey is None:
+        return flops, most
+    for index in layers:
+        sites = adapter.sites_of(model, index, recipe.target)
+        for site in sites[:1] if survey.whole_layer else sites:
+            own, held = survey.costs(site, criterion)
+            flops, most = flops + own, max(most, held)
+    return flops, most
+
+
+__all__ = [
+    "SURVEYS",
+    "Reads",
+    "Survey",
+    "View",
+    "needs_tokens",
+    "reads_of",
+    "survey_costs",
+    "survey_of",
+]
