@@ -34,8 +34,9 @@ $(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE)
 demo: venv
 	$(BIN)/liar demo
 
+# a file of tests stays in one process: what it compiles or prunes once is not made again
 test: venv
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -54,6 +54,18 @@ def shard(folder: Path, parts: int = 3) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def test_windows_that_the_model_cuts_are_a_warning(dense, tmp_path):
+    limit = json.loads((dense / "config.json").read_text())["max_position_embeddings"]
+    tokens = str(write_tokens(tmp_path / "long.npy", samples=4, length=2 * limit))
+    for length, warned in ((limit, False), (limit + 1, True)):
+        asked = recipe(tmp_path, seq_len=length, samples=2, reconstruct="none", calibration=tokens)
+        report = liar_ext.compress(dense, tmp_path / f"out-{length}", asked)
+        said = [line for line in report.warnings if line.startswith("--seq-len")]
+        assert bool(said) == warned
+        assert report.calibration["seq_len"] == limit
+    assert str(limit) in said[0]
+
+
 def test_sharded_and_single_files_hold_the_same_model(dense):
     expected = outputs(liar_ext.load(dense))
     assert torch.equal(expected, outputs(FAMILIES["llama-mha"].build()))

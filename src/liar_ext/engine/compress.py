@@ -40,7 +40,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
-from liar_ext.models import adapter_for, layout
+from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 from liar_ext.survey import needs_tokens
@@ -122,6 +122,12 @@ def compress(
                 run.warn(
                     f"{len(left_over)} tensors of the source are no part of "
                     f"{type(model).__name__} and were left out, first {left_over[0]}"
+                )
+            limit = adapter.max_positions(text_config(model.config))
+            if adapter.decoder and recipe.seq_len > limit:
+                run.warn(
+                    f"--seq-len {recipe.seq_len}: the model has {limit} positions; calibrated "
+                    f"with windows of {limit} tokens"
                 )
             report = run.run(calibration.batches, str(source), calibration.to_json())
             with run.clock.phase("write"):
