@@ -1,4 +1,4 @@
-"""Parts of what a compression holds at once: sizes they are made of, phases, the largest of them."""
+"""Parts of what a compression holds at once: sizes they are made of, phases, the largest one."""
 
 from __future__ import annotations
 
