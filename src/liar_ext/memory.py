@@ -1,7 +1,7 @@
 """Bytes that one compression holds at once: its phases, each a sum of named parts.
 
-Nothing here depends on the number of layers. A part is in the memory of the device or in that of
-the host; on a CPU these are one.
+Nothing here depends on the number of layers; only gradients of units do (`needs`). A part is in the
+memory of the device or in that of the host; on a CPU these are one.
 """
 
 from __future__ import annotations

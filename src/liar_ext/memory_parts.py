@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # which flag lowers a part
 FLAGS = {
@@ -11,6 +11,7 @@ FLAGS = {
     "paused_forwards": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "gradient_states": "--hidden-states {elsewhere}, fewer --gradient-samples or a shorter "
     "--seq-len",
+    "unit_gradients": "fewer --gradient-samples",
     "graph": "a smaller --batch-size or a shorter --seq-len",
     "dense_outputs": "--hidden-states {elsewhere}, fewer --samples or --target-signal local",
     "passing_batch": "a smaller --batch-size or a shorter --seq-len",
@@ -83,6 +84,13 @@ def phase(sizes: Sizes, name: str, device: dict[str, int], host: dict[str, int])
         device, host = host | device, {}
     device, host = ({k: v for k, v in part.items() if v} for part in (device, host))
     return Phase(name, device, host)
+
+
+def with_host_part(sizes: Sizes, phase: Phase, name: str, size: int) -> Phase:
+    """A phase with one more part in the host's memory."""
+    if sizes.cuda:
+        return replace(phase, host=phase.host | {name: size})
+    return replace(phase, device=phase.device | {name: size})
 
 
 def next_layer(sizes: Sizes) -> int:

@@ -19,7 +19,14 @@ from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.gradient_memory import GradientSizes, gradient_phases
 from liar_ext.memory import Phases
-from liar_ext.memory_parts import Sizes, advice, peak, power_of_two, resident_bytes
+from liar_ext.memory_parts import (
+    Sizes,
+    advice,
+    peak,
+    power_of_two,
+    resident_bytes,
+    with_host_part,
+)
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
@@ -157,7 +164,14 @@ def needs(
         ),
     ).all()
     if gradients is not None:
-        phases = [*gradient_phases(sizes, gradients), *phases]
+        # those of all layers, to the end; twice when ranks put theirs together
+        examples = min(recipe.gradient_samples, tokens.samples)
+        gates = 8 * examples * sum(site.units_before for site in sites)
+        phases = [
+            with_host_part(sizes, phase, "unit_gradients", times * gates)
+            for times, some in ((2, gradient_phases(sizes, gradients)), (1, phases))
+            for phase in some
+        ]
     on_device, on_host = peak(phases)
     further = {"device": ["host", "disk"] if cuda else ["disk"], "host": ["disk"], "disk": []}
     most = on_device.device_bytes

@@ -14,7 +14,9 @@ from liar_families import outputs, tree_hash
 from safetensors.torch import load_file, save_file
 
 import liar_ext
+from liar_ext import Recipe
 from liar_ext.cli import main
+from liar_ext.comparison.grid import make_grid
 from liar_ext.comparison.subject import Subject, twin
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.driver import Driver
@@ -390,3 +392,39 @@ def test_pruning_a_twin_leaves_the_model_as_it_is(inputs):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert torch.equal(outputs(model, torch.arange(16)[None]), expected)
+
+
+def test_a_ridge_that_is_chosen_on_an_axis_is_the_one_of_prune(inputs, tmp_path):
+    """One batch would leave nothing to hold out: each cell cuts its own."""
+    arguments = ["--samples", "24", "--seq-len", "32", "--batch-size", "32", "--device", "cpu"]
+    grid = ["--ridges", "1e-4,auto", "--sparsities", "0.5", "--statistics", "oneshot"]
+    out = tmp_path / "grid"
+    shown = ["--eval", f"text={inputs.other}", "--eval-seq-len", "32"]
+    calibration = ["--calibration", str(inputs.text)]
+    source = str(inputs.llama)
+    command = ["compare", source, "--out", str(out), *calibration, *arguments, *grid, *shown]
+    assert main(command) == 0
+    cells = json.loads((out / "comparison.json").read_text())["cells"]
+    assert [cell["recipe"]["ridge"] for cell in cells] == [1e-4, "auto"]
+    for cell in cells:
+        pruned = tmp_path / str(cell["recipe"]["ridge"])
+        ridge = ["--ridge", str(cell["recipe"]["ridge"]), "--statistics", "oneshot"]
+        options = [*calibration, *arguments, *ridge, "--sparsity", "0.5"]
+        assert main(["prune", source, "--out", str(pruned), *options]) == 0
+        report = json.loads((pruned / "liar_report.json").read_text())
+        residuals = [site["relative_residual"] for site in report["sites"]]
+        assert cell["residual"]["max"] == max(residuals)
+        assert list(cell["ridges"].values()) == [site["ridge_used"] for site in report["sites"]]
+
+
+def test_allocations_that_solve_depend_on_the_ridge(inputs):
+    grid = make_grid(
+        Recipe(calibration=str(inputs.text)),
+        {
+            "ridges": (1e-4, 1.0),
+            "allocations": ("levels", "global"),
+            "reconstructions": ("none",),
+        },
+    )
+    # the two of `global` are one computation, those of `levels` are not
+    assert len(grid.computations()) == 3

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from liar_families import FAMILIES
+from transformers import AutoModelForCausalLM
 
 from liar_ext.criteria import CRITERIA, Evidence, unit_scores
 from liar_ext.models import adapter_for
@@ -185,3 +188,15 @@ def test_obs_drops_columns_that_never_change_first():
     kept = CRITERIA["obs"].select(evidence).tolist()
     assert 3 not in kept
     assert 11 not in kept
+
+
+def test_obs_scores_a_single_unit():
+    # multi-query attention: one group in a layer, nothing to compare it with
+    config = copy.deepcopy(FAMILIES["qwen3"].build().config)
+    config.num_key_value_heads = 1
+    model = AutoModelForCausalLM.from_config(config)
+    site = adapter_for(model.config).sites_of(model, 0, ("heads",))[0]
+    assert site.units == 1
+    scores = CRITERIA["obs"].score(Evidence(site, gram(torch.randn(400, site.columns)), ridge=1e-4))
+    assert scores.shape == (1,)
+    assert bool(scores.isfinite().all())

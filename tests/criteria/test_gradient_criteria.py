@@ -82,5 +82,5 @@ def test_rearranged_keeps_as_many_and_loses_less(keep):
         return float(given.gates[:, gone].sum(1).square().sum())
 
     assert loss(found) <= loss(plain)
-    said = [note for note in given.notes if "exchanges lowered the Fisher loss" in note]
+    said = [note for note in given.remarks if "exchanges lowered the Fisher loss" in note]
     assert bool(said) == (not torch.equal(found, plain))

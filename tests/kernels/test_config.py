@@ -67,7 +67,9 @@ def shipped_and_candidates():
                     yield dtype, config
 
 
-@pytest.mark.parametrize(("dtype", "config"), list(dict.fromkeys(shipped_and_candidates())), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "config"), list(dict.fromkeys(shipped_and_candidates())), ids=str
+)
 def test_tensor_core_sums_are_short(dtype, config):
     """Truncation costs about 2e-8 of an all-positive sum for each 16 tokens, one of six products in
     float32 being as large as the sum: 1e-6 are 50 steps."""

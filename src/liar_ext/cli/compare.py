@@ -23,7 +23,7 @@ given has one value, the default of `liar prune` or that of --recipe."""
 
 # axis -> (metavar, help)
 AXES = {
-    "sparsities": ("F,F", "fractions of the targeted parameters to remove"),
+    "sparsities": ("F,F", "fractions of the targeted budget to remove"),
     "targets": ("KINDS;KINDS", 'separated by semicolons, e.g. "ffn;heads;ffn,heads"'),
     "criteria": ("NAME,NAME", "what to keep"),
     "allocations": ("NAME,NAME", "how many where"),

@@ -14,6 +14,7 @@ from liar_ext.criteria import CRITERIA
 from liar_ext.errors import InputError
 from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
+from liar_ext.survey import reads_of
 
 # axis -> the Recipe's field; cells are run in this order, the last axis fastest
 AXES = {
@@ -122,9 +123,9 @@ def make_grid(base: Recipe, axes: Mapping[str, Sequence[Any]]) -> Grid:
 
 def uses_ridge(recipe: Recipe) -> bool:
     """Whether another ridge could give another result."""
-    # a criterion that sees single columns only has no system to solve
-    plain = CRITERIA[recipe.criterion].needs == "columns"
-    return RECONSTRUCTIONS[recipe.reconstruct].uses_ridge or not plain
+    # what sees single columns, weights or gradients only has no system to solve
+    judged = "moments" in (CRITERIA[recipe.criterion].needs, reads_of(recipe))
+    return RECONSTRUCTIONS[recipe.reconstruct].uses_ridge or judged
 
 
 def _key(recipe: Recipe) -> str:

@@ -23,6 +23,8 @@ from liar_ext.errors import InputError
 
 VERSION = 1
 IDENTITY, CELLS, MOMENTS = "grid.json", "cells.jsonl", "moments"
+# in that: of compressions that hold tokens out
+HELD_OUT = "held-out"
 RESULT, TABLES, PLOTS = "comparison.json", "comparison.md", "plot-*.svg"
 _DENSE = "dense"
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from liar_ext.comparison.tables import Cell, Group, groups
 from liar_ext.report.plots import FAINT, INK, STYLE, WIDTH
+from liar_ext.report.text import budgeted
 
 _COLOURS = {INK: "#222222", FAINT: "#d8d8d8"}
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -57,7 +58,7 @@ def _plot(result: dict[str, Any], group: Group, evaluation: str) -> str:
                     )
         dense = measured[field]
         axes.axhline(dense, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="dense")
-        axes.set_xlabel("share of the targeted parameters removed, %")
+        axes.set_xlabel(f"share of the targeted {budgeted(result['recipe'])} removed, %")
         axes.set_ylabel("loss, nats" if field == "loss" else measured["metric"])
         axes.set_title(group.title, fontsize=10)
         figure.legend(loc="outside right upper", fontsize=7)

@@ -17,7 +17,7 @@ from liar_ext.calibration.overlap import warning
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.load import resolve
 from liar_ext.comparison.grid import Cell, Grid
-from liar_ext.comparison.ledger import MOMENTS, Ledger, check_folder, open_ledger
+from liar_ext.comparison.ledger import HELD_OUT, MOMENTS, Ledger, check_folder, open_ledger
 from liar_ext.comparison.result import assemble, write
 from liar_ext.comparison.subject import SCRATCH, Subject
 from liar_ext.engine.driver import targeted_layers
@@ -94,6 +94,7 @@ def compare(
             ) from error
         result = assemble(source, subject, grid, ledger, identity, notes)
         if not keep_moments and not result["counts"]["failed"]:
+            MomentsStore.delete(out / MOMENTS / HELD_OUT)
             MomentsStore.delete(out / MOMENTS)
         write(out, result)
     return result
@@ -115,8 +116,9 @@ def _work(subject: Subject, grid: Grid, ledger: Ledger, identity: dict[str, Any]
         dense = subject.dense()
         ledger.add_dense(dense)
         say(f"dense: {_metrics(dense)}; one plain forward {dense['forward_seconds']:.2f} s")
-    library = _library(subject, cells, ledger.folder / MOMENTS, identity, say)
+    libraries = _libraries(subject, cells, ledger.folder / MOMENTS, identity, say)
     for position, cell in enumerate(todo, len(cells) - len(todo) + 1):
+        library = libraries.get(cell.recipe.chooses_ridge)
         entry = _tried(subject, cell, library, dense["forward_seconds"], ledger.folder)
         ledger.add({"key": cell.key, "recipe": cell.recipe.to_json(), **entry})
         say(f"[{position}/{len(cells)}] {cell.label}: {_line(entry)}")
@@ -144,34 +146,46 @@ def _tried(
     return {"status": "done", "error": None, **found}
 
 
-def _library(
+def _libraries(
     subject: Subject, cells: Sequence[Cell], folder: Path, identity: dict[str, Any], say: Say
-) -> MomentsStore | None:
-    """Moments of the dense path on disk, if two cells or more read them and there is room."""
-    users = [
-        cell.recipe
-        for cell in cells
-        if cell.recipe.statistics == "oneshot" or reads_of(cell.recipe) in ("columns", "moments")
-    ]
-    if len(users) < 2:
-        return None
-    model, adapter = subject.model, adapter_for(subject.model.config)
-    sites = {
-        (index, site.kind): site.columns
-        for recipe in users
-        for index in targeted_layers(InMemory(model), recipe)
-        for site in adapter.sites_of(model, index, recipe.target)
-    }
-    needed = MomentsStore.bytes_needed(sites.values())
-    if not folder.exists() and needed > shutil.disk_usage(folder.parent).free:
-        say(
-            f"warning: no room for {needed:,} bytes of Moments in {folder}: every cell takes its "
-            "own forward passes"
-        )
-        return None
-    # the first cell computes what all of them read in its forward pass
-    MomentsStore.ask(folder, dict.fromkeys((recipe.target, recipe.layers) for recipe in users))
-    return subject.library(folder, identity)
+) -> dict[bool, MomentsStore]:
+    """Moments of the dense path on disk, by whether tokens are held out to choose a ridge.
+
+    Each where two cells or more read them and there is room. Sums of tokens that are cut otherwise
+    have other roundings, so the two are not mixed.
+    """
+    found = {}
+    for chooses, own in ((False, folder), (True, folder / HELD_OUT)):
+        users = [
+            cell.recipe
+            for cell in cells
+            if cell.recipe.chooses_ridge == chooses
+            and (
+                cell.recipe.statistics == "oneshot"
+                or reads_of(cell.recipe) in ("columns", "moments")
+            )
+        ]
+        if len(users) < 2:
+            continue
+        model, adapter = subject.model, adapter_for(subject.model.config)
+        sites = {
+            (index, site.kind): site.columns
+            for recipe in users
+            for index in targeted_layers(InMemory(model), recipe)
+            for site in adapter.sites_of(model, index, recipe.target)
+        }
+        needed = MomentsStore.bytes_needed(sites.values()) * (2 if chooses else 1)
+        if not own.exists() and needed > shutil.disk_usage(folder.parent).free:
+            say(
+                f"warning: no room for {needed:,} bytes of Moments in {own}: every cell takes "
+                "its own forward passes"
+            )
+            continue
+        # the first cell computes what all of them read in its forward pass
+        own.mkdir(parents=True, exist_ok=True)
+        MomentsStore.ask(own, dict.fromkeys((recipe.target, recipe.layers) for recipe in users))
+        found[chooses] = subject.library(own, identity, users[0])
+    return found
 
 
 def _notes(subject: Subject) -> list[str]:

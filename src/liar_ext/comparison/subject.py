@@ -22,8 +22,12 @@ from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.checkpoint.writer import storage_dtype
 from liar_ext.comparison.grid import Cell, Grid
-from liar_ext.costs import held_bytes
-from liar_ext.engine.compress import dense_checkpoint, identity_of
+from liar_ext.engine.compress import (
+    dense_checkpoint,
+    held_bytes_of,
+    identity_of,
+    moments_fingerprint,
+)
 from liar_ext.engine.compression import Compression
 from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
@@ -31,6 +35,7 @@ from liar_ext.engine.inputs import (
     check_backends,
     chosen_backends,
     compute_dtype,
+    fit_to,
     load_calibration,
     load_tokenizer,
     resolve_device,
@@ -43,7 +48,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
 from liar_ext.evaluation.task import Evaluation
 from liar_ext.models import adapter_for, text_config
-from liar_ext.recipe import Recipe
+from liar_ext.recipe import DEFAULT_RIDGE, Recipe
 from liar_ext.report import Report
 
 # of folders for what waits on disk, which a killed process leaves
@@ -82,12 +87,15 @@ class Subject:
                 )
         # hashing has the source to itself while the text is read
         self._reader.start_hashing(threads=max(1, (os.cpu_count() or 1) // 4))
-        self.calibration = load_calibration(folder, empty, base)
+        # as it is without held-out tokens; each cell cuts it as it needs (`fit_to`)
+        self.calibration = load_calibration(folder, empty, replace(base, ridge=DEFAULT_RIDGE))
+        for cell in grid.cells:
+            fit_to(self.calibration.batches, cell.recipe)
         self.dtype = compute_dtype(base.dtype, self.device) or self._reader.main_dtype()
-        positions = sum(batch.input_ids.numel() for batch in self.calibration.batches)
-        targets = tuple(dict.fromkeys(k for cell in grid.cells for k in cell.recipe.target))
-        widest = replace(base, target=targets)
-        held = held_bytes(empty, self._adapter, widest, positions, self.dtype.itemsize)
+        held = max(
+            held_bytes_of(empty, cell.recipe, self.calibration.batches, self.dtype.itemsize, 1)
+            for cell in grid.cells
+        )
         self.place = choose_place(execution.hidden_states, held, self.device)
 
     def identity(self) -> dict[str, Any]:
@@ -100,13 +108,11 @@ class Subject:
         found["evaluations"] = {e.name: e.identity() for e in self.evaluations}
         return json.loads(json.dumps(found))
 
-    def library(self, folder: Path, identity: dict[str, Any]) -> MomentsStore:
-        """Moments of the dense path, as `liar prune --moments` keeps them."""
-        fingerprint = {name: identity[name] for name in ("versions", "compute")}
-        fingerprint["calibration"] = identity["calibration"]["tokens_sha256"]
-        config = identity["source"]["config"]
-        fingerprint["source"] = {"config": config, **identity["source_sha256"]}
-        return MomentsStore(folder, fingerprint)
+    def library(self, folder: Path, identity: dict[str, Any], recipe: Recipe) -> MomentsStore:
+        """Moments of the dense path, as `liar prune --moments` keeps them for such a recipe."""
+        batches = fit_to(self.calibration.batches, recipe)
+        source = identity["source_sha256"]
+        return MomentsStore(folder, moments_fingerprint(identity, source, batches, recipe))
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -154,6 +160,7 @@ class Subject:
             "parameters_removed": before - after,
             "parameters_after": after,
             "residual": {"mean": sum(residuals) / len(residuals), "max": max(residuals)},
+            "ridges": {site.name: site.ridge_used for site in report.sites},
             "layout": report.layout,
             "warnings": report.warnings,
             "seconds": {**report.seconds, "evaluation": evaluation},
@@ -173,8 +180,8 @@ class Subject:
             run.facts["hidden_states"] = run.clock.hidden_states = self.place
             run.shelf = make_shelf(self.place, scratch, self.device)
             run.library, run.judgements = library, self._judgements
-            calibration = self.calibration
-            report = run.run(calibration.batches, str(self.folder), calibration.to_json())
+            batches = fit_to(self.calibration.batches, recipe)
+            report = run.run(batches, str(self.folder), self.calibration.to_json())
         for name, parameter in model.named_parameters():
             if id(parameter) not in dense:
                 as_stored(name, parameter, self._reader, recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from liar_ext.report.text import NONE, number, percent, short_name
+from liar_ext.report.text import NONE, budgeted, number, percent, short_name
 
 Cell = dict[str, Any]
 
@@ -32,8 +32,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "In brackets: mean relative residual of the Sites on the calibration tokens. Bold: the "
-        "best of a sparsity. `%` is the share of the targeted parameters that was asked for; where "
-        "units allow only another, the one reached is in brackets.",
+        f"best of a sparsity. `%` is the share of the targeted {budgeted(result['recipe'])} that "
+        "was asked for; where units allow only another, the one reached is in brackets.",
     ]
     several = len(result["evaluations"]) > 1
     for group in groups(result):

@@ -32,7 +32,8 @@ class Evidence:
         ridge: relative λ of the repair to come; center: whether it will have an intercept.
         gradients: of the loss, on the dense path; None for criteria that do not need them.
         keep: how many units will stay; None where scores are wanted before that is known.
-        notes: what the report should say of the judgement; criteria may add lines.
+        notes: what had to be raised or repeated for the judgement; criteria may add lines.
+        remarks: what else the report should say of it.
     """
 
     site: Site
@@ -43,6 +44,7 @@ class Evidence:
     gradients: UnitGradients | None = None
     keep: int | None = None
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def moments(self) -> Moments:

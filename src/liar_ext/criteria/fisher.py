@@ -59,7 +59,7 @@ def choose(evidence: Evidence) -> Tensor:
         before, after = (float(gates[:, u].sum(1).square().sum()) for u in (by_rank, going))
         moved = dropped - int(torch.isin(going, by_rank).sum())
         if moved and before:
-            evidence.notes.append(
+            evidence.remarks.append(
                 f"selection: {moved} exchanges lowered the Fisher loss by {1 - after / before:.2%}"
             )
     return stays.nonzero().flatten().to(evidence.site.weight().device)

@@ -52,7 +52,7 @@ def score(evidence: Evidence) -> Tensor:
     found = tableau(evidence)
     units = evidence.site.units
     order, costs = found.remove(units - 1)
-    scores = torch.full_like(costs[:1], torch.inf).expand(units).clone()
+    scores = costs.new_full((units,), torch.inf)
     scores[order] = costs
     # the last one cannot be judged: it is worth at least what the one before it was
     return torch.where(scores.isinf(), costs[-1] if len(costs) else 1.0, scores)
@@ -73,7 +73,7 @@ def choose_and_exchange(evidence: Evidence) -> Tensor:
     before = found.loss
     if moved := found.exchange(max(1, min(dropped, evidence.keep) // _EXCHANGED)):
         gain = 1 - found.loss / before
-        evidence.notes.append(f"selection: {moved} exchanges lowered the loss by {gain:.2%}")
+        evidence.remarks.append(f"selection: {moved} exchanges lowered the loss by {gain:.2%}")
     return found.kept.nonzero().flatten()
 
 

@@ -110,7 +110,7 @@ def compress(
                 ranks=ranks,
                 source=sums,
             )
-            held = _held(model, recipe, calibration.batches, dtype.itemsize, ranks.size)
+            held = held_bytes_of(model, recipe, calibration.batches, dtype.itemsize, ranks.size)
             place = choose_place(execution.hidden_states, held, device, ranks.local_size)
             run.facts["backends"] = chosen_backends(device, dtype)
             run.facts["hidden_states"] = run.clock.hidden_states = place
@@ -211,7 +211,7 @@ def identity_of(
     }
 
 
-def _held(
+def held_bytes_of(
     model: PreTrainedModel, recipe: Recipe, batches: Sequence[Batch], item: int, ranks: int
 ) -> int:
     """Bytes that wait on the shelf of the rank with most."""
@@ -305,6 +305,25 @@ def _scratch(job: Job, execution: Execution, ranks: Ranks) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def moments_fingerprint(
+    identity: dict[str, Any], source: dict[str, str], batches: Sequence[Batch], recipe: Recipe
+) -> dict[str, Any]:
+    """All that Moments of the dense path depend on.
+
+    Args:
+        identity: of `identity_of`; source: sha256 of its files; batches: as the recipe has them.
+    """
+    found = {name: identity[name] for name in ("versions", "compute")}
+    # the tokens, under whatever name they were read
+    found["calibration"] = identity["calibration"]["tokens_sha256"]
+    parts = segments(batches, least_segments(recipe))
+    if parts != segments(batches):
+        # float32 sums of other segments have other roundings
+        found["segments"] = parts[-1] + 1
+    found["source"] = {"config": identity["source"]["config"], **source}
+    return found
+
+
 def _library(
     job: Job,
     execution: Execution,
@@ -351,14 +370,7 @@ def _library(
             wanted = 2 * MomentsStore.bytes_needed(sizes) <= room
         if not ranks.broadcast(wanted):
             return None
-    fingerprint = {name: identity[name] for name in ("versions", "compute")}
-    # the tokens, under whatever name they were read
-    fingerprint["calibration"] = identity["calibration"]["tokens_sha256"]
-    parts = segments(batches, least_segments(recipe))
-    if parts != segments(batches):
-        # float32 sums of other segments have other roundings
-        fingerprint["segments"] = parts[-1] + 1
-    fingerprint["source"] = {"config": identity["source"]["config"], **sums.get()}
+    fingerprint = moments_fingerprint(identity, sums.get(), batches, recipe)
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         MomentsStore(folder, fingerprint)

@@ -163,6 +163,10 @@ class Driver:
         position = found or Position("survey")
         if position.generator is not None:
             self._repairer.generator.set_state(position.generator)
+        if position.stage == "survey":
+            # before anything is computed that it would be for nothing
+            known = budgets(self.store, self.recipe, longest(self.batches))
+            check_reachable(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
         if self._gradients is not None:
             self._repairer.gradients = self._gradients.results(self.keeper)
             self.facts["gradients"] = self._gradients.facts
@@ -246,7 +250,6 @@ class Driver:
         """Kept units of every targeted Site; after a survey if the allocation asks for one."""
         allocation, recipe = ALLOCATIONS[self.recipe.allocation], self.recipe
         known = budgets(self.store, recipe, longest(self.batches))
-        check_reachable(list(known.values()), recipe.sparsity, recipe.round_to)
         survey = survey_of(recipe)
         if survey is not None:
             self._survey(survey, position)

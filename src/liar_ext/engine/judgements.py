@@ -16,7 +16,7 @@ from torch import Tensor
 from liar_ext.criteria import Criterion, Evidence
 
 # a Site and its statistics are in the key by what they hold; notes are what comes out
-_APART = ("site", "statistics", "generator", "notes")
+_APART = ("site", "statistics", "generator", "notes", "remarks")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -28,7 +28,7 @@ class Judgements:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], tuple[Tensor, list[str], Tensor]] = {}
+        self._known: dict[tuple[object, ...], tuple[Tensor, list[list[str]], Tensor]] = {}
 
     def of(self, criterion: Criterion, *, choices: bool) -> Criterion:
         """The criterion, asked once for each evidence.
@@ -52,13 +52,16 @@ class Judgements:
                 return judge(evidence)
             key = (name, what, *key)
             if key not in self._known:
-                before = len(evidence.notes)
+                said = evidence.notes, evidence.remarks
+                before = [len(lines) for lines in said]
                 result = judge(evidence)
                 state = evidence.generator.get_state()
-                self._known[key] = result.clone(), evidence.notes[before:], state
+                new = [lines[n:] for lines, n in zip(said, before, strict=True)]
+                self._known[key] = result.clone(), new, state
                 return result
-            result, notes, state = self._known[key]
+            result, (notes, remarks), state = self._known[key]
             evidence.notes.extend(notes)
+            evidence.remarks.extend(remarks)
             evidence.generator.set_state(state)
             return result.clone()
 

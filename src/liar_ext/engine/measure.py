@@ -96,6 +96,8 @@ class Measurer:
     def __post_init__(self) -> None:
         chooses = self.recipe.chooses_ridge
         self._held_out = held_out(self.stream.count) if chooses else frozenset()
+        if chooses and self.stream.count == 1:
+            raise RuntimeError("a ridge is chosen on tokens held out, and none are: see `fit_to`")
         # statistics end with the last targeted layer, or the last that other jobs ask for
         layers = len(self.adapter.layer_list(self.model)[1])
         asked = [index + 1 for index in range(layers) if self._extra(index)]

@@ -105,6 +105,7 @@ class Repairer:
             bias_added=bias is not None and site.bias() is None,
             relative_residual=residual,
             steps=[*notes, *evidence.notes],
+            remarks=list(evidence.remarks),
         )
         if choice is not None:
             report.held_out = {f"{ridge:g}": error for ridge, error in choice.errors.items()}

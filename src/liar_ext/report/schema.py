@@ -28,6 +28,7 @@ class SiteReport:
         iterations: of an iterative reconstruction.
         held_out: where the ridge was chosen, the mean squared error on held-out tokens of fits to
             the others, over the variance of the dense output there, by ridge; those that hold.
+        remarks: what a criterion says of its selection.
         seconds: by phase.
     """
 
@@ -49,6 +50,7 @@ class SiteReport:
     iterations: int | None = None
     held_out: dict[str, float] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
