@@ -48,7 +48,7 @@ class ResidualStream(PairStream):
         total: Tensor | None = None
         if number in self.dense:
             total = _wide(self.dense[number].fetch()) - _wide(self.hidden[number].fetch())
-        targets = {}
+        targets: dict[str, Tensor] = {}
         kinds = {site.kind for site in sites}
         for site in self._heeded(sites):
             output = heard[site.kind]
