@@ -92,6 +92,7 @@ WIDE = {
         {"--allocation": "global", "--reconstruct": "none"},
     ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
+    "stream target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "stream"}),
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
 }
@@ -187,12 +188,12 @@ def test_memory_by_hand(small):
     assert own == parts_of(found, found["phases"]["peak"])
 
 
-def test_a_dense_target_by_hand(small, tmp_path):
+@pytest.mark.parametrize("aim", ["dense", "stream"])
+def test_a_dense_target_by_hand(aim, small, tmp_path):
     wanted = {
-        signal: recipe(target=("ffn", "heads"), target_signal=signal)
-        for signal in ("local", "dense")
+        signal: recipe(target=("ffn", "heads"), target_signal=signal) for signal in ("local", aim)
     }
-    local, dense = (plan(small, wanted[signal]) for signal in ("local", "dense"))
+    local, dense = (plan(small, wanted[signal]) for signal in ("local", aim))
     tokens, batch, row = 12 * 32, 3 * 32, 32 * 4
     # hidden states of two paths; outputs of both Sites wait, then those of the second
     ahead = parts_of(dense, "dense forward")
@@ -207,9 +208,7 @@ def test_a_dense_target_by_hand(small, tmp_path):
     assert dense["disk"]["snapshots"] == 2 * local["disk"]["snapshots"]
     more = dense["hidden_states"]["bytes"] - local["hidden_states"]["bytes"]
     assert more == 3 * tokens * row
-    moved = plan(
-        small, wanted["dense"], execution=Execution(hidden_states="disk", scratch=tmp_path)
-    )
+    moved = plan(small, wanted[aim], execution=Execution(hidden_states="disk", scratch=tmp_path))
     assert parts_of(moved, "statistics of ffn")["dense_outputs"] == batch * row
 
 

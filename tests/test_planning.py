@@ -292,16 +292,17 @@ def test_gradients_cost_a_few_forwards_of_their_windows(checkpoint, criterion, l
     assert ("gradients of a layer" in names) == (criterion != "wanda")
 
 
-def test_a_dense_target_by_hand(checkpoint):
+@pytest.mark.parametrize("aim", ["dense", "stream"])
+def test_a_dense_target_by_hand(aim, checkpoint):
     plans = {
         signal: planning.plan(
             checkpoint("llama"),
             recipe(target=("ffn",), target_signal=signal, layers=(1, 3)),
             rates=RATES,
         )
-        for signal in ("local", "dense")
+        for signal in ("local", aim)
     }
-    local, dense = (plans[signal]["flops"] for signal in ("local", "dense"))
+    local, dense = (plans[signal]["flops"] for signal in ("local", aim))
     tokens, layer = (
         SAMPLES * SEQUENCE,
         plans["local"]["flops"]["forward"] // (SAMPLES * SEQUENCE * 3),

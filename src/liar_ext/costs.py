@@ -124,8 +124,8 @@ def compression_flops(
         `forward`; `gram`, `n² T` for the triangle; `solve`, of the repair (for `liar`, see
         `ops.interpolate.costs`), of the fits that choose its ridge, and of what the criterion and
         the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`. With
-        `--target-signal dense` the dense path goes beside through the pruned layers, each consumer
-        is called once more, `2 out n`, and so are the products of the drift.
+        `--target-signal dense` or `stream` the dense path goes beside through the pruned layers,
+        each consumer is called once more, `2 out n`, and so are the products of the drift.
     """
     judged = sum(
         CRITERIA[recipe.criterion].flops(
@@ -133,7 +133,7 @@ def compression_flops(
         )
         for s in sites
     )
-    paired = recipe.target_signal == "dense"
+    paired = recipe.paired
     consumers = sum(2 * s.outputs * s.columns_before for s in sites) if paired else 0
     beside = pruned + consumers if paired else 0
     squares = grams * sum(s.columns_before**2 for s in sites)
@@ -148,7 +148,7 @@ def compression_flops(
 def solve_flops(site: SitePlan, recipe: Recipe) -> int:
     """Of the repaired rows of a Site; 0 where there is nothing to repair."""
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
-    if recipe.target_signal == "dense":
+    if recipe.paired:
         # one way (`ops.drift`), and what is kept whole has drifted, too
         return int(costs(kept, dropped, site.outputs, False)["fold first"])
     if not dropped:
@@ -233,8 +233,8 @@ def held_bytes(
     """Bytes of what waits on the shelf: hidden states, and the forwards that stand at one Site.
 
     A forward that stands at a Site holds the Site's input, the layer's input, what is added to the
-    Site's output (for an FFN), and what its module was given. With `--target-signal dense` there
-    are hidden states of two paths, and the dense outputs of the layer's Sites.
+    Site's output (for an FFN), and what its module was given. With `--target-signal dense` or
+    `stream` there are hidden states of two paths, and what the layer's Sites aim at.
     """
     if recipe.statistics != "sequential":
         # what enters a layer and what leaves it
@@ -245,7 +245,7 @@ def held_bytes(
         beside = producer_rows(site) if site.kind == "heads" else hidden
         widest = max(widest, site.columns + beside + hidden)
         outputs += site.weight().shape[0]
-    dense = hidden + outputs if recipe.target_signal == "dense" else 0
+    dense = hidden + outputs if recipe.paired else 0
     return positions * (hidden + widest + dense) * item
 
 

@@ -38,7 +38,7 @@ class Phases:
         library: Moments are kept on disk.
         reconstruction: what repairs.
         chooses: tokens are held out to choose its ridge.
-        paired: the dense path goes beside, for `--target-signal dense`.
+        paired: the dense path goes beside, for `--target-signal dense` or `stream`.
         judging: most bytes that the criterion holds beside the statistics of a Site.
     """
 

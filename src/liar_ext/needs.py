@@ -131,7 +131,7 @@ def needs(
         # one after the other
         held_by_one, held = max(held_by_one, states), max(held, ranks * states)
     place, why = _place(execution, held_by_one, ranks, device, device_memory)
-    paired = recipe.target_signal == "dense"
+    paired = recipe.paired
     snapshots = 2 * (2 if paired else 1) * tokens.positions * weights.hidden * weights.item
     disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
     library = "moments" in disk

@@ -21,7 +21,7 @@ KINDS = ("ffn", "heads")
 CHOICES = {
     "budget": ("parameters", "flops"),
     "bias": ("auto", "always", "never"),
-    "target_signal": ("local", "dense"),
+    "target_signal": ("local", "dense", "stream"),
     "statistics": ("sequential", "oneshot"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -46,7 +46,8 @@ class Recipe:
             chooses from `RIDGES`, Site by Site, by tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
         target_signal: what the repair aims at: `local`, what the dense consumer makes of the
-            present inputs; `dense`, what it made of the dense model's (only `sequential`).
+            present inputs; `dense`, what it made of the dense model's; `stream`, that and what has
+            drifted in the residual stream beside it (both only `sequential`).
         statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).
         round_to: FFN widths become multiples of this.
         layers: half-open range of layers to prune, or None for all.
@@ -132,23 +133,29 @@ class Recipe:
                 f"--reconstruct {self.reconstruct} works through biases and --bias is never; "
                 "use --bias auto or another reconstruction"
             )
-        if self.target_signal == "dense":
+        if self.paired:
+            aim = f"--target-signal {self.target_signal}"
             if self.chooses_ridge:
                 raise InputError(
-                    "--ridge auto with --target-signal dense: held-out errors are measured against "
+                    f"--ridge auto with {aim}: held-out errors are measured against "
                     "local targets only; give a number, e.g. --ridge 1e-3"
                 )
             if self.statistics == "oneshot":
                 raise InputError(
-                    "--target-signal dense with --statistics oneshot: inputs are the dense path's "
+                    f"{aim} with --statistics oneshot: inputs are the dense path's "
                     "there, so it is the same as local; use --statistics sequential, or local"
                 )
             if not RECONSTRUCTIONS[self.reconstruct].follows:
                 able = ", ".join(name for name, r in RECONSTRUCTIONS.items() if r.follows)
                 raise InputError(
-                    f"--target-signal dense with --reconstruct {self.reconstruct}, which fits no "
+                    f"{aim} with --reconstruct {self.reconstruct}, which fits no "
                     f"weights to a target; use --reconstruct {able}, or local"
                 )
+
+    @property
+    def paired(self) -> bool:
+        """Whether the dense path goes beside the pruned one."""
+        return self.target_signal != "local"
 
     @property
     def chooses_ridge(self) -> bool:

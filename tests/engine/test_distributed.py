@@ -42,6 +42,7 @@ VARIANTS = {
     "global": ("llama", "--statistics oneshot --allocation global --target ffn,heads"),
     "with bias": ("llama", "--bias always --criterion random"),
     "dense target": ("llama", "--target-signal dense --target ffn,heads"),
+    "stream target": ("llama", "--target-signal stream --target ffn,heads"),
     "on disk": ("llama", "--hidden-states disk --target ffn,heads"),
     "encoder": ("bert", "--target ffn,heads"),
     "idle ranks": ("llama", "--samples 40"),

@@ -109,6 +109,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
                 ("old hidden states still there", 1),
             ],
         ),
+        (
+            {"target_signal": "stream"},
+            "disk",
+            [("site half pruned", 3), ("hidden states half written", 3), ("journal written", 2)],
+        ),
     ],
     ids=[
         "sequential",
@@ -121,6 +126,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "ridge-auto",
         "some-layers",
         "dense-target",
+        "stream-target",
     ],
 )
 def test_killed_again_and_again_the_result_is_the_same(

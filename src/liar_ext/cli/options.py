@@ -43,8 +43,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "target_signal": (
         str,
         "NAME",
-        "what the repair aims at: local (the dense consumer on present inputs) or dense (its "
-        "output in the dense model)",
+        "what the repair aims at: local (the dense consumer on present inputs), dense (its "
+        "output in the dense model) or stream (the residual stream behind it there)",
     ),
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
     "round_to": (int, "N", "FFN widths become multiples of N"),

@@ -159,16 +159,18 @@ def layer_output(layer: nn.Module, states: Tensor, call: LayerCall) -> Tensor:
 
 
 @contextmanager
-def listening(sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of these Sites' consumers, by kind, once a forward of their layer is through.
+def listening(sites: Sequence[Site], *, runs_only: bool = False) -> Iterator[dict[str, Tensor]]:
+    """The outputs of these Sites' consumers, by kind, once a forward has passed them.
 
-    Copies: what follows may write to an output.
+    Copies: what follows may write to an output. With `runs_only` those of a `LayerRun`: calls from
+    outside are not heard.
     """
     heard: dict[str, Tensor] = {}
 
     def listen(site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            heard[site.kind] = output.clone()
+            if not runs_only or isinstance(greenlet.getcurrent(), _Run):
+                heard[site.kind] = output.clone()
 
         return hook
 

@@ -34,6 +34,7 @@ from liar_ext.engine.inputs import (
     resolve_device,
 )
 from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
@@ -78,6 +79,7 @@ def compress(
     check_backends(device)
     reader, model, left_over = dense_checkpoint(folder)
     adapter = adapter_for(model.config)
+    paths_for(recipe.target_signal, adapter, model.config)  # refuses by name
     calibration = load_calibration(folder, model, recipe)
     dtype = compute_dtype(recipe.dtype, device) or reader.main_dtype()
     identity = identity_of(recipe, reader, calibration, device, dtype)

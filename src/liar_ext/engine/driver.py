@@ -20,7 +20,7 @@ from liar_ext.engine.gradients import GradientPass
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.measure import Measured
-from liar_ext.engine.pairs import PATHS
+from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
@@ -117,7 +117,7 @@ class Driver:
         self._repairer = Repairer(
             self.recipe, self._intercept, self.ranks, self.clock, self.judgements
         )
-        paths = PATHS[self.recipe.target_signal]
+        paths = paths_for(self.recipe.target_signal, self.adapter, self.store.model.config)
         self._stream = paths.stream(
             self.batches,
             self._layers,
@@ -126,6 +126,7 @@ class Driver:
             ranks=self.ranks,
             clock=self.clock,
             least=least_segments(self.recipe),
+            specs=self.adapter.sites,
         )
         self._measurer = paths.measurer(
             self.store.model,

@@ -10,7 +10,6 @@ path is paused, and each layer is read once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,23 +77,33 @@ class PairStream(Stream):
                 self._forget(site.kind)
 
     def _ahead(self, index: int, sites: Sequence[Site], *, onward: bool) -> dict[int, Item]:
-        """The dense path through a layer that is still dense; its consumers' outputs wait."""
-        layer, later = self._layers[index], {}
+        """The dense path through a layer that is still dense; what Sites aim at waits."""
+        layer, later, heeded = self._layers[index], {}, self._heeded(sites)
         for number in self._batches:
             before = self.dense.get(number, self.hidden[number])
-            with listening(sites) as heard, self._clock.phase("forward"):
+            with listening(heeded) as heard, self._clock.phase("forward"):
                 states = layer_output(layer, before.fetch(), self._calls[number][index])
-            if len(heard) != len(sites):
+            if len(heard) != len(heeded):
                 raise RuntimeError(f"a forward of layer {index} did not reach all of its Sites")
             with self._clock.phase("hold"):
-                for kind, output in heard.items():
-                    self._outputs[kind, number] = self._shelf.put(output)
+                for kind, target in self._targets(number, sites, heard).items():
+                    self._outputs[kind, number] = self._shelf.put(target)
                 if onward:
                     later[number] = self._shelf.put(states)
                 if number in self.dense:
                     self.dense.pop(number).free()
             del states
         return later
+
+    def _heeded(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """The Sites of the layer whose outputs make the targets of `sites`."""
+        return sites
+
+    def _targets(
+        self, number: int, sites: Sequence[Site], heard: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """What each of the Sites aims at, by kind, from what the dense path said on a batch."""
+        return heard
 
     def _hand(self, accumulator: Accumulator, site: Site, number: int, x: Tensor) -> None:
         assert isinstance(accumulator, SitePairs), "a Measurer of pairs takes these statistics"
@@ -110,7 +119,7 @@ class PairStream(Stream):
         self.dense = dict(dense)
 
     def _forget(self, kind: str) -> None:
-        """Free the outputs of a Site."""
+        """Free the targets of a Site."""
         for key in [key for key in self._outputs if key[0] == kind]:
             self._outputs.pop(key).free()
 
@@ -138,15 +147,3 @@ class PairMeasurer(Measurer):
                 "the dense or the pruned path; compute in a wider type with --dtype"
             )
         return Measured(moments, drift=drift)
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Attributes: what carries hidden states and what takes statistics for a target."""
-
-    stream: type[Stream]
-    measurer: type[Measurer]
-
-
-# by `Recipe.target_signal`
-PATHS = {"local": Paths(Stream, Measurer), "dense": Paths(PairStream, PairMeasurer)}

@@ -14,7 +14,7 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, Shelf
 from liar_ext.engine.statistics import segments
-from liar_ext.models import Site
+from liar_ext.models import Site, SiteSpec
 
 
 class Accumulator(Protocol):
@@ -44,6 +44,9 @@ class Stream:
     Attributes:
         hidden: what enters the next layer, by the number of the batch; on the shelf.
         count: segments of all batches, `least` where there are so many batches. alone: it is 1.
+
+    Args:
+        specs: all Sites of a layer, targeted or not, in the order of a forward.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class Stream:
         ranks: Ranks,
         clock: Clock,
         least: int = 1,
+        specs: Sequence[SiteSpec] = (),
     ) -> None:
+        self._specs = specs
         self._layers, self._device, self._shelf, self._clock = layers, device, shelf, clock
         self._segments = segments(batches, least)
         self.count = count = self._segments[-1] + 1 if self._segments else 0

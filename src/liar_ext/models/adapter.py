@@ -32,6 +32,8 @@ class Adapter:
         explicit: config -> fields to state explicitly before widths change, because their
             default is derived from a width (`head_dim = hidden_size / num_attention_heads`).
         max_positions: config -> longest sequence the model takes.
+        residual: config -> whether a layer's output is the sum of its input and its consumers'
+            outputs: the norms are in front (pre-norm).
         refuse: config -> reason why this variant cannot be pruned, or None.
         alias: another model_type with the same modules and weight names, for head counts that
             this family's own config validation rejects.
@@ -44,6 +46,7 @@ class Adapter:
     head_dim: Callable[[PretrainedConfig], int] = plain_head_dim
     max_positions: Callable[[PretrainedConfig], int] = lambda config: config.max_position_embeddings
     explicit: Callable[[PretrainedConfig], dict[str, Any]] = lambda config: {}
+    residual: Callable[[PretrainedConfig], bool] = lambda config: False
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
     alias: str | None = None
 

@@ -31,5 +31,6 @@ GPT2 = Adapter(
         ),
     ),
     decoder=True,
+    residual=lambda config: True,
     refuse=_refuse,
 )

@@ -46,6 +46,7 @@ LLAMA = Adapter(
     layers="layers",
     sites=(grouped_heads("attention_bias"), gated_ffn("mlp_bias")),
     decoder=True,
+    residual=lambda config: True,
     explicit=explicit_head_dim,
     # LlamaConfig insists on hidden_size % num_attention_heads == 0, MistralConfig does not; with
     # no sliding window the two are the same function with the same weight names.

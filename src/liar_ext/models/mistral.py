@@ -8,5 +8,6 @@ MISTRAL = Adapter(
     layers="layers",
     sites=(grouped_heads(), gated_ffn()),
     decoder=True,
+    residual=lambda config: True,
     explicit=explicit_head_dim,
 )

@@ -22,4 +22,5 @@ OPT = Adapter(
         ),
     ),
     decoder=True,
+    residual=lambda config: config.do_layer_norm_before,
 )

@@ -9,5 +9,6 @@ QWEN3 = Adapter(
     layers="layers",
     sites=(grouped_heads("attention_bias"), gated_ffn()),
     decoder=True,
+    residual=lambda config: True,
     explicit=explicit_head_dim,
 )

@@ -22,7 +22,9 @@ class SiteReport:
         relative_residual: mean squared error of the repaired consumer's output over the variance
             of the dense one's, on the calibration tokens. The dense one gets the same inputs; with
             `--target-signal dense` it gets those of the dense model, so that what layers before
-            did to the inputs counts.
+            did to the inputs counts; with `stream` what the residual stream in front of it lost is
+            part of that output: both are of the dense stream behind the Site less the present
+            stream in front of it.
         ridge, ridge_used: relative λ asked for and used; steps: what was raised or repeated.
         condition, backward_error, dead_columns, precision: see `ops.diagnostics.Diagnostics`.
         iterations: of an iterative reconstruction.

@@ -1,0 +1,71 @@
+"""Recipes that aim at the dense model, and what its and a pruned copy's linears get, by hooks."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from liar_families import batches_of, outputs, write_tokens
+
+from liar_ext import Recipe
+from liar_ext.models import adapter_for, linear
+
+KINDS = ("heads", "ffn")
+
+
+def setting(tmp_path, *, decoder: bool = True, **changes):
+    base = {
+        "calibration": str(write_tokens(tmp_path / "t.npy")),
+        "samples": 24,
+        "seq_len": 24,
+        "batch_size": 5,
+        "sparsity": 0.5,
+        "target": KINDS,
+        "target_signal": "dense",
+        "ridge": 1e-3,
+    }
+    recipe = Recipe(**{**base, **changes})
+    return recipe, batches_of(recipe, decoder=decoder)
+
+
+def inputs_of(model, path: str, batches) -> torch.Tensor:
+    """What a linear gets on the calibration tokens, (T, n)."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    for batch in batches:
+        outputs(model, batch.input_ids, attention_mask=batch.attention_mask.long())
+    handle.remove()
+    masks = [batch.attention_mask.flatten() for batch in batches]
+    return torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)])
+
+
+def standing(dense, small, index: int, kind: str):
+    """`small` before the Site (index, kind) was pruned: what comes from there on is dense."""
+    model, adapter = copy.deepcopy(small), adapter_for(dense.config)
+    layers, whole = (adapter.layer_list(m)[1] for m in (model, dense))
+    for later in range(index, len(layers)):
+        layers[later] = copy.deepcopy(whole[later])
+    if kind == "ffn":
+        name = adapter.sites_of(dense, index, ("heads",))[0].spec.consumer.partition(".")[0]
+        setattr(
+            layers[index], name, copy.deepcopy(getattr(adapter.layer_list(small)[1][index], name))
+        )
+    return model
+
+
+def kept_columns(before, after) -> torch.Tensor:
+    """Columns that a Site kept, found again by its last producer's rows."""
+    producer = before.spec.producers[-1]
+    wide, narrow = (
+        linear.weight(s.module.get_submodule(producer.path)).unflatten(0, (producer.segments, -1))[
+            producer.segment
+        ]
+        for s in (before, after)
+    )
+    rows = torch.tensor(
+        [int((wide == row).all(1).nonzero()[0]) for row in narrow], dtype=torch.int64
+    )
+    width = len(wide) // before.units
+    return before.unit_columns(rows[::width] // width)
