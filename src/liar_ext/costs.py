@@ -236,10 +236,10 @@ def held_bytes(
     Site's output (for an FFN), and what its module was given. With `--target-signal dense` or
     `stream` there are hidden states of two paths, and what the layer's Sites aim at.
     """
+    hidden = _hidden(model)
     if recipe.statistics != "sequential":
         # what enters a layer and what leaves it
-        return 2 * positions * text_config(model.config).hidden_size * item
-    hidden = text_config(model.config).hidden_size
+        return 2 * positions * hidden * item
     widest = outputs = 0
     for site in adapter.sites_of(model, 0, recipe.target):
         beside = producer_rows(site) if site.kind == "heads" else hidden

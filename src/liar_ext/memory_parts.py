@@ -21,28 +21,19 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the phases are made of; bytes unless said otherwise.
+class Weights:
+    """Bytes of a dense model's weights.
 
     Attributes:
-        cuda: computes beside the host's memory.
-        place: where hidden states and paused forwards wait: device, host or disk.
-        process: interpreter, libraries, calibration tokens.
         item: of a number in the compute dtype. hidden: width of the hidden states, in numbers.
         outside: of embeddings and whatever is beside the layers, in the compute dtype;
             outside_read: of the largest of them as it is stored, if that is another dtype.
         layer: the largest layer in the compute dtype; read: as it is stored; pinned: that, each
             tensor rounded up to a power of two; largest: its largest tensor as it is stored, if
-            that is another dtype; written: the pruned layer as it is stored.
-        layers, ranks: how many.
-        positions: tokens of this rank, with padding; batch: of its largest batch.
-        masks: of the attention masks of all batches.
-        alone: there is one segment of tokens.
+            that is another dtype.
+        layers: how many.
     """
 
-    cuda: bool
-    place: str
-    process: int
     item: int
     hidden: int
     outside: int
@@ -51,8 +42,28 @@ class Sizes:
     read: int
     pinned: int
     largest: int
-    written: int
     layers: int
+
+
+@dataclass(frozen=True)
+class Sizes(Weights):
+    """What the phases are made of; bytes unless said otherwise.
+
+    Attributes:
+        cuda: computes beside the host's memory.
+        place: where hidden states and paused forwards wait: device, host or disk.
+        process: interpreter, libraries, calibration tokens.
+        written: the largest pruned layer as it is stored.
+        ranks: how many.
+        positions: tokens of this rank, with padding; batch: of its largest batch.
+        masks: of the attention masks of all batches.
+        alone: there is one segment of tokens.
+    """
+
+    cuda: bool
+    place: str
+    process: int
+    written: int
     ranks: int
     positions: int
     batch: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
-from liar_ext.costs import SitePlan, Tokens, held_bytes
+from liar_ext.costs import SitePlan, Tokens
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
@@ -21,6 +21,7 @@ from liar_ext.gradient_memory import GradientSizes, gradient_phases
 from liar_ext.memory import Phases
 from liar_ext.memory_parts import (
     Sizes,
+    Weights,
     advice,
     peak,
     power_of_two,
@@ -34,25 +35,6 @@ from liar_ext.report.text import size
 from liar_ext.survey import needs_tokens, reads_of
 
 __all__ = ["Weights", "needs", "resident_bytes", "weights_of"]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of a dense model's weights; as in `memory.Sizes`."""
-
-    item: int
-    hidden: int
-    outside: int
-    outside_read: int
-    layer: int
-    read: int
-    pinned: int
-    largest: int
-    layers: int
-
-    def held(self, model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tokens: Tokens) -> int:
-        """Bytes that wait on the shelf."""
-        return held_bytes(model, adapter, recipe, tokens.positions, self.item)
 
 
 def weights_of(

@@ -34,6 +34,7 @@ from liar_ext.costs import (
     compression_flops,
     gradient_flops,
     head_flops,
+    held_bytes,
     layer_flops,
     measure,
     producer_rows,
@@ -115,7 +116,7 @@ def plan(
     if bytes_before is None:
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
-    held = weights.held(model, adapter, recipe, tokens)
+    held = held_bytes(model, adapter, recipe, tokens.positions, weights.item)
     gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
     backward = gradient_flops(model, adapter, recipe, tokens)
 

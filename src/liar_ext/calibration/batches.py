@@ -56,6 +56,10 @@ class Batch:
         """Valid tokens."""
         return int(self.attention_mask.sum())
 
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """The mask on a device; None where all tokens are valid."""
+        return None if bool(self.attention_mask.all()) else self.attention_mask.to(device)
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:

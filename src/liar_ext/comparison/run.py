@@ -154,6 +154,7 @@ def _libraries(
     Each where two cells or more read them and there is room. Sums of tokens that are cut otherwise
     have other roundings, so the two are not mixed.
     """
+    model, adapter = subject.model, adapter_for(subject.model.config)
     found = {}
     for chooses, own in ((False, folder), (True, folder / HELD_OUT)):
         users = [
@@ -167,7 +168,6 @@ def _libraries(
         ]
         if len(users) < 2:
             continue
-        model, adapter = subject.model, adapter_for(subject.model.config)
         sites = {
             (index, site.kind): site.columns
             for recipe in users

@@ -74,7 +74,7 @@ def record_calls(
             raise _Stop
         return hidden
 
-    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+    mask = batch.mask_on(device)
     with _replaced(layers, stub), suppress(_Stop):
         backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
     return first[0], calls
@@ -101,7 +101,7 @@ def last_hidden(
         passed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return final if calls == len(layers) else passed
 
-    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+    mask = batch.mask_on(device)
     with _replaced(layers, stub):
         found = backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
     return found[0]

@@ -219,15 +219,18 @@ def held_bytes_of(
     """Bytes that wait on the shelf of the rank with most."""
     adapter = adapter_for(model.config)
     windows = first_samples(batches, recipe.gradient_samples)
+    own = _positions(batches, least_segments(recipe), ranks)
+    # nothing of the windows is held out
+    theirs = _positions(windows, 1, ranks)
     return max(
-        held_bytes(model, adapter, recipe, _positions(batches, recipe, ranks), item),
-        gradient_held_bytes(model, adapter, recipe, _positions(windows, recipe, ranks), item),
+        held_bytes(model, adapter, recipe, own, item),
+        gradient_held_bytes(model, adapter, recipe, theirs, item),
     )
 
 
-def _positions(batches: Sequence[Batch], recipe: Recipe, ranks: int) -> int:
+def _positions(batches: Sequence[Batch], least: int, ranks: int) -> int:
     """Tokens, with padding, of the rank with most; ranks have whole segments."""
-    count = segments(batches, least_segments(recipe))[-1] + 1
+    count = segments(batches, least)[-1] + 1
     return sum(b.input_ids.numel() for b in batches) * -(-count // ranks) // count
 
 

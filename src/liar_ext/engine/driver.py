@@ -166,8 +166,8 @@ class Driver:
             self._repairer.generator.set_state(position.generator)
         if position.stage == "survey":
             # before anything is computed that it would be for nothing
-            known = budgets(self.store, self.recipe, longest(self.batches))
-            check_reachable(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
+            known = list(self._budgets().values())
+            check_reachable(known, self.recipe.sparsity, self.recipe.round_to)
         if self._gradients is not None:
             self._repairer.gradients = self._gradients.results(self.keeper)
             self.facts["gradients"] = self._gradients.facts
@@ -247,10 +247,13 @@ class Driver:
             return True
         return has_bias and self.recipe.bias == "auto"
 
+    def _budgets(self) -> dict[tuple[int, str], Budget]:
+        return budgets(self.store, self.recipe, longest(self.batches))
+
     def _allocate(self, position: Position) -> Widths:
         """Kept units of every targeted Site; after a survey if the allocation asks for one."""
         allocation, recipe = ALLOCATIONS[self.recipe.allocation], self.recipe
-        known = budgets(self.store, recipe, longest(self.batches))
+        known = self._budgets()
         survey = survey_of(recipe)
         if survey is not None:
             self._survey(survey, position)

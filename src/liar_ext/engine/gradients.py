@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.criteria import CRITERIA
-from liar_ext.engine.capture import last_hidden
+from liar_ext.engine.capture import last_hidden, layer_output
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
 from liar_ext.engine.progress import Progress
@@ -226,11 +226,10 @@ class GradientPass:
     ) -> Tensor:
         """One batch: gates and weight gradients from it, and the gradient of what entered."""
         batch, call = self._batches[number], self._stream.call(number, index)
-        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(self.device)
+        mask = batch.mask_on(self.device)
         hidden = entered.fetch().detach().requires_grad_()
         with torch.enable_grad(), taps.recording():
-            output = self._layers[index](hidden, *call.args, **call.kwargs)
-        output = output[0] if isinstance(output, tuple) else output
+            output = layer_output(self._layers[index], hidden, call)
         given = [taps.given[site.spec.consumer] for site in taps.sites]
         made = [taps.made[path] for path in sums]
         # nobody needs what enters the first targeted layer

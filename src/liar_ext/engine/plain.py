@@ -18,7 +18,7 @@ def plain_forward(model: PreTrainedModel, batches: Sequence[Batch], device: torc
     backbone = adapter.backbone(model)[1]
     options = {"use_cache": False} if adapter.decoder else {}
     for batch in batches:
-        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+        mask = batch.mask_on(device)
         backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

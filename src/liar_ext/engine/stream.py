@@ -94,8 +94,8 @@ class Stream:
                 self._calls[number] = shared(calls, known)
             with self._clock.phase("hold"):
                 self.hidden[number] = self._shelf.put(states)
-            whole = bool(batch.attention_mask.all())
-            self._masks[number] = None if whole else batch.attention_mask.flatten().to(self._device)
+            mask = batch.mask_on(self._device)
+            self._masks[number] = None if mask is None else mask.flatten()
 
     def advance(self, later: Mapping[int, Item]) -> None:
         """Replace the hidden states; the old ones are freed."""
