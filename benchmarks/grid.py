@@ -21,37 +21,56 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "results"
-METHODS = ("magnitude", "wanda", "flap", "random")
-RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-KEPT = ("sparsity", "criterion", "allocation", "reconstruct", "bias", "statistics", "ridge")
+KEPT = (
+    "sparsity",
+    "criterion",
+    "allocation",
+    "reconstruct",
+    "bias",
+    "statistics",
+    "ridge",
+    "target_signal",
+)
 FFN, HEADS = ("ffn",), ("heads",)
-# targets and sparsities that are crossed
-PLACES = {
-    "minilm": (((FFN,), (0.5, 0.7)), ((HEADS, FFN + HEADS), (0.5,))),
-    "demo": (((FFN, HEADS, FFN + HEADS), (0.3, 0.5)),),
-}
-# (reconstructions, bias policy) side by side; a model with biases keeps them under `auto`
-REPAIRS = {
-    "minilm": ((("none", "bias", "liar"), "auto"), (("liar",), "never")),
-    "demo": ((("none", "bias"), "auto"), (("liar",), "never"), (("liar",), "always")),
-}
+BOTH = FFN + HEADS
+EVERY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SOME = (0.3, 0.5, 0.7)
+# without a loss; MiniLM has none, and its layers are normalised after they are added up
+FORWARD = ("random", "magnitude", "wanda", "flap", "rcpu", "leverage", "obs", "obs-swap")
+GRADIENT = ("snip", "michel", "fisher", "taylor-first")
+CRITERIA = {"minilm": FORWARD, "demo": FORWARD + GRADIENT}
+AIMS = {"minilm": ("dense",), "demo": ("dense", "stream")}
+# of the demo's layers, which have 4 groups of heads, these are all there is
+LEVELS = {"minilm": EVERY, "demo": (0.25, 0.5, 0.75)}
+REPAIRS = ("none", "bias", "mask-tuning", "rotation-scaled")
+ALLOCATIONS = ("global", "kwon", "alpha", "influence", "levels")
+RIDGES = (1e-6, 1e-5, 1e-3, 1e-2, 1e-1, "auto")
 SIZES = {
     "minilm": {"samples": 1024, "seq_len": 128, "batch_size": 32},
-    "demo": {"samples": 256, "seq_len": 256, "batch_size": 16},
+    "demo": {"samples": 128, "seq_len": 256, "batch_size": 16},
 }
 
 
-def parts(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The axes and the fixed options of each comparison."""
-    for reconstructions, bias in REPAIRS[name]:
-        for targets, sparsities in PLACES[name]:
-            where = {"targets": targets, "sparsities": sparsities, "criteria": METHODS}
-            yield {**where, "reconstructions": reconstructions}, {"bias": bias}
-    for targets, sparsities in PLACES[name]:
-        where = {"targets": targets, "sparsities": sparsities}
-        yield {**where, "criteria": ("wanda",)}, {"statistics": "oneshot"}
-        yield {**where, "criteria": ("wanda", "flap"), "allocations": ("global",)}, {}
-        yield {**where, "criteria": ("wanda",), "ridges": RIDGES}, {}
+def parts(name: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The name, the axes and the fixed options of each comparison."""
+
+    def everywhere(part: str, sparsities: tuple[float, ...], **axes: Any) -> Iterator[Any]:
+        fixed = axes.pop("fixed", {})
+        axes.setdefault("criteria", ("wanda", "obs"))
+        heads = tuple(s for s in LEVELS[name] if name == "demo" or s in sparsities)
+        yield f"{part}-ffn", {"targets": (FFN, BOTH), "sparsities": sparsities, **axes}, fixed
+        yield f"{part}-heads", {"targets": (HEADS,), "sparsities": heads, **axes}, fixed
+
+    yield from everywhere("criteria", EVERY, criteria=CRITERIA[name])
+    yield from everywhere("targets", EVERY, target_signals=AIMS[name])
+    few = (*SOME, 0.9)
+    yield from everywhere("repairs", few, criteria=CRITERIA[name], reconstructions=REPAIRS)
+    yield from everywhere("ridges", SOME, ridges=RIDGES)
+    yield from everywhere("allocations", SOME, allocations=ALLOCATIONS)
+    yield from everywhere("more-repairs", SOME, reconstructions=("rotation", "admm"))
+    yield from everywhere("oneshot", SOME, fixed={"statistics": "oneshot"})
+    other = "always" if name == "demo" else "never"
+    yield from everywhere("bias", SOME, fixed={"bias": other})
 
 
 def rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -81,11 +100,11 @@ def measure(name: str, source: Path, calibration: str, evaluation: Any, work: Pa
 
     data: dict[str, Any] = {}
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, (axes, fixed) in enumerate(parts(name)):
+    for part, axes, fixed in parts(name):
         grid = make_grid(Recipe(calibration=calibration, **SIZES[name], **fixed), axes)
-        result = compare(source, work / f"{number}", grid, [evaluation], resume=True)
+        result = compare(source, work / part, grid, [evaluation], resume=True)
         if result["counts"]["failed"]:
-            raise SystemExit(f"{work / str(number)}: {result['counts']['failed']} cells failed")
+            raise SystemExit(f"{work / part}: {result['counts']['failed']} cells failed")
         for row in rows(result):
             # a recipe of two parts is one row
             found.setdefault(tuple(row[key] for key in ("target", *KEPT)), row)
@@ -97,7 +116,7 @@ def measure(name: str, source: Path, calibration: str, evaluation: Any, work: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(PLACES))
+    parser.add_argument("name", choices=sorted(SIZES))
     parser.add_argument("--calibration", help="default for demo: the package's own text")
     parser.add_argument("--evaluation", help="minilm: STS-B CSV")
     parser.add_argument("--work", type=Path, help="for the comparisons; default build/grid-NAME")

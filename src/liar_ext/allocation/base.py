@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from liar_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from liar_ext.allocation.search import Search
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Budget:
     cost: int
     finding: Tensor | None = None
 
+    def price(self, units: int) -> float:
+        """What this many kept units cost."""
+        return float(self.cost * units)
+
     @property
     def known(self) -> Tensor:
         """The finding, for an allocation with a survey."""
@@ -40,12 +48,14 @@ class Allocation:
     wanted: (budgets, sparsity) -> kept units of each Site, real numbers.
     survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
+    search: tries whole models; what it finds takes the place of `wanted`.
     """
 
     name: str
     wanted: Callable[[Sequence[Budget], float], list[float]]
     survey: str | None
     equal: bool
+    search: Search | None = None
 
     def widths(self, budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> list[int]:
         """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
