@@ -6,10 +6,11 @@ from liar_ext.allocation.global_ranking import GLOBAL
 from liar_ext.allocation.influence import INFLUENCE
 from liar_ext.allocation.kwon import KWON
 from liar_ext.allocation.levels import BY_LEVELS
+from liar_ext.allocation.ranked import RANKED
 from liar_ext.allocation.uniform import UNIFORM
 
 ALLOCATIONS: dict[str, Allocation] = {
-    a.name: a for a in (UNIFORM, GLOBAL, ALPHA, INFLUENCE, BY_LEVELS, KWON)
+    a.name: a for a in (UNIFORM, GLOBAL, RANKED, ALPHA, INFLUENCE, BY_LEVELS, KWON)
 }
 
 __all__ = ["ALLOCATIONS", "Allocation", "Budget", "check_reachable"]
