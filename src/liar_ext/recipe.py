@@ -18,6 +18,8 @@ RIDGES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
 DEFAULT_RIDGE = 1e-4
 AUTO = "auto"
 KINDS = ("ffn", "heads")
+# numbers of at least 1
+WHOLE = ("samples", "seq_len", "batch_size", "gradient_samples", "policy_steps", "round_to")
 CHOICES = {
     "budget": ("parameters", "flops"),
     "bias": ("auto", "always", "never"),
@@ -42,6 +44,7 @@ class Recipe:
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
         gradient_samples: of them, the first that criteria which need a loss take gradients of.
+        policy_steps: steps of the search for masks of criteria that learn a policy.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns; `auto`
             chooses from `RIDGES`, Site by Site, by tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
@@ -67,6 +70,7 @@ class Recipe:
     seq_len: int = 2048
     batch_size: int = 8
     gradient_samples: int = 16
+    policy_steps: int = 256
     ridge: float | str = DEFAULT_RIDGE
     bias: str = "auto"
     target_signal: str = "local"
@@ -104,7 +108,7 @@ class Recipe:
             _check_choice(name, getattr(self, name), tuple(registry))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        for name in ("samples", "seq_len", "batch_size", "gradient_samples", "round_to"):
+        for name in WHOLE:
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")

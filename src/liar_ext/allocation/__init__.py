@@ -2,6 +2,7 @@
 
 from liar_ext.allocation.alpha import ALPHA
 from liar_ext.allocation.base import Allocation, Budget, check_reachable
+from liar_ext.allocation.besa import BESA
 from liar_ext.allocation.global_ranking import GLOBAL
 from liar_ext.allocation.influence import INFLUENCE
 from liar_ext.allocation.kwon import KWON
@@ -10,7 +11,7 @@ from liar_ext.allocation.ranked import RANKED
 from liar_ext.allocation.uniform import UNIFORM
 
 ALLOCATIONS: dict[str, Allocation] = {
-    a.name: a for a in (UNIFORM, GLOBAL, RANKED, ALPHA, INFLUENCE, BY_LEVELS, KWON)
+    a.name: a for a in (UNIFORM, GLOBAL, RANKED, ALPHA, INFLUENCE, BY_LEVELS, BESA, KWON)
 }
 
 __all__ = ["ALLOCATIONS", "Allocation", "Budget", "check_reachable"]

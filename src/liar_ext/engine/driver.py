@@ -15,11 +15,12 @@ from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
 from liar_ext.costs import unit_costs
 from liar_ext.criteria import CRITERIA, Columns
+from liar_ext.engine.block import LayerBlock
 from liar_ext.engine.clock import Clock
-from liar_ext.engine.gradients import GradientPass
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.measure import Measured
+from liar_ext.engine.passes import PASSES, PriorPass
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
@@ -33,7 +34,7 @@ from liar_ext.models import Site, adapter_for, layout
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.schema import SiteReport
-from liar_ext.survey import Survey, reads_of, survey_of
+from liar_ext.survey import Learn, Survey, reads_of, survey_of
 
 if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
@@ -139,9 +140,9 @@ class Driver:
             self.ranks,
             self.clock,
         )
-        self._gradients: GradientPass | None = None
-        if CRITERIA[self.recipe.criterion].differentiates:
-            self._gradients = GradientPass(
+        self._prior: PriorPass | None = None
+        if (prior := PASSES.get(CRITERIA[self.recipe.criterion].needs)) is not None:
+            self._prior = prior(
                 self.store,
                 self.batches,
                 self.recipe,
@@ -168,9 +169,9 @@ class Driver:
             # before anything is computed that it would be for nothing
             known = list(self._budgets().values())
             check_reachable(known, self.recipe.sparsity, self.recipe.round_to)
-        if self._gradients is not None:
-            self._repairer.gradients = self._gradients.results(self.keeper)
-            self.facts["gradients"] = self._gradients.facts
+        if self._prior is not None:
+            self._repairer.prior = self._prior.results(self.keeper)
+            self.facts[self._prior.name] = self._prior.facts
         if position.stage == "survey":
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)
@@ -271,8 +272,10 @@ class Driver:
         """Findings of every targeted Site on the dense path, from `position` on."""
         reads = reads_of(self.recipe)
         assert reads is not None
+        self._measurer.learns = survey.learn is not None
         if self._measurer.needed(position.layer, reads):
             self._enter(position)
+        self._stream.keeps = self._measurer.learns
         self.progress.begin(self.targets.stop, survey.label, position.layer)
         # without tokens nothing has to pass the layers before the first targeted one
         first = self.targets.start if reads == "weights" else 0
@@ -281,9 +284,12 @@ class Driver:
             similarity = self._similarity(index) if reads == "states" else None
             found = self._measurer.statistics(index, reads)
             self._find(survey, index, found, similarity, position)
+            if survey.learn is not None and index in self.targets:
+                self._learn(survey.learn, index, position)
             self.store.close(index, final=False)
             self._keep(position, index + 1)
             self.progress.layer(index)
+        self._stream.keeps = self._measurer.learns = False
         self._stream.advance({})
         self._measurer.entered = False
 
@@ -309,6 +315,25 @@ class Driver:
                 found = whole.clone()
             position.findings[key] = found
             whole = found if survey.whole_layer else None
+
+    def _learn(self, learn: Learn, index: int, position: Position) -> None:
+        """What a layer's Sites learn together takes the place of what was found of each."""
+        sites, budgets = self._measurer.sites(index), self._budgets()
+        keys = [(index, site.kind) for site in sites]
+        block = LayerBlock(
+            self._layers[index],
+            index,
+            sites,
+            [budgets[key].cost for key in keys],
+            self._stream,
+            self.device,
+            self.ranks,
+            self.clock,
+        )
+        whole = learn([position.findings[key] for key in keys], block)
+        for key in keys:
+            # files do not take two tensors of one storage
+            position.findings[key] = whole.clone()
 
     def _similarity(self, index: int) -> float:
         found = self._measurer.similarity(index)

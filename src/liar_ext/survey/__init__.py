@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.criteria import CRITERIA
-from liar_ext.survey.base import Reads, Survey, View
+from liar_ext.survey.base import Block, Learn, Reads, Survey, View
+from liar_ext.survey.besa import BESA
 from liar_ext.survey.influence import INFLUENCE
 from liar_ext.survey.levels import LEVELS
 from liar_ext.survey.scores import SCORES
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from liar_ext.models import Adapter
     from liar_ext.recipe import Recipe
 
-SURVEYS: dict[str, Survey] = {s.name: s for s in (SCORES, SPECTRA, INFLUENCE, LEVELS)}
+SURVEYS: dict[str, Survey] = {s.name: s for s in (SCORES, SPECTRA, INFLUENCE, LEVELS, BESA)}
 
 
 def survey_of(recipe: Recipe) -> Survey | None:
@@ -56,6 +57,8 @@ def survey_costs(
 
 __all__ = [
     "SURVEYS",
+    "Block",
+    "Learn",
     "Reads",
     "Survey",
     "View",
