@@ -32,7 +32,6 @@ from liar_ext.costs import (
     SitePlan,
     Tokens,
     compression_flops,
-    gradient_flops,
     head_flops,
     held_bytes,
     layer_flops,
@@ -53,14 +52,15 @@ from liar_ext.engine.statistics import (
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
-from liar_ext.gradient_memory import gradient_sizes
+from liar_ext.gradient_memory import layer_graph
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
+from liar_ext.prior_costs import prior_plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
-from liar_ext.survey import needs_tokens, reads_of, survey_costs
+from liar_ext.survey import learning_flops, needs_tokens, reads_of, survey_costs
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
@@ -117,8 +117,12 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     held = held_bytes(model, adapter, recipe, tokens.positions, weights.item)
-    gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
-    backward = gradient_flops(model, adapter, recipe, tokens)
+    units = sum(budget.units for budget in costs.values())
+    prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
+    beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
+    learned = learning_flops(model, adapter, recipe, by_layer, tokens, driver.targets)
+    beside["learning"] += learned
+    graph = layer_graph(model, adapter, driver.targets.start) if learned else (0, 0)
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
@@ -135,7 +139,8 @@ def plan(
         output=bytes_after,
         held=held,
         survey_bytes=survey_bytes,
-        gradients=gradients,
+        prior=prior,
+        learning=graph,
         ranks=ranks,
         out=out,
         device=device,
@@ -152,7 +157,7 @@ def plan(
         survey=survey_flops,
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
-    flops["gradients"] = backward
+    flops |= beside
     return {
         "source": str(source),
         "model_type": adapter.model_type,
@@ -183,8 +188,8 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     """Of one process; None without rates."""
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
-    # those of a loss are matmuls in the compute dtype, as a forward pass is
-    found = {p: flops[p] / rates["forward" if p == "gradients" else p] for p in flops}
+    # of the others all are matmuls in the compute dtype, as a forward pass is
+    found = {p: flops[p] / rates.get(p, rates["forward"]) for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 

@@ -42,6 +42,7 @@ from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.policy_memory import policy_held_bytes
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 from liar_ext.survey import needs_tokens
@@ -222,9 +223,12 @@ def held_bytes_of(
     own = _positions(batches, least_segments(recipe), ranks)
     # nothing of the windows is held out
     theirs = _positions(windows, 1, ranks)
+    # of a policy's each rank has all
+    every = _positions(batches, 1, 1)
     return max(
         held_bytes(model, adapter, recipe, own, item),
         gradient_held_bytes(model, adapter, recipe, theirs, item),
+        policy_held_bytes(model, recipe, every, item),
     )
 
 
