@@ -162,7 +162,7 @@ def test_a_survey_without_tokens_costs_no_forward(allocation, statistics, passes
 
 
 @pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
-@pytest.mark.parametrize("allocation", ["alpha", "influence", "levels", "kwon"])
+@pytest.mark.parametrize("allocation", ["alpha", "influence", "levels", "kwon", "ranked", "besa"])
 def test_the_budget_is_met_in_some_layers(allocation, statistics, tmp_path):
     recipe, batches = setting(tmp_path, allocation=allocation, statistics=statistics, layers=(1, 2))
     report = liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
@@ -212,7 +212,7 @@ def test_a_unit_costs_what_the_layers_flops_fall_by(name):
         assert layer_flops(model, adapter, 23)[0] == before - 2 * cost
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "kwon", "levels"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "kwon", "levels", "ranked", "besa"])
 def test_a_budget_in_flops_is_met_and_reported(allocation, tmp_path):
     recipe, batches = setting(tmp_path, budget="flops", allocation=allocation, sparsity=0.45)
     model = FAMILIES["llama-gqa-biases"].build()
