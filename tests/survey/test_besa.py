@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,8 +17,13 @@ from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.calibration import Batch
 from liar_ext.engine.block import LayerBlock
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.driver import Driver
+from liar_ext.engine.execution import Execution
+from liar_ext.engine.gates import gated
+from liar_ext.engine.progress import Silent
 from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.shelf import DeviceShelf
+from liar_ext.engine.shelf import DeviceShelf, DiskShelf
+from liar_ext.engine.store import InMemory
 from liar_ext.engine.stream import Stream
 from liar_ext.models import adapter_for, linear
 from liar_ext.survey import besa
@@ -28,6 +34,12 @@ CPU = torch.device("cpu")
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def few_steps(monkeypatch) -> None:
+    """For tests of what is around the learning."""
+    monkeypatch.setattr(besa, "STEPS", 2)
 
 
 # soft gates
@@ -280,18 +292,31 @@ def test_slopes_are_finite_differences_of_one_batchs_error():
             assert float(slope[unit]) == pytest.approx(expected, rel=2e-2)
 
 
+@contextmanager
 def besa_gates(sites, values):
-    from contextlib import contextmanager
+    with gated(sites) as gates:
+        gates.values = [value.double() for value in values]
+        yield
 
-    from liar_ext.engine.gates import gated
 
-    @contextmanager
-    def opened():
-        with gated(sites) as gates:
-            gates.values = [value.double() for value in values]
-            yield
+def test_nothing_is_left_on_the_shelf(tmp_path, monkeypatch, few_steps):
+    """What entered a layer waits one layer longer, and then goes."""
+    recipe, batches = setting(tmp_path)
+    model = FAMILIES["llama-mha"].build()
+    (tmp_path / "shelf").mkdir()
+    shelf = DiskShelf(tmp_path / "shelf", CPU)
+    most = []
+    keep = Driver._keep
 
-    return opened()
+    def counted(self, position, layer):
+        keep(self, position, layer)
+        most.append(len(list((tmp_path / "shelf").iterdir())))
+
+    monkeypatch.setattr(Driver, "_keep", counted)
+    with torch.no_grad():
+        Driver(InMemory(model), batches, recipe, CPU, Silent(), Clock(CPU), shelf=shelf).run()
+    assert most[:2] == [2 * len(batches)] * 2
+    assert not list((tmp_path / "shelf").iterdir())
 
 
 def test_hidden_states_that_are_not_finite_name_the_layer(tmp_path):
@@ -341,21 +366,21 @@ def test_a_site_whose_consumer_ignores_it_is_what_goes(tmp_path, kind):
 
 @pytest.mark.parametrize("criterion", ["obs", "fisher", "magnitude"])
 @pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
-def test_any_criterion_ranks_the_units(tmp_path, criterion, statistics):
+def test_any_criterion_ranks_the_units(tmp_path, few_steps, criterion, statistics):
     recipe, batches = setting(tmp_path, criterion=criterion, statistics=statistics)
     report = liar_ext.prune(FAMILIES["llama-gqa-biases"].build(), batches, recipe)
     assert report.totals["sparsity"] == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt-post-norm"])
-def test_other_families(tmp_path, name):
+def test_other_families(tmp_path, few_steps, name):
     recipe, batches = setting(tmp_path, target_signal="local", layers=(1, 2))
     report = liar_ext.prune(FAMILIES[name].build(), batches, recipe)
     assert {site.layer for site in report.sites} == {1}
     assert report.totals["sparsity"] == pytest.approx(0.4, abs=0.02)
 
 
-def test_a_second_path_comes_after_it(tmp_path):
+def test_a_second_path_comes_after_it(tmp_path, few_steps):
     recipe, batches = setting(tmp_path, target_signal="dense")
     report = liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
     plain, _ = setting(tmp_path)
@@ -363,9 +388,7 @@ def test_a_second_path_comes_after_it(tmp_path):
     assert [s.units_after for s in report.sites] == [s.units_after for s in other.sites]
 
 
-def test_hidden_states_on_disk_give_the_same_bits(tmp_path):
-    from liar_ext.engine.execution import Execution
-
+def test_hidden_states_on_disk_give_the_same_bits(tmp_path, few_steps):
     FAMILIES["llama-mha"].build().save_pretrained(tmp_path / "dense")
     recipe, _ = setting(tmp_path)
     for place in ("device", "disk"):

@@ -108,11 +108,12 @@ class Stream:
 
     def advance(self, later: Mapping[int, Item]) -> None:
         """Replace the hidden states; the old ones are freed, or become those that `entered`."""
-        old, self.entered = self.entered, dict(self.hidden) if self.keeps else {}
-        gone = old if self.keeps else old | self.hidden
-        for number, item in gone.items():
-            if later.get(number) is not item:
-                item.free()
+        gone = [self.entered] if self.keeps else [self.entered, self.hidden]
+        for states in gone:
+            for number, item in states.items():
+                if later.get(number) is not item:
+                    item.free()
+        self.entered = self.hidden if self.keeps else {}
         self.hidden = dict(later)
 
     def kept(self) -> dict[str, Item]:
