@@ -83,8 +83,8 @@ MEASURED = {
         {
             "--criterion": "policy",
             "--policy-steps": "2",
+            "--target": "heads",
             "--reconstruct": "none",
-            "--statistics": "oneshot",
         },
     ),
     "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),

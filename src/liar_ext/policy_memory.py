@@ -70,8 +70,12 @@ def policy_sizes(
         positions=tokens.positions,
         batch=tokens.batch,
         masks=-(-MASKS // ranks),
-        # a consumer's input with its gates and without, and what made it
-        widest=max(2 * site.columns + producer_rows(site) for site in sites),
+        # queries, keys and values, the queries turned, and what attention gives; of an FFN its
+        # activation, the other factor and the product. Gates are on when all but one are gone
+        widest=max(
+            3 * site.columns + (producer_rows(site) + site.columns if site.kind == "heads" else 0)
+            for site in sites
+        ),
         columns=max(site.columns for site in sites if site.kind in recipe.target),
         head=0 if tied_names(model) else vocabulary * width,
         vocabulary=vocabulary,
@@ -82,8 +86,8 @@ def policy_phases(sizes: Sizes, own: PolicySizes) -> list[Phase]:
     """The dense forward, the masked ones, and the loss."""
     s, row = sizes, sizes.hidden * sizes.item
     batches = -(-own.positions // own.batch)
-    # the residual stream and a norm beside it
-    passing = own.batch * ((own.widest + 3 * s.hidden) * s.item + 8 * s.hidden)
+    # what the layer is given and gives, and what the residual stream is beside
+    passing = own.batch * (own.widest + 2 * s.hidden) * s.item
 
     def waiting(times: int, more: int) -> tuple[dict[str, int], dict[str, int]]:
         """All windows so many times, and so many states of one batch."""
