@@ -103,7 +103,7 @@ WIDE = {
     ),
     "with learned rates": (
         (768, 3072, 2, "float32"),
-        8,
+        2,
         {"--allocation": "besa", "--reconstruct": "none", "--statistics": "oneshot"},
     ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),

@@ -14,6 +14,7 @@ from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
 from liar_ext.recipe import Recipe
+from liar_ext.survey import survey_of
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ def layer_graph(model: PreTrainedModel, adapter: Adapter, layer: int) -> tuple[i
         graph += producer_rows(site) + site.columns + (site.columns if site.kind == "ffn" else 0)
     # a norm's input and what it is divided by, of two norms
     return graph, 4 * hidden
+
+
+def learning_graph(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, layer: int
+) -> tuple[int, int] | None:
+    """`layer_graph` where a survey learns with gradients; zeros where it only measures, None where
+    it does not learn."""
+    survey = survey_of(recipe)
+    if survey is None or survey.learn is None:
+        return None
+    slopes, _ = survey.passes(len(recipe.target))
+    return layer_graph(model, adapter, layer) if slopes else (0, 0)
 
 
 def gradient_phases(sizes: Sizes, own: GradientSizes) -> list[Phase]:

@@ -36,7 +36,7 @@ class Phases:
         survey: what a survey before anything is pruned reads, None for no survey;
             survey_bytes: what it makes of that, at most.
         learning: numbers that autograd keeps for a token where a survey learns, in the compute
-            dtype and in float32.
+            dtype and in float32; zeros where it only measures, None where it does not learn.
         library: Moments are kept on disk.
         reconstruction: what repairs.
         chooses: tokens are held out to choose its ridge.
@@ -52,7 +52,7 @@ class Phases:
         sequential: bool,
         survey: Reads | None,
         survey_bytes: int,
-        learning: tuple[int, int],
+        learning: tuple[int, int] | None,
         library: bool,
         reconstruction: Reconstruction,
         chooses: bool,
@@ -90,8 +90,8 @@ class Phases:
             )
         elif self._survey == "states":
             found.append(self._comparing())
-        if any(self._learning):
-            found.append(self._adjusting())
+        if self._learning is not None:
+            found.append(self._adjusting(*self._learning))
         return found
 
     def _phase(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
@@ -127,15 +127,21 @@ class Phases:
         device["passing_batch"] = max(widest, 12 * s.batch * s.hidden)
         return self._phase("comparing hidden states", device, host)
 
-    def _adjusting(self) -> Phase:
-        """A layer with gates and autograd, between what enters it and what leaves it."""
+    def _adjusting(self, numbers: int, wide: int) -> Phase:
+        """A layer with gates between what enters it and what leaves it; with autograd, if numbers
+        are kept for it."""
         s = self._sizes
         device, host = self._standing(written=False, leaving=True)
-        numbers, wide = self._learning
-        device["graph"] = s.batch * (numbers * s.item + wide * 4)
-        # gradients on their way; the output, its change and its square
-        widest = max(site.columns_before for site in self._sites)
-        device["backward"] = s.batch * (2 * widest * s.item + 16 * s.hidden)
+        # the output, its change and its square
+        passing = 12 * s.batch * s.hidden
+        if numbers:
+            device["graph"] = s.batch * (numbers * s.item + wide * 4)
+            # gradients on their way
+            widest = max(site.columns_before for site in self._sites)
+            device["backward"] = passing + 2 * s.batch * widest * s.item
+        else:
+            frames = [self._frame(site, s.batch) + self._passing(site) for site in self._sites]
+            device["passing_batch"] = max(passing, *frames)
         return self._phase("learning rates of a layer", device, host)
 
     def _scoring(self, site: SitePlan) -> Phase:

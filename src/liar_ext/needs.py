@@ -93,7 +93,7 @@ def needs(
     held: int,
     survey_bytes: int,
     prior: PriorPlan | None,
-    learning: tuple[int, int],
+    learning: tuple[int, int] | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -105,8 +105,7 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
-        prior: of a pass before pruning, None without one; learning: of autograd's graph in a survey
-            that learns, for a token: numbers in the compute dtype, and in float32.
+        prior: of a pass before pruning, None without one; learning: see `memory.Phases`.
     """
     cuda = device.type == "cuda"
     held_by_one = held // ranks

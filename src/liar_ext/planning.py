@@ -52,7 +52,7 @@ from liar_ext.engine.statistics import (
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
-from liar_ext.gradient_memory import layer_graph
+from liar_ext.gradient_memory import learning_graph
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
@@ -120,9 +120,8 @@ def plan(
     units = sum(budget.units for budget in costs.values())
     prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
     beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
-    learned = learning_flops(model, adapter, recipe, by_layer, tokens, driver.targets)
-    beside["learning"] += learned
-    graph = layer_graph(model, adapter, driver.targets.start) if learned else (0, 0)
+    beside["learning"] += learning_flops(model, adapter, recipe, by_layer, tokens, driver.targets)
+    graph = learning_graph(model, adapter, recipe, driver.targets.start)
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)

@@ -111,7 +111,8 @@ class PolicyPass:
         kept = None if keeper is None else keeper.aside(_FILE)
         policy, losses = (None, []) if kept is None else _restored(kept[0])
         if policy is None or len(losses) < self.recipe.policy_steps:
-            scores = self._measure()
+            # other GPUs may find others
+            scores = self.ranks.broadcast(self._measure())
             policy = policy or self._started(scores)
             self._learn(policy, losses, keeper)
             for item in (*self._entering.values(), *self._wanted.values()):
