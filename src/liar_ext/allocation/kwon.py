@@ -5,6 +5,10 @@ in descending order of score over all layers, keep the first n_h heads and as ma
 budget then leaves, and of all n_h the one with the largest sum of scores. The scores are the
 criterion's, summed over a unit and not standardised; with grouped-query attention the groups are
 the heads.
+
+In seconds it is the latency-constrained search of the paper: the time of t units is fitted by
+`c + slope · max(t − T, 0)`, every Site has its T best units for c, and what the budget leaves goes
+to the others as before, at the slope of their kind.
 """
 
 from __future__ import annotations
@@ -20,25 +24,42 @@ from liar_ext.allocation.base import Allocation, Budget
 def ranked(budgets: Sequence[Budget]) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, costs and Sites of all units of some Sites, each (units of all,), best first.
 
-    The best unit of each Site comes before all others: no Site is emptied.
+    Those that come at the fixed price of their Site, at least its best one, are before all others:
+    no Site is emptied. Together they cost that price.
     """
     scores = [b.known.double().reshape(b.units, -1).sum(1) for b in budgets]
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-    cost = torch.tensor([b.cost for b in budgets], dtype=torch.float64)[owner]
-    first = torch.cat([torch.arange(len(s)) == s.argmax() for s in scores])
+    cost = torch.cat([_costs(b, own) for b, own in zip(budgets, scores, strict=True)])
+    first = torch.cat([_place(s) < b.hinge.free for b, s in zip(budgets, scores, strict=True)])
     flat = torch.cat(scores)
     order = torch.where(first, torch.inf, flat).argsort(descending=True, stable=True)
     return flat[order], cost[order], owner[order]
 
 
+def _place(scores: Tensor) -> Tensor:
+    """0 for the best unit of a Site, 1 for the next."""
+    return scores.argsort(descending=True, stable=True).argsort()
+
+
+def _costs(budget: Budget, scores: Tensor) -> Tensor:
+    """Of each unit, float64: the fixed price is the best one's."""
+    free, fixed, slope = budget.hinge
+    place = _place(scores)
+    costs = torch.full_like(scores, slope)
+    costs[place < free] = 0.0
+    costs[place == 0] = fixed
+    return costs
+
+
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
-    most = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+    hinges = [b.hinge for b in budgets]
+    most = (1 - sparsity) * sum(h.price(b.units) for h, b in zip(hinges, budgets, strict=True))
     kinds = list(dict.fromkeys(b.kind for b in budgets))
     places = {kind: [i for i, b in enumerate(budgets) if b.kind == kind] for kind in kinds}
     lists = {kind: ranked([budgets[i] for i in places[kind]]) for kind in kinds}
     # of two kinds the shorter list is gone through, and the other one takes what is left
     kinds.sort(key=lambda kind: len(lists[kind][0]))
-    least = [len(places[kind]) for kind in kinds]
+    least = [sum(hinges[place].free for place in places[kind]) for kind in kinds]
     counts = _counts([lists[kind][:2] for kind in kinds], least, most)
     kept = [0.0] * len(budgets)
     for kind, count in zip(kinds, counts, strict=True):
