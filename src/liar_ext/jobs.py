@@ -15,6 +15,7 @@ from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.job import job_folder
 from liar_ext.checkpoint.writer import check_output
 from liar_ext.errors import InputError
+from liar_ext.latency import LatencyTable
 from liar_ext.recipe import Recipe
 from liar_ext.report.schema import Report
 
@@ -182,6 +183,8 @@ def _parse(number: int, text: str, defaults: Mapping[str, Any], overwrite: bool)
     if recipe.calibration is None:
         raise InputError("calibration is missing; give it in the line or as --calibration")
     refuse_missing_path(recipe.calibration)
+    if recipe.latency is not None:
+        LatencyTable.read(recipe.latency)
     # no shell has seen these
     source, out = (os.path.expanduser(own[key]) for key in ("source", "out"))
     name = own.get("name", os.path.basename(os.path.abspath(out)))
