@@ -14,6 +14,7 @@ import datetime
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -272,27 +273,28 @@ def _rounds(
     whole: list[float] = []
     order, shuffled = list(range(len(variants))), random.Random(0)
     started, done, warm = time.perf_counter(), 0, False
-    watch = Stopwatch(device)
-    while len(whole) < repeats:
-        # nobody is always after the same one
-        shuffled.shuffle(order)
-        for number in order:
-            call, sites = variants[number]
-            with watch.on(sites):
-                begin = watch.now()
-                call(hidden)
-                end = watch.now()
-            laps = watch.take()
-            if not warm:
-                continue
-            for place, site in enumerate(sites):
-                times[number][site.kind] += laps[place]
-            if number == 0:
-                whole.append(watch.between(begin, end))
-        if warm:
-            progress.layer(len(whole) - 1)
-        done += 1
-        warm = done >= WARM_UP_ROUNDS and time.perf_counter() - started >= WARM_UP_SECONDS
+    watches = [Stopwatch(device) for _ in variants]
+    with ExitStack() as stack:
+        for watch, (_, sites) in zip(watches, variants, strict=True):
+            stack.enter_context(watch.on(sites))
+        while len(whole) < repeats:
+            # nobody is always after the same one
+            shuffled.shuffle(order)
+            for number in order:
+                begin = watches[number].now()
+                variants[number][0](hidden)
+                if number == 0:
+                    ends = begin, watches[0].now()
+            # a GPU is waited for once in a round: it has work all the time, as in a model
+            laps = [watch.take() for watch in watches]
+            if warm:
+                for own, found, (_, sites) in zip(times, laps, variants, strict=True):
+                    for place, site in enumerate(sites):
+                        own[site.kind] += found[place]
+                whole.append(watches[0].between(*ends))
+                progress.layer(len(whole) - 1)
+            done += 1
+            warm = done >= WARM_UP_ROUNDS and time.perf_counter() - started >= WARM_UP_SECONDS
     return times, whole
 
 
