@@ -196,8 +196,8 @@ def shown(result: dict[str, Any]) -> Table:
     """Predicted beside measured."""
     title = f"{result['source']}: {workload(result['latency'])}; all targeted Sites"
     table = Table(title=title, title_justify="left")
-    table.add_column("allocation")
-    for head in ("asked", "predicted", "measured", "p20", "p80", "of dense", "forward"):
+    table.add_column("")
+    for head in ("asked", "predicted", "measured", "p20", "p80", "of dense"):
         table.add_column(head, justify="right")
     dense = result["rows"][0]["measured_seconds"]["p50"]
     for row in result["rows"]:
@@ -208,7 +208,6 @@ def shown(result: dict[str, Any]) -> Table:
             latency(row["predicted_seconds"]),
             *(latency(own[name]) for name in ("p50", "p20", "p80")),
             f"{own['p50'] / dense:.1%}",
-            latency(row["whole_seconds"]["p50"]),
         )
     return table
 

@@ -220,6 +220,8 @@ def widths(shapes: dict[str, dict[str, Any]], points: int) -> list[dict[str, int
 
 def grid(kind: str, units: int, points: int) -> list[int]:
     """About `points` widths from 1 to all units; of an FFN, multiples of a power of two between."""
+    if units <= points:
+        return list(range(1, units + 1))
     step = 1
     while kind == "ffn" and 2 * step <= min(LARGEST_MULTIPLE, units // (2 * points)):
         step *= 2
