@@ -295,3 +295,16 @@ def test_a_batch_with_a_bad_table_does_not_start(folder, tmp_path):
     (tmp_path / "jobs.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(JobsError, match="jobs.jsonl:1: --latency .* is no table of latencies"):
         read_jobs(tmp_path / "jobs.jsonl", {})
+
+
+def test_a_job_of_another_table_is_not_finished(folder, tmp_path):
+    model = FAMILIES["mistral-gqa"].build()
+    recipe = setting(tmp_path, model)
+    liar_ext.compress(folder, tmp_path / "out", recipe)
+    line = {**recipe.to_json(), "source": str(folder), "out": str(tmp_path / "out")}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(line) + "\n")
+    (job,) = read_jobs(tmp_path / "jobs.jsonl", {}, resume=True)
+    assert job.finished
+    write_table(Path(recipe.latency), model, date="2026-02-01")
+    (job,) = read_jobs(tmp_path / "jobs.jsonl", {}, overwrite=True, resume=True)
+    assert not job.finished

@@ -219,6 +219,8 @@ def _finished(job: BatchJob) -> bool:
     except InputError:
         return False
     same = report.source == job.source or os.path.realpath(report.source) == job.reads
+    table = None if job.recipe.latency is None else LatencyTable.read(job.recipe.latency).sha256
+    same = same and report.latency.get("sha256") == table
     return same and report.recipe == job.recipe.to_json()
 
 

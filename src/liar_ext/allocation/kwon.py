@@ -29,26 +29,22 @@ def ranked(budgets: Sequence[Budget]) -> tuple[Tensor, Tensor, Tensor]:
     """
     scores = [b.known.double().reshape(b.units, -1).sum(1) for b in budgets]
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-    cost = torch.cat([_costs(b, own) for b, own in zip(budgets, scores, strict=True)])
-    first = torch.cat([_place(s) < b.hinge.free for b, s in zip(budgets, scores, strict=True)])
+    cost, first = map(
+        torch.cat, zip(*(_priced(*both) for both in zip(budgets, scores, strict=True)), strict=True)
+    )
     flat = torch.cat(scores)
     order = torch.where(first, torch.inf, flat).argsort(descending=True, stable=True)
     return flat[order], cost[order], owner[order]
 
 
-def _place(scores: Tensor) -> Tensor:
-    """0 for the best unit of a Site, 1 for the next."""
-    return scores.argsort(descending=True, stable=True).argsort()
-
-
-def _costs(budget: Budget, scores: Tensor) -> Tensor:
-    """Of each unit, float64: the fixed price is the best one's."""
+def _priced(budget: Budget, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """What each unit costs, float64, and whether it comes at the fixed price, the best one's."""
     free, fixed, slope = budget.hinge
-    place = _place(scores)
-    costs = torch.full_like(scores, slope)
-    costs[place < free] = 0.0
-    costs[place == 0] = fixed
-    return costs
+    best = scores.argsort(descending=True, stable=True)[:free]
+    costs, first = torch.full_like(scores, slope), torch.zeros(len(scores), dtype=torch.bool)
+    costs[best], first[best] = 0.0, True
+    costs[best[0]] = fixed
+    return costs, first
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
@@ -76,17 +72,18 @@ def _counts(lists: Sequence[tuple[Tensor, Tensor]], least: Sequence[int], most: 
     # of prefixes of 0, 1, 2, ... units
     sums, costs = ([_prefix(part[i]) for part in lists] for i in (0, 1))
     spare = most * (1 + 1e-12)
-    best: tuple[float, list[int]] = (-torch.inf, list(least))
     if len(lists) == 1:
         return [max(_fits(costs[0], spare), least[0])]
-    for count in range(least[0], len(sums[0])):
-        rest = _fits(costs[1], spare - float(costs[0][count]))
-        if rest < least[1]:
-            break
-        score = float(sums[0][count] + sums[1][rest])
-        if score > best[0]:
-            best = score, [count, rest]
-    return best[1]
+    # however many of the first list, the longest prefix of the other that fits beside it
+    rest = torch.searchsorted(costs[1], spare - costs[0], right=True) - 1
+    fit = rest >= least[1]
+    fit[: least[0]] = False
+    if not bool(fit.any()):
+        return list(least)
+    scores = torch.where(fit, sums[0] + sums[1][rest.clamp(min=0)], -torch.inf)
+    # the first of equal ones, which argmax does not promise
+    count = int((scores == scores.max()).nonzero()[0])
+    return [count, int(rest[count])]
 
 
 def _prefix(values: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from liar_ext.allocation.base import Budget
 
-# halvings of the range of sparsities: far finer than one unit of any model
-HALVINGS = 40
+# the range of sparsities that is left in the end, as a share of one unit
+FINEST = 1e-3
 
 
 def asked(
@@ -32,7 +32,8 @@ def asked(
     low, high = 0.0, 1.0
     # without any units but the least: the caller has seen that these fit
     found = [1.0] * len(budgets)
-    for _ in range(HALVINGS):
+    finest = FINEST / sum(b.units for b in budgets)
+    while high - low > finest:
         middle = (low + high) / 2
         answer = wanted(budgets, middle)
         if fits(answer):
