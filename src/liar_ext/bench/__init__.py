@@ -36,4 +36,7 @@ BENCHMARKS = {
         "liar_ext.bench.tune", "launch parameters of the Triton kernels for this GPU"
     ),
     "prune": Benchmark("liar_ext.bench.prune", "a whole compression beside one plain forward"),
+    "methods": Benchmark(
+        "liar_ext.bench.methods", "every method's compression beside one plain forward"
+    ),
 }
