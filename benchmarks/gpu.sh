@@ -147,10 +147,6 @@ compress() { # NAME LIMIT OPTIONS OF random_llama.py...
   fi
   rm -rf "$work/llama"
 }
-model=$("$python" -P -c 'import liar_ext.demo as demo; print(demo.MODEL, demo.CALIBRATION)')
-step methods 45 "${liar[@]}" bench methods "${model% *}" --name demo --calibration "${model#* }" \
-  --samples 128 --seq-len 256 --repeats 1 --device cuda --vary criterion,reconstruct,target_signal \
-  --json "$out/methods-demo-gpu-$today.json"
 compress 7b 120 --layers 32 --vocabulary 32000
 compress 70b-2-layers 60 --hidden 8192 --ffn 28672 --layers 2 --key-value-heads 8
 sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
