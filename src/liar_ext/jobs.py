@@ -16,10 +16,11 @@ from liar_ext.checkpoint.job import job_folder
 from liar_ext.checkpoint.writer import check_output
 from liar_ext.errors import InputError
 from liar_ext.latency import LatencyTable
+from liar_ext.presets import fields_for
 from liar_ext.recipe import Recipe
 from liar_ext.report.schema import Report
 
-OWN_KEYS = {"source": str, "out": str, "name": str, "overwrite": bool}
+OWN_KEYS = {"source": str, "out": str, "name": str, "overwrite": bool, "preset": str}
 # what the Moments of the dense path depend on, beside the source
 SHARED = ("calibration", "samples", "seq_len", "batch_size", "seed", "dtype", "device")
 
@@ -69,12 +70,18 @@ class BatchJob:
 
 
 def read_jobs(
-    file: Path, defaults: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
+    file: Path,
+    defaults: Mapping[str, Any],
+    *,
+    preset: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> list[BatchJob]:
     """All jobs of a file, in its order; blank lines do not count. Touches nothing.
 
     Args:
         defaults: Recipe fields under those of the lines.
+        preset: under both, for jobs that name no other; of `presets.PRESETS`.
         overwrite: for jobs that say nothing about it; resume: a result of the same source and
             recipe is no obstacle but makes its job `finished`.
     Raises:
@@ -94,7 +101,7 @@ def read_jobs(
     for number, text in enumerate(lines, 1):
         if text.strip():
             try:
-                jobs.append(_parse(number, text, defaults, overwrite))
+                jobs.append(_parse(number, text, defaults, preset, overwrite))
             except InputError as error:
                 problems[number] = str(error)
     checked: list[BatchJob] = []
@@ -163,7 +170,9 @@ def _members(
     return [job for job in jobs if groups[job.line] == group]
 
 
-def _parse(number: int, text: str, defaults: Mapping[str, Any], overwrite: bool) -> BatchJob:
+def _parse(
+    number: int, text: str, defaults: Mapping[str, Any], preset: str | None, overwrite: bool
+) -> BatchJob:
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -179,14 +188,16 @@ def _parse(number: int, text: str, defaults: Mapping[str, Any], overwrite: bool)
     for key, value in own.items():
         if not isinstance(value, OWN_KEYS[key]) or value == "":
             raise InputError(f"{key} {json.dumps(value)}: must be a {OWN_KEYS[key].__name__}")
-    recipe = Recipe.from_json({**defaults, **data})
+    # no shell has seen these
+    source, out = (os.path.expanduser(own[key]) for key in ("source", "out"))
+    start = own.get("preset", preset)
+    under = {} if start is None else fields_for(start, source)
+    recipe = Recipe.from_json({**under, **defaults, **data})
     if recipe.calibration is None:
         raise InputError("calibration is missing; give it in the line or as --calibration")
     refuse_missing_path(recipe.calibration)
     if recipe.latency is not None:
         LatencyTable.read(recipe.latency)
-    # no shell has seen these
-    source, out = (os.path.expanduser(own[key]) for key in ("source", "out"))
     name = own.get("name", os.path.basename(os.path.abspath(out)))
     return BatchJob(number, name, source, out, recipe, own.get("overwrite", overwrite))
 

@@ -44,4 +44,7 @@ BENCHMARKS = {
         "liar_ext.bench.latency", "a layer at many widths, for --budget latency", file="--out"
     ),
     "prune": Benchmark("liar_ext.bench.prune", "a whole compression beside one plain forward"),
+    "methods": Benchmark(
+        "liar_ext.bench.methods", "every method's compression beside one plain forward"
+    ),
 }

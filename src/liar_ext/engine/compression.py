@@ -178,13 +178,25 @@ class Compression:
 def peak_host_bytes() -> int:
     """Most memory that was resident at once since this process began, in bytes."""
     try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("VmHWM:"))
-        return int(found.split()[1]) * 1024
+        return _status("VmHWM")
     except (OSError, StopIteration):
         # it counts what the process that started this one held; in KiB, and in bytes on macOS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_host_bytes() -> int:
+    """Memory of this process that is resident now, in bytes; where the system does not say, 0."""
+    try:
+        return _status("VmRSS")
+    except (OSError, StopIteration):
+        return 0
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as lines:
+        found = next(line for line in lines if line.startswith(f"{name}:"))
+    return int(found.split()[1]) * 1024
 
 
 def _sizes(
