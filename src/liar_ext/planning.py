@@ -54,6 +54,7 @@ from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
 from liar_ext.gradient_memory import gradient_sizes
+from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
@@ -86,10 +87,10 @@ def plan(
         device_memory: bytes of a GPU that need not be here; times are then not predicted.
         rates: FLOP/s of `forward`, `gram`, `solve` and `residual`, instead of measuring them.
     Returns:
-        JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `flops_per_token`,
-        `calibration`, `flops`, `memory` (bytes, parts of the phase that needs most), `phases`,
-        `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact` is False where the allocation
-        decides only after it has seen the tokens.
+        JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `latency` (of a budget in
+        seconds), `flops_per_token`, `calibration`, `flops`, `memory` (bytes, parts of the phase
+        that needs most), `phases`, `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact`
+        is False where the allocation decides only after it has seen the tokens.
     Raises:
         InputError: as `liar prune` would, before it computes anything.
     """
@@ -97,7 +98,7 @@ def plan(
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
-    dense = _dense_config(folder)
+    dense = dense_config(folder)
     hypothetical = device_memory is not None
     device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
@@ -109,7 +110,7 @@ def plan(
     host = torch.device("cpu")
     driver = Driver(InMemory(model), (), recipe, host, Silent(), Clock(host))
     costs = budgets(driver.store, recipe, tokens.seq_len)
-    targeted = sum(budget.units * budget.cost for budget in costs.values())
+    targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
     dtype = compute_dtype(recipe.dtype, device) or _dtype_of(stored)
@@ -122,7 +123,10 @@ def plan(
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
-    removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
+    left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
+    table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
+    if table is not None:
+        notes += [f"warning: {text}" for text in table.warnings(recipe.target, recipe.round_to)]
     bytes_after = _written(model, adapter, stored, recipe.dtype)
     found = needs(
         weights,
@@ -163,7 +167,8 @@ def plan(
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
-        "sparsity": {"asked": recipe.sparsity, "achieved": removed / targeted},
+        "sparsity": {"asked": recipe.sparsity, "achieved": (targeted - left) / targeted},
+        "latency": table and {"before": targeted, "after": left, **table.to_json()},
         "flops_per_token": {
             "context": tokens.seq_len,
             "before": sum(by_layer) + head_flops(model),
@@ -188,7 +193,8 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
-def _dense_config(folder: Path) -> dict[str, Any]:
+def dense_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model that can be pruned; InputError where it is no such thing."""
     dense = read_json(folder / "config.json")
     if "model_type" not in dense:
         raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")

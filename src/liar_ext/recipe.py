@@ -19,7 +19,7 @@ DEFAULT_RIDGE = 1e-4
 AUTO = "auto"
 KINDS = ("ffn", "heads")
 CHOICES = {
-    "budget": ("parameters", "flops"),
+    "budget": ("parameters", "flops", "latency"),
     "bias": ("auto", "always", "never"),
     "target_signal": ("local", "dense", "stream"),
     "statistics": ("sequential", "oneshot"),
@@ -34,8 +34,9 @@ class Recipe:
 
     Attributes:
         sparsity: fraction of the targeted Sites' budget to remove, in (0, 1).
-        budget: what that counts: `parameters`, or `flops` of one token at the length of the
-            calibration's sequences.
+        budget: what that counts: `parameters`, `flops` of one token at the length of the
+            calibration's sequences, or `latency`, seconds that were measured.
+        latency: the file with them, that `liar bench latency` wrote; for that budget only.
         target: kinds of Site: `ffn`, `heads`.
         criterion, allocation, reconstruct: names in the registries.
         calibration: file, dataset name, or None when batches are handed over in memory.
@@ -58,6 +59,7 @@ class Recipe:
 
     sparsity: float = 0.3
     budget: str = "parameters"
+    latency: str | None = None
     target: tuple[str, ...] = ("ffn",)
     criterion: str = "wanda"
     allocation: str = "uniform"
@@ -110,11 +112,21 @@ class Recipe:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: must be a whole number of at least 0")
-        calibration: Any = self.calibration
-        if isinstance(calibration, os.PathLike):
-            object.__setattr__(self, "calibration", os.fspath(calibration))
-        if not (self.calibration is None or isinstance(self.calibration, str)):
-            raise InputError(f"--calibration {self.calibration}: must be a file or a data set name")
+        for name, what in (("calibration", "a file or a data set name"), ("latency", "a file")):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, name, value)
+            if not (value is None or isinstance(value, str)):
+                raise InputError(f"--{name} {value}: must be {what}")
+        if (self.budget == "latency") != (self.latency is not None):
+            raise InputError(
+                f"--latency {self.latency}: is for --budget latency only, and --budget is "
+                f"{self.budget}"
+                if self.latency is not None
+                else "--budget latency needs --latency FILE; make one with: "
+                "liar bench latency SRC --out FILE"
+            )
         number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
         if self.ridge != AUTO and not (number and 0 <= float(self.ridge) < math.inf):
             raise InputError(

@@ -17,7 +17,8 @@ def ridge(text: str) -> float | str:
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (float, "F", "fraction of the targeted budget to remove"),
-    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops"),
+    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops, latency"),
+    "latency": (str, "FILE", "for --budget latency: what `liar bench latency` measured"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
     "criterion": (
         str,

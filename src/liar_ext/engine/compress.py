@@ -41,6 +41,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
+from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
@@ -193,8 +194,10 @@ def identity_of(
             tokens.update(json.dumps(list(tensor.shape)).encode())
             tokens.update(tensor.contiguous().numpy().tobytes())
     here = environment(device)
+    measured = {} if recipe.latency is None else {"latency": LatencyTable.read(recipe.latency)}
     return {
         "recipe": recipe.to_json(),
+        **{name: table.sha256 for name, table in measured.items()},
         "source": {
             "config": hashlib.sha256(json.dumps(reader.config).encode()).hexdigest(),
             **{file: found["size"] for file, found in reader.sizes().items()},
@@ -274,6 +277,8 @@ def _finished(out: Path, reader: CheckpointReader, identity: dict[str, Any]) -> 
     wanted = identity["calibration"]["corpus_sha256"], identity["calibration"]["source"]
     versions = {name: report.environment.get(name) for name in identity["versions"]}
     if report.recipe != identity["recipe"] or calibration != wanted:
+        return None
+    if report.latency.get("sha256") != identity.get("latency"):
         return None
     if versions != identity["versions"] or report.source_files != reader.hashes():
         return None

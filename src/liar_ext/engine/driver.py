@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
-from liar_ext.costs import unit_costs
+from liar_ext.costs import pricing
 from liar_ext.criteria import CRITERIA, Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.gradients import GradientPass
@@ -46,14 +46,12 @@ def budgets(
 
     Args:
         length: of the longest calibration sequence.
-        counts: a key of `costs.unit_costs`; None for what the recipe budgets.
+        counts: what the recipe could budget; None for what it does.
     """
     adapter = adapter_for(store.model.config)
-    counts = counts or recipe.budget
+    budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
     return {
-        (index, site.kind): Budget(
-            site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts]
-        )
+        (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
