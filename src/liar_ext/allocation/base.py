@@ -57,7 +57,13 @@ class Allocation:
     equal: bool
     search: Search | None = None
 
-    def widths(self, budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> list[int]:
+    def widths(
+        self,
+        budgets: Sequence[Budget],
+        sparsity: float,
+        round_to: int = 1,
+        wanted: Sequence[float] | None = None,
+    ) -> list[int]:
         """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
         cost removed as close to the budget as the grid allows.
 
@@ -65,17 +71,20 @@ class Allocation:
         rounding the cheapest distortions are taken, one grid step at a time, while they bring the
         total closer.
 
+        Args:
+            wanted: what a search has found in the place of `self.wanted`.
         Raises:
             InputError: the least widths of all Sites are more than the budget.
         """
         check_reachable(budgets, sparsity, round_to)
-        wanted = self.wanted(budgets, sparsity)
+        if wanted is None:
+            wanted = self.wanted(budgets, sparsity)
         groups: dict[object, list[int]] = {}
         for index, budget in enumerate(budgets):
             key = (budget.kind, budget.units, budget.cost) if self.equal else index
             groups.setdefault(key, []).append(index)
         members = list(groups.values())
-        grids = [_grid(budgets[m[0]], round_to) for m in members]
+        grids = [grid(budgets[m[0]], round_to) for m in members]
         aims = [sum(wanted[i] for i in m) / len(m) for m in members]
         costs = [sum(budgets[i].cost for i in m) for m in members]
         target = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
@@ -117,7 +126,7 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         InputError: with the largest sparsity that there is.
     """
     total = sum(b.units * b.cost for b in budgets)
-    least = sum(_grid(b, round_to)[0] * b.cost for b in budgets)
+    least = sum(grid(b, round_to)[0] * b.cost for b in budgets)
     # where nothing at all can go, that is said after the widths
     if total > least > total * (1 - sparsity) * (1 + 1e-9):
         # rounded down: it has to be one that is accepted
@@ -129,7 +138,8 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         )
 
 
-def _grid(budget: Budget, round_to: int) -> list[int]:
+def grid(budget: Budget, round_to: int) -> list[int]:
+    """Widths that a Site may have, ascending."""
     step = round_to if budget.kind == "ffn" else 1
     grid = list(range(step, budget.units + 1, step))
     if not grid or grid[-1] != budget.units:
