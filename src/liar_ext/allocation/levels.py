@@ -27,17 +27,16 @@ def levels(units: int) -> list[int]:
 
 
 def choose(
-    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], most: float
+    costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], most: float
 ) -> list[int]:
     """The level of each Site with the least sum of losses at a sum of costs of `most` or less.
 
     Exact where all costs are multiples of a slot; otherwise for costs rounded up to one. Where
     even the cheapest levels do not fit, these.
     """
-    total = sum(max(own) for own in costs)
-    slot = max(gcd(*(cost for own in costs for cost in own)), -(-total // SLOTS))
+    slot = _slot(costs)
     slots = int(most / slot + 1e-9)
-    weights = [[-(-cost // slot) for cost in own] for own in costs]
+    weights = [[int(-(-cost // slot)) for cost in own] for own in costs]
     if sum(map(min, weights)) > slots:
         return [min(range(len(own)), key=own.__getitem__) for own in weights]
     # the least sum of the Sites so far, by slots that they may take
@@ -57,6 +56,14 @@ def choose(
         found.append(int(pick[left]))
         left -= own[found[-1]]
     return found[::-1]
+
+
+def _slot(costs: Sequence[Sequence[float]]) -> float:
+    """What costs are counted in: their common divisor, or all of them in `SLOTS` parts."""
+    total = sum(max(own) for own in costs)
+    if all(float(cost).is_integer() for own in costs for cost in own):
+        return max(gcd(*(int(cost) for own in costs for cost in own)), -(-int(total) // SLOTS))
+    return total / SLOTS
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
