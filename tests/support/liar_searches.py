@@ -16,6 +16,8 @@ from liar_ext.allocation.search import Candidate, Problem
 
 # rounding of a sum of prices
 SLACK = 1 + 1e-9
+# relative error of half the windows; of others it falls as one over the root of their number
+NOISE = 0.03
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Stairs(Budget):
 class Losses:
     """`Σ a_i d_i^p_i + Σ b_ij d_i d_j` with the removed shares d: more units never hurt.
 
-    With a part of the windows, an error of up to a fifth, the same one each time.
+    A part of the windows adds an error, the same one each time.
 
     Attributes:
         asked: every candidate with its share, in order.
@@ -63,8 +65,9 @@ class Losses:
             if len(self.asked) == self.most:
                 raise KeyboardInterrupt
             self.asked.append((candidate, share))
-            error = random.Random(f"{candidate} {share}").uniform(-0.2, 0.2) if share < 1 else 0.0
-            found.append(self.of(candidate) * (1 + error))
+            error = NOISE * math.sqrt(1 / share - 1)
+            drawn = random.Random(f"{candidate} {share}").uniform(-error, error)
+            found.append(self.of(candidate) * (1 + drawn))
         return found
 
     @property
@@ -88,7 +91,9 @@ def problem(
     for site in range(sites):
         heads = site % 2 == 1
         units = steps if heads else steps * drawn.choice([2, 3, 5])
-        kind, cost = ("heads", 40 + drawn.randrange(3)) if heads else ("ffn", 7 + drawn.randrange(3))
+        kind, cost = (
+            ("heads", 40 + drawn.randrange(3)) if heads else ("ffn", 7 + drawn.randrange(3))
+        )
         if any(site in group for group in tied):
             kind, units, cost = "ffn", 4 * steps, 7
         if stairs:

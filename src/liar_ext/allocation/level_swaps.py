@@ -1,7 +1,8 @@
 """level-swaps: evolution by Sites that trade a level, most of it judged on a few windows.
 
 Tyr-the-Pruner (arXiv 2503.09657) and DarwinLM (2502.07780): of the best models so far, offspring
-with one to four swaps each; a part of the windows says which of them are worth more of them.
+with one to four swaps each; a part of the windows says which of them are worth more of them. Swaps
+get smaller during the search, an eighth of a Site at first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ OFFSPRING = 128
 LAST = STAGES[-1][1]
 PARENTS = 2
 SWAPS = 4
+# part of a Site's levels that a swap goes up, and how often that is halved; Tyr's 12.5 to 1.56 %
+STRIDE, HALVINGS = 1 / 8, 3
 # of the swaps, those in which the other Site may be of another kind
 BETWEEN_KINDS = 0.25
 
@@ -36,7 +39,9 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
 
     def drawn() -> Positions:
         parents = trials.ranked()[:PARENTS]
-        return mutated(space, parents[int(generator.integers(len(parents)))], generator)
+        parent = parents[int(generator.integers(len(parents)))]
+        stage = int((HALVINGS + 1) * (1 - trials.left / problem.evaluations))
+        return mutated(space, parent, STRIDE / 2**stage, generator)
 
     while trials.left >= 1:
         # what is left may not pay for a whole generation
@@ -54,28 +59,33 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     return trials.best()
 
 
-def mutated(space: Space, parent: Positions, generator: Generator) -> Positions:
-    """One to `SWAPS` swaps, few of them more often."""
+def mutated(space: Space, parent: Positions, stride: float, generator: Generator) -> Positions:
+    """One to `SWAPS` swaps, few of them more often; what that leaves is spent at random."""
     drawn = generator.integers(1, SWAPS + 1, 2)
     now = parent
     for _ in range(int(drawn.min())):
-        now = _swapped(space, now, generator)
+        now = _swapped(space, now, stride, generator)
     return space.filled(now, lambda group, position: float(generator.random()))
 
 
-def _swapped(space: Space, positions: Positions, generator: Generator) -> Positions:
-    """One Site goes up a level, others down until the budget holds, one as far as it can first.
+def _swapped(space: Space, positions: Positions, stride: float, generator: Generator) -> Positions:
+    """One Site goes up, others down until the budget holds, one as far as it can first.
 
-    Unchanged where there is nothing to trade.
+    Args:
+        stride: how far up, as a part of the Site's levels; one level at least.
+
+    Returns:
+        The same positions where there is nothing to trade.
     """
     kinds = [space.problem.budgets[group[0]].kind for group in space.groups]
     order = generator.permutation(len(positions)).tolist()
     any_kind = generator.random() < BETWEEN_KINDS
     for raised in order:
-        if positions[raised] + 1 == len(space.levels[raised]):
+        top = len(space.levels[raised]) - 1
+        if positions[raised] == top:
             continue
         now = list(positions)
-        now[raised] += 1
+        now[raised] = min(top, now[raised] + max(1, round(stride * len(space.levels[raised]))))
         for other in order:
             if other == raised or not (any_kind or kinds[other] == kinds[raised]):
                 continue

@@ -24,6 +24,8 @@ Distribution = NDArray[np.float64]
 STEPS, LEAST_SAMPLES, MOST_SAMPLES = 16, 4, 16
 # σ, and the least that an entry can be, both of the mean entry
 NOISE, LEAST = 0.6, 0.01
+# what σ grows by with every action in a row that leads to a known model: levels can be coarse
+WIDER = 1.05
 STEP, CLIP = 1.0, 0.2
 # ε at the start; it is zero when this part of the evaluations is spent
 EXPLORE, EXPLORED = 0.4, 0.1
@@ -40,10 +42,14 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     actions = {space.uniform(): now}
     trials.losses(list(actions))
 
+    repeated = 0
+
     def drawn() -> Positions:
-        noise = NOISE / len(now) * generator.random() * generator.standard_normal(len(now))
-        action = normalised(now + noise)
+        nonlocal repeated
+        spread = NOISE / len(now) * WIDER**repeated * generator.random()
+        action = normalised(now + spread * generator.standard_normal(len(now)))
         positions = placed(space, action)
+        repeated = repeated + 1 if positions in actions else 0
         actions.setdefault(positions, action)
         return positions
 
