@@ -8,7 +8,7 @@ budget that is cut into slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
+from math import ceil, gcd
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def choose(
     """
     slot = _slot(costs)
     slots = int(most / slot + 1e-9)
-    weights = [[int(-(-cost // slot)) for cost in own] for own in costs]
+    weights = [[ceil(cost / slot - 1e-9) for cost in own] for own in costs]
     if sum(map(min, weights)) > slots:
         return [min(range(len(own)), key=own.__getitem__) for own in weights]
     # the least sum of the Sites so far, by slots that they may take
@@ -59,17 +59,19 @@ def choose(
 
 
 def _slot(costs: Sequence[Sequence[float]]) -> float:
-    """What costs are counted in: their common divisor, or all of them in `SLOTS` parts."""
+    """A part of the budget: what divides all costs, if that is not too little."""
     total = sum(max(own) for own in costs)
     if all(float(cost).is_integer() for own in costs for cost in own):
-        return max(gcd(*(int(cost) for own in costs for cost in own)), -(-int(total) // SLOTS))
+        common = gcd(*(int(cost) for own in costs for cost in own))
+        return max(common, -(-int(total) // SLOTS))
+    # seconds
     return total / SLOTS
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     widths = [levels(budget.units) for budget in budgets]
-    costs = [[w * b.cost for w in own] for own, b in zip(widths, budgets, strict=True)]
-    most = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+    costs = [[b.price(w) for w in own] for own, b in zip(widths, budgets, strict=True)]
+    most = sum(b.price(b.units) for b in budgets) * (1 - sparsity)
     chosen = choose(costs, [budget.known.tolist() for budget in budgets], most)
     return [float(own[level]) for own, level in zip(widths, chosen, strict=True)]
 
