@@ -37,13 +37,13 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     even = [1.0] * len(space.groups)
     trials.losses([space.uniform(), space.solved(space.errors(), even)])
 
-    def drawn() -> Positions:
-        parents = trials.ranked()[:PARENTS]
-        parent = parents[int(generator.integers(len(parents)))]
-        stage = int((HALVINGS + 1) * (1 - trials.left / problem.evaluations))
-        return mutated(space, parent, STRIDE / 2**stage, generator)
-
     while trials.left >= 1:
+        parents = trials.ranked()[:PARENTS]
+        stride = STRIDE / 2 ** int((HALVINGS + 1) * (1 - trials.left / problem.evaluations))
+
+        def drawn(parents: list[Positions] = parents, stride: float = stride) -> Positions:
+            return mutated(space, parents[int(generator.integers(len(parents)))], stride, generator)
+
         # what is left may not pay for a whole generation
         last = min(LAST, max(1, int(trials.left / 2)))
         offspring = trials.fresh(drawn, OFFSPRING * last // LAST if trials.left >= 2 else 1)
