@@ -84,7 +84,7 @@ class Allocation:
             key = (budget.kind, budget.units, budget.cost) if self.equal else index
             groups.setdefault(key, []).append(index)
         members = list(groups.values())
-        grids = [grid(budgets[m[0]], round_to) for m in members]
+        grids = [width_grid(budgets[m[0]], round_to) for m in members]
         aims = [sum(wanted[i] for i in m) / len(m) for m in members]
         costs = [sum(budgets[i].cost for i in m) for m in members]
         target = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
@@ -126,7 +126,7 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         InputError: with the largest sparsity that there is.
     """
     total = sum(b.units * b.cost for b in budgets)
-    least = sum(grid(b, round_to)[0] * b.cost for b in budgets)
+    least = sum(width_grid(b, round_to)[0] * b.cost for b in budgets)
     # where nothing at all can go, that is said after the widths
     if total > least > total * (1 - sparsity) * (1 + 1e-9):
         # rounded down: it has to be one that is accepted
@@ -138,7 +138,7 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         )
 
 
-def grid(budget: Budget, round_to: int) -> list[int]:
+def width_grid(budget: Budget, round_to: int) -> list[int]:
     """Widths that a Site may have, ascending."""
     step = round_to if budget.kind == "ffn" else 1
     grid = list(range(step, budget.units + 1, step))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liar_ext.allocation import Allocation, Budget
-from liar_ext.allocation.base import grid
+from liar_ext.allocation.base import width_grid
 from liar_ext.allocation.levels import levels
 from liar_ext.allocation.search import Candidate, Problem
 from liar_ext.calibration.batches import Batch, first_samples
@@ -193,7 +193,7 @@ class Searcher:
 
 def level_grid(budget: Budget, round_to: int) -> tuple[int, ...]:
     """Widths of a Site that a search may try, ascending, the last one dense."""
-    allowed = grid(budget, round_to)
+    allowed = width_grid(budget, round_to)
 
     def nearest(wish: int) -> int:
         return min(allowed, key=lambda units: (abs(units - wish), units))
