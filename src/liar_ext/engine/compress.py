@@ -34,6 +34,7 @@ from liar_ext.engine.inputs import (
     resolve_device,
 )
 from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.ledger import FILE as SEARCH_FILE
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
@@ -147,6 +148,8 @@ def compress(
         if ranks.rank == 0:
             copy_other_files(folder, job.output)
             write_records(job.output, report)
+            if (tried := job.folder / SEARCH_FILE).exists():
+                shutil.copyfile(tried, job.output / SEARCH_FILE)
             job.complete()
         ranks.barrier()
     return report
