@@ -56,7 +56,8 @@ class Made:
                 key = index, site.kind
                 widths = [1, site.units // 2]
                 own = {units: self._level(site, units, biased) for units in widths}
-                self.levels.save(key, own)
+                for units, level in own.items():
+                    self.levels.save(key, units, level)
                 self.made[key] = own
                 self.sites.append((key, site.units))
         self.opened = []
@@ -224,7 +225,7 @@ def test_levels_come_back_from_files_as_they_were(tmp_path):
     level = filed.load(key, units, CPU)
     for name, tensor in made.made[key][units].tensors.items():
         assert torch.equal(level.tensors[name], tensor)
-    (tmp_path / "levels" / f"{key[0]}.{key[1]}.safetensors").write_bytes(b"damaged")
+    (tmp_path / "levels" / f"{key[0]}.{key[1]}.1.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="cannot be read .*--overwrite"):
         filed.load(key, units, CPU)
 

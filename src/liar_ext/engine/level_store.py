@@ -1,12 +1,12 @@
 """Levels: what a repair makes of each Site at a few widths, made once, read for every candidate.
 
-ZipLM's database (arXiv 2302.04089). One file for each Site, written whole or not at all.
+ZipLM's database (arXiv 2302.04089). One file for each width of a Site, written whole or not at all.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -45,9 +45,9 @@ class Level:
 class Levels(Protocol):
     """Levels of Sites by (layer, kind) and kept units."""
 
-    def has(self, key: Key) -> bool: ...
+    def has(self, key: Key, units: int) -> bool: ...
 
-    def save(self, key: Key, levels: Mapping[int, Level]) -> None: ...
+    def save(self, key: Key, units: int, level: Level) -> None: ...
 
     def load(self, key: Key, units: int, device: torch.device) -> Level: ...
 
@@ -56,16 +56,16 @@ class HeldLevels:
     """In memory, where they were made."""
 
     def __init__(self) -> None:
-        self._held: dict[Key, Mapping[int, Level]] = {}
+        self._held: dict[tuple[Key, int], Level] = {}
 
-    def has(self, key: Key) -> bool:
-        return key in self._held
+    def has(self, key: Key, units: int) -> bool:
+        return (key, units) in self._held
 
-    def save(self, key: Key, levels: Mapping[int, Level]) -> None:
-        self._held[key] = dict(levels)
+    def save(self, key: Key, units: int, level: Level) -> None:
+        self._held[key, units] = level
 
     def load(self, key: Key, units: int, device: torch.device) -> Level:
-        return self._held[key][units]
+        return self._held[key, units]
 
 
 class FiledLevels:
@@ -75,38 +75,31 @@ class FiledLevels:
         self._folder = folder
         folder.mkdir(exist_ok=True)
 
-    def has(self, key: Key) -> bool:
-        return self._path(key).exists()
+    def has(self, key: Key, units: int) -> bool:
+        return self._path(key, units).exists()
 
-    def save(self, key: Key, levels: Mapping[int, Level]) -> None:
-        tensors = {
-            f"{units}.{name}": tensor.cpu().contiguous()
-            for units, level in levels.items()
-            for name, tensor in level.tensors.items()
-        }
-        path = self._path(key)
+    def save(self, key: Key, units: int, level: Level) -> None:
+        path = self._path(key, units)
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
+        save_file({n: tensor.cpu().contiguous() for n, tensor in level.tensors.items()}, temporary)
         sync_path(temporary)
         temporary.replace(path)
         sync_path(self._folder)
 
     def load(self, key: Key, units: int, device: torch.device) -> Level:
-        path = self._path(key)
+        path = self._path(key, units)
         try:
             with safe_open(path, framework="pt", device=str(device)) as stored:
-                known = set(stored.keys())
-                keep, weight = (stored.get_tensor(f"{units}.{n}") for n in ("keep", "weight"))
-                bias = stored.get_tensor(f"{units}.bias") if f"{units}.bias" in known else None
-        except (OSError, SafetensorError) as error:
+                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return Level(found["keep"], found["weight"], found.get("bias"))
+        except (OSError, SafetensorError, KeyError) as error:
             raise InputError(
-                f"{path}: levels that the search made cannot be read ({error}); start again with "
+                f"{path}: a level that the search made cannot be read ({error}); start again with "
                 "--overwrite instead of --resume"
             ) from error
-        return Level(keep, weight, bias)
 
-    def _path(self, key: Key) -> Path:
-        return self._folder / f"{key[0]}.{key[1]}.safetensors"
+    def _path(self, key: Key, units: int) -> Path:
+        return self._folder / f"{key[0]}.{key[1]}.{units}.safetensors"
 
 
 def check_room(folder: Path, needed: int, done: Iterable[Path] = ()) -> None:

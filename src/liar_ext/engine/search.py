@@ -26,11 +26,12 @@ from liar_ext.engine.repair import Repairer
 from liar_ext.engine.shelf import Shelf
 from liar_ext.engine.store import LayerStore
 from liar_ext.models import Site
-from liar_ext.recipe import Recipe
+from liar_ext.recipe import KINDS, Recipe
 
 FOLDER = "levels"
 # widths of a Site with more units; Tyr-the-Pruner begins with 9
 LEVELS = 12
+_PRIME = 1_000_003
 
 
 @dataclass
@@ -140,25 +141,28 @@ class Searcher:
         return [site for layer in layers for site in self.measurer.sites(layer)]
 
     def _build(self, store: Levels, grids: Mapping[Key, tuple[int, ...]]) -> None:
-        """Levels of all Sites that have none yet, from one pass over the dense model."""
-        missing = [key for key in grids if not store.has(key)]
+        """Levels that are not there yet, from one pass over the dense model."""
+        missing = [
+            (key, units)
+            for key, widths in grids.items()
+            for units in widths[:-1]
+            if not store.has(key, units)
+        ]
         # ranks look at one disk, but not at the same time
         missing = self.ranks.broadcast(missing)
         if not missing:
             return
         if self.measurer.needed(0):
             self.enter()
-        stop = max(layer for layer, _ in missing) + 1
-        self.progress.begin(stop, "making levels")
-        for index in range(stop):
+        layers = {key[0] for key, _ in missing}
+        self.progress.begin(max(layers) + 1, "making levels")
+        for index in range(max(layers) + 1):
             self.open_layer(index)
-            if any(layer == index for layer, _ in missing):
+            if index in layers:
                 found = self.measurer.dense(index)
                 for site in self.measurer.sites(index):
-                    key, measured = (index, site.kind), found.pop(site.kind)
-                    if key in missing:
-                        self._make(store, site, measured, grids[key])
-                    del measured
+                    own = [units for key, units in missing if key == (index, site.kind)]
+                    self._make(store, site, found.pop(site.kind), own)
             else:
                 self.measurer.pass_on(index)
             self.store.close(index, final=False)
@@ -166,17 +170,16 @@ class Searcher:
         self.measurer.leave()
 
     def _make(self, store: Levels, site: Site, measured: Measured, widths: Sequence[int]) -> None:
-        # the same draws for a Site, whichever others are there already
-        place = 2 * site.layer + ("ffn", "heads").index(site.kind)
-        self.repairer.generator.manual_seed(self.recipe.seed + 1_000_003 * (place + 1))
-        made = {
-            units: self.repairer.level(site, measured.moments, units, held=measured.held)
-            for units in widths[:-1]
-        }
-        with self.clock.phase("write"):
-            if self.ranks.rank == 0 or isinstance(store, HeldLevels):
-                store.save((site.layer, site.kind), made)
-            self.ranks.barrier()
+        for units in widths:
+            # the same draws whichever others are there already
+            place = 2 * site.layer + KINDS.index(site.kind)
+            seed = (self.recipe.seed * _PRIME + place) * _PRIME + units
+            self.repairer.generator.manual_seed(seed % 2**63)
+            level = self.repairer.level(site, measured.moments, units, held=measured.held)
+            with self.clock.phase("write"):
+                if self.ranks.rank == 0 or isinstance(store, HeldLevels):
+                    store.save((site.layer, site.kind), units, level)
+                self.ranks.barrier()
 
     def _say(self, ledger: SearchLedger, best: Candidate, windows: Sequence[Batch]) -> None:
         count = sum(len(batch.input_ids) for batch in windows)
