@@ -61,6 +61,7 @@ from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
+from liar_ext.search_costs import search_sizes
 from liar_ext.survey import needs_tokens, reads_of, survey_costs
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -122,6 +123,8 @@ def plan(
     backward = gradient_flops(model, adapter, recipe, tokens)
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
+    tied = bool(tied_names(model))
+    search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
     left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
     table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
@@ -140,6 +143,7 @@ def plan(
         held=held,
         survey_bytes=survey_bytes,
         gradients=gradients,
+        search=search,
         ranks=ranks,
         out=out,
         device=device,
@@ -156,14 +160,16 @@ def plan(
         survey=survey_flops,
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
-    flops["gradients"] = backward
+    flops |= {"gradients": backward, "search": 0}
+    for name, more in ({} if search is None else search.flops).items():
+        flops[name] += more
     return {
         "source": str(source),
         "model_type": adapter.model_type,
         "layers": len(widths),
         "recipe": recipe.to_json(),
         "ranks": ranks,
-        "exact": reads is None,
+        "exact": reads is None and search is None,
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
@@ -189,7 +195,8 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
     # those of a loss are matmuls in the compute dtype, as a forward pass is
-    found = {p: flops[p] / rates["forward" if p == "gradients" else p] for p in flops}
+    forwards = ("gradients", "search")
+    found = {p: flops[p] / rates["forward" if p in forwards else p] for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
@@ -294,9 +301,9 @@ def _shrink(
     """Shrink the model on `meta` as the driver would, biases included."""
     allocation = ALLOCATIONS[recipe.allocation]
     reads = reads_of(recipe)
-    if reads is not None:
-        when = "a forward pass"
-        if reads == "weights":
+    if reads is not None or allocation.search is not None:
+        when = "a forward pass" if allocation.search is None else "it has tried whole models"
+        if reads == "weights" and allocation.search is None:
             when = "it has read the weights, without a forward pass"
         notes.append(
             f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "

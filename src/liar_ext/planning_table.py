@@ -57,6 +57,8 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
         cost.add_row("gradients", count(flops["gradients"]), duration(seconds["gradients"]))
     cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
     cost.add_row("solve", count(flops["solve"]), duration(seconds["solve"]))
+    if flops["search"]:
+        cost.add_row("search", count(flops["search"]), duration(seconds["search"]))
     cost.add_row("residual", count(flops["residual"]), duration(seconds["residual"]))
     cost.add_row("together, about", "", duration(seconds["total"]))
     own, disk = plan["memory"], plan["disk"]
@@ -66,7 +68,7 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
             memory.add_row(key.replace("_", " "), size(value))
     memory.add_row("together", size(own["peak"]))
     space = _table("disk")
-    for key in ("output", "snapshots", "scratch", "moments", "total"):
+    for key in ("output", "snapshots", "levels", "scratch", "moments", "total"):
         if disk.get(key):
             space.add_row("together" if key == "total" else key, size(disk[key]))
     return Group(

@@ -43,6 +43,9 @@ class Recipe:
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
         gradient_samples: of them, the first that criteria which need a loss take gradients of.
+        search_samples: of them, the first that searching allocations compare models on.
+        search_evaluations: models that these try at most, on all of those windows; on a part of
+            them they count as that part.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns; `auto`
             chooses from `RIDGES`, Site by Site, by tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
@@ -69,6 +72,8 @@ class Recipe:
     seq_len: int = 2048
     batch_size: int = 8
     gradient_samples: int = 16
+    search_samples: int = 16
+    search_evaluations: int = 200
     ridge: float | str = DEFAULT_RIDGE
     bias: str = "auto"
     target_signal: str = "local"
@@ -106,7 +111,10 @@ class Recipe:
             _check_choice(name, getattr(self, name), tuple(registry))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        for name in ("samples", "seq_len", "batch_size", "gradient_samples", "round_to"):
+        for name in (
+            *("samples", "seq_len", "batch_size", "gradient_samples", "search_samples"),
+            *("search_evaluations", "round_to"),
+        ):
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")

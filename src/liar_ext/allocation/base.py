@@ -78,7 +78,13 @@ class Allocation:
     search: Search | None = None
     prices: bool = False
 
-    def widths(self, budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> list[int]:
+    def widths(
+        self,
+        budgets: Sequence[Budget],
+        sparsity: float,
+        round_to: int = 1,
+        wanted: Sequence[float] | None = None,
+    ) -> list[int]:
         """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
         price removed as close to the budget as the grid allows.
 
@@ -86,19 +92,24 @@ class Allocation:
         rounding the cheapest distortions are taken, one step at a time, while they bring the
         total closer. A step goes to the next width on the grid that has another price.
 
+        Args:
+            wanted: what a search has found in the place of `self.wanted`.
         Raises:
             InputError: the least widths of all Sites are more than the budget.
         """
         check_reachable(budgets, sparsity, round_to)
-        if self.prices or all(budget.prices is None for budget in budgets):
-            wanted = self.wanted(budgets, sparsity)
-        else:
-            wanted = asked(self.wanted, budgets, sparsity)
+        if wanted is None:
+            linear = all(budget.prices is None for budget in budgets)
+            wanted = (
+                self.wanted(budgets, sparsity)
+                if self.prices or linear
+                else asked(self.wanted, budgets, sparsity)
+            )
         groups: dict[object, list[int]] = {}
         for index, budget in enumerate(budgets):
             groups.setdefault(budget.like if self.equal else index, []).append(index)
         members = list(groups.values())
-        grids = [_grid(budgets[m[0]], round_to) for m in members]
+        grids = [width_grid(budgets[m[0]], round_to) for m in members]
         aims = [sum(wanted[i] for i in m) / len(m) for m in members]
         target = sum(b.price(b.units) for b in budgets) * (1 - sparsity)
         chosen = [_nearest(grid, aim) for grid, aim in zip(grids, aims, strict=True)]
@@ -146,7 +157,7 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         InputError: with the largest sparsity that there is.
     """
     total = sum(b.price(b.units) for b in budgets)
-    least = sum(b.price(_grid(b, round_to)[0]) for b in budgets)
+    least = sum(b.price(width_grid(b, round_to)[0]) for b in budgets)
     measured = any(b.prices is not None for b in budgets)
     if measured and least >= total * (1 - 1e-4):
         raise InputError(
@@ -165,7 +176,8 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         )
 
 
-def _grid(budget: Budget, round_to: int) -> list[int]:
+def width_grid(budget: Budget, round_to: int) -> list[int]:
+    """Widths that a Site may have, ascending."""
     step = round_to if budget.kind == "ffn" else 1
     grid = list(range(step, budget.units + 1, step))
     if not grid or grid[-1] != budget.units:

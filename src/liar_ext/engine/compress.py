@@ -34,6 +34,7 @@ from liar_ext.engine.inputs import (
     resolve_device,
 )
 from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.ledger import FILE as SEARCH_FILE
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
@@ -45,6 +46,7 @@ from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
+from liar_ext.search_costs import search_held_bytes
 from liar_ext.survey import needs_tokens
 
 
@@ -148,6 +150,8 @@ def compress(
         if ranks.rank == 0:
             copy_other_files(folder, job.output)
             write_records(job.output, report)
+            if (tried := job.folder / SEARCH_FILE).exists():
+                shutil.copyfile(tried, job.output / SEARCH_FILE)
             job.complete()
         ranks.barrier()
     return report
@@ -223,11 +227,18 @@ def held_bytes_of(
     adapter = adapter_for(model.config)
     windows = first_samples(batches, recipe.gradient_samples)
     own = _positions(batches, least_segments(recipe), ranks)
+    tried = first_samples(batches, recipe.search_samples)
     # nothing of the windows is held out
     theirs = _positions(windows, 1, ranks)
     return max(
         held_bytes(model, adapter, recipe, own, item),
         gradient_held_bytes(model, adapter, recipe, theirs, item),
+        search_held_bytes(
+            recipe,
+            _positions(tried, len(tried), ranks),
+            text_config(model.config).hidden_size,
+            item,
+        ),
     )
 
 
