@@ -32,6 +32,7 @@ from liar_ext.prior_costs import PriorPlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.text import size
+from liar_ext.search_costs import SearchSizes, search_phases
 from liar_ext.survey import needs_tokens, reads_of
 
 __all__ = ["Weights", "needs", "resident_bytes", "weights_of"]
@@ -94,6 +95,7 @@ def needs(
     survey_bytes: int,
     prior: PriorPlan | None,
     learning: tuple[int, int] | None,
+    search: SearchSizes | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -105,17 +107,23 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
-        prior: of a pass before pruning, None without one; learning: see `memory.Phases`.
+        prior: of a pass before pruning, search: of a search; None without one.
+        learning: see `memory.Phases`.
     """
     cuda = device.type == "cuda"
     held_by_one = held // ranks
     if prior is not None:
         # one after the other
         held_by_one, held = max(held_by_one, prior.held), max(held, ranks * prior.held)
+    if search is not None:
+        states = search.states * weights.hidden * weights.item
+        held_by_one, held = max(held_by_one, states), max(held, ranks * states)
     place, why = _place(execution, held_by_one, ranks, device, device_memory)
     paired = recipe.paired
     snapshots = 2 * (2 if paired else 1) * tokens.positions * weights.hidden * weights.item
-    disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
+    scratch = held if place == "disk" else 0
+    levels = 0 if search is None else search.disk
+    disk = _disk(sites, recipe, execution, output, snapshots, levels, scratch, out)
     library = "moments" in disk
     sizes = Sizes(
         cuda=cuda,
@@ -130,7 +138,7 @@ def needs(
         **asdict(weights),
     )
     widest = {site.kind: site for site in sorted(sites, key=lambda site: site.columns_before)}
-    phases = Phases(
+    made = Phases(
         sizes,
         # in the order of a layer's forward
         [widest[kind] for kind in dict.fromkeys(site.kind for site in sites)],
@@ -145,7 +153,10 @@ def needs(
         judging=lambda site: CRITERIA[recipe.criterion].holds(
             site.columns_before, site.outputs, site.columns_before - site.columns_after
         ),
-    ).all()
+    )
+    phases = made.all()
+    if search is not None:
+        phases += [*made.making_levels(search.levels), *search_phases(sizes, search)]
     if prior is not None:
         # those of all layers, to the end
         phases = [
@@ -225,6 +236,7 @@ def _disk(
     execution: Execution,
     output: int,
     snapshots: int,
+    levels: int,
     scratch: int,
     out: Path | None,
 ) -> dict[str, Any]:
@@ -233,7 +245,7 @@ def _disk(
     Of two snapshots of the hidden states one is removed when the other is complete.
     """
     folder = _existing(Path.cwd() if out is None else out.absolute().parent)
-    parts = {"output": output, "snapshots": snapshots}
+    parts = {"output": output, "snapshots": snapshots, **({"levels": levels} if levels else {})}
     elsewhere: list[tuple[Path, int]] = []
 
     def add(name: str, value: int, own: Path | None) -> None:

@@ -214,7 +214,7 @@ def block_of(name: str, batches: Sequence[Batch], costs=(7, 3)):
         for index in range(2):
             stream.advance(stream.through(index, (), onward=True))
         sites = adapter.sites_of(model, 1, ("ffn", "heads"))
-        block = LayerBlock(layers[1], 1, sites, costs, stream, CPU, Ranks.single(), Clock(CPU))
+        block = LayerBlock(layers[1], sites, costs, stream, CPU, Ranks.single(), Clock(CPU))
     return block, layers[1], sites, stream
 
 

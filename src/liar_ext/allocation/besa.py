@@ -21,12 +21,12 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
         layers.append(budgets[done : done + sites])
     kept = [layer[0].known[:, 1:].long().tolist() for layer in layers]
     costs = [
-        [sum(n * b.cost for n, b in zip(level, layer, strict=True)) for level in own]
+        [sum(b.price(n) for n, b in zip(level, layer, strict=True)) for level in own]
         for layer, own in zip(layers, kept, strict=True)
     ]
-    most = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+    most = sum(b.price(b.units) for b in budgets) * (1 - sparsity)
     chosen = choose(costs, [layer[0].known[:, 0].tolist() for layer in layers], most)
     return [float(n) for own, level in zip(kept, chosen, strict=True) for n in own[level]]
 
 
-BESA = Allocation("besa", wanted, survey="besa", equal=False)
+BESA = Allocation("besa", wanted, survey="besa", equal=False, prices=True)

@@ -23,7 +23,8 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
         _, cost, owner = ranked([budgets[place] for place in places])
         spent = cost.cumsum(0)
         nearest = int((spent - (1 - sparsity) * float(spent[-1])).abs().argmin()) + 1
-        counts = torch.bincount(owner[: max(nearest, len(places))], minlength=len(places))
+        least = sum(budgets[place].hinge.free for place in places)
+        counts = torch.bincount(owner[: max(nearest, least)], minlength=len(places))
         for place, units in zip(places, counts.tolist(), strict=True):
             kept[place] = float(units)
     return kept

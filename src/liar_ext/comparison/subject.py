@@ -144,7 +144,7 @@ class Subject:
         Args:
             scratch: folder for what waits on disk, unless the user named another.
         """
-        _reset_peak()
+        reset_peak()
         scratch = self._execution.scratch or scratch
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=scratch) as temporary:
             model, report = self._pruned(cell.recipe, library, Path(temporary))
@@ -218,7 +218,7 @@ def as_stored(
     parameter.data = stored.to(parameter.dtype)
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Make the process's peak memory that of what comes now, where the system can."""
     with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")

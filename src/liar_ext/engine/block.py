@@ -35,7 +35,7 @@ class LayerBlock:
     bits on any number of ranks. Channels in which the dense output is zero throughout are left out.
 
     Args:
-        index: of the layer, which is open. costs: of one unit of each Site.
+        layer: open, with the Sites. costs: of one unit of each Site.
     Raises:
         InputError: what leaves the layer is NaN or infinite.
     """
@@ -43,9 +43,8 @@ class LayerBlock:
     def __init__(
         self,
         layer: nn.Module,
-        index: int,
         sites: Sequence[Site],
-        costs: Sequence[int],
+        costs: Sequence[float],
         stream: Stream,
         device: torch.device,
         ranks: Ranks,
@@ -53,7 +52,7 @@ class LayerBlock:
     ) -> None:
         self.units: Sequence[int] = [site.units for site in sites]
         self.costs, self.batches = costs, stream.total
-        self._layer, self._index, self._sites = layer, index, sites
+        self._layer, self.sites = layer, sites
         self._stream, self._device, self._ranks, self._clock = stream, device, ranks, clock
         own: dict[int, tuple[int, Tensor]] = {}
         for number in stream.batches:
@@ -67,15 +66,15 @@ class LayerBlock:
         squares = sum((part for _, part in every[1:]), every[0][1]) / max(sum(self._tokens), 1)
         if not bool(torch.isfinite(squares).all()):
             raise InputError(
-                f"layer {index}: hidden states are NaN or infinite; check the checkpoint, or "
-                "compute in a wider type with --dtype"
+                f"layer {sites[0].layer}: hidden states are NaN or infinite; check the "
+                "checkpoint, or compute in a wider type with --dtype"
             )
         weights = torch.where(squares > 0, 1 / squares.clamp(min=1e-300), 0.0) / len(squares)
         self._weights = weights.to(device, torch.float32)
 
     def slopes(self, trials: Sequence[Trial]) -> list[list[Tensor]]:
         found: dict[int, list[Tensor]] = {}
-        with frozen(self._layer), gated(self._sites) as gates:
+        with frozen(self._layer), gated(self.sites) as gates:
             for place, (number, values) in enumerate(trials):
                 if number not in self._stream.entered:
                     continue
@@ -91,7 +90,7 @@ class LayerBlock:
 
     def errors(self, gates: Sequence[Sequence[Tensor]]) -> list[float]:
         own: dict[int, list[float]] = {}
-        with gated(self._sites) as opened:
+        with gated(self.sites) as opened:
             for number in self._stream.batches:
                 own[number] = [self._value(number, opened, values) for values in gates]
         every = _in_order(self._ranks.gather(own))
@@ -108,7 +107,7 @@ class LayerBlock:
         with self._clock.phase("hold"):
             entering, leaving = stream.entered[number].fetch(), stream.hidden[number].fetch()
         with self._clock.phase(phase):
-            output = layer_output(self._layer, entering, stream.call(number, self._index))
+            output = layer_output(self._layer, entering, stream.call(number, self.sites[0].layer))
             change = valid_rows(output, stream.mask(number)).float()
             change = change - valid_rows(leaving, stream.mask(number)).float()
             return (change.square() @ self._weights).sum(dtype=torch.float64)

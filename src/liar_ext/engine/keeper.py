@@ -208,19 +208,25 @@ class Keeper:
             )
         return sums
 
-    def keep(self, position: Position, hidden: Mapping[str, Item]) -> None:
-        """Write an entry if it is time for one; everything that it names is on disk first."""
-        if self._due():
+    @property
+    def folder(self) -> Path:
+        """What is put here is there for a later run, once there is an entry."""
+        return self._job.folder
+
+    def keep(self, position: Position, hidden: Mapping[str, Item], *, now: bool = False) -> None:
+        """Write an entry if it is time for one, or `now`; everything that it names is on disk
+        first."""
+        if self._due(now):
             self._keep(position, hidden)
 
-    def _due(self) -> bool:
-        """Whether it is time for an entry, the same on every rank."""
+    def _due(self, now: bool = False) -> bool:
+        """Whether an entry is to be written, the same on every rank."""
         # rank 0 has the clock
-        if not self._ranks.broadcast(time.monotonic() - self._last >= self._wait):
+        if not self._ranks.broadcast(now or time.monotonic() - self._last >= self._wait):
             return False
         # an entry without the sums could not be told from one of another checkpoint: until they are
         # known nothing is kept, unless every layer is to be
-        return not self._least or all(self._ranks.gather(self._source.ready()))
+        return not self._least or now or all(self._ranks.gather(self._source.ready()))
 
     def _keep(self, position: Position, hidden: Mapping[str, Item]) -> None:
         assert position.generator is not None, "the driver sets it"

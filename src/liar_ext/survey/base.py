@@ -50,7 +50,7 @@ class Block(Protocol):
     """
 
     units: Sequence[int]
-    costs: Sequence[int]
+    costs: Sequence[float]
     batches: int
 
     def slopes(self, trials: Sequence[Trial]) -> list[list[Tensor]]:
