@@ -79,6 +79,7 @@ class Measurer:
         targets: the layers that are pruned.
         library: Moments of the dense path on disk, with `--statistics oneshot` only.
         entered: hidden states are on their way.
+        learns: what enters and leaves each layer is wanted beside its statistics.
     """
 
     model: PreTrainedModel
@@ -91,6 +92,7 @@ class Measurer:
     ranks: Ranks
     clock: Clock
     entered: bool = False
+    learns: bool = False
     _last: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class Measurer:
         ahead = range(max(layer, self.targets.start), self.targets.stop)
         if reads == "weights" or not ahead:
             return False
-        if self.library is None or reads == "states":
+        if self.library is None or reads == "states" or self.learns:
             return True
         sites = [
             (i, name) for i in ahead for kind in self.recipe.target for name in self._names(kind)
@@ -136,7 +138,7 @@ class Measurer:
 
     def onward(self, index: int) -> bool:
         """Nobody needs what leaves the last layer that statistics are taken from."""
-        return index < self._last - 1
+        return index < self._last - 1 or self.learns
 
     def statistics(self, index: int, reads: Reads) -> dict[str, Columns]:
         """Those of a layer's Sites on the dense path by kind, if any are read; hidden states
