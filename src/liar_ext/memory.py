@@ -15,8 +15,8 @@ from liar_ext.engine.ranks import BUFFER_BYTES
 from liar_ext.engine.ridge import choice_bytes
 from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
-from liar_ext.ops.drift import drift_repair_bytes, drift_residual_bytes
 from liar_ext.ops.gram import TOKENS
+from liar_ext.ops.interpolate import repair_bytes
 from liar_ext.ops.residual import residual_bytes
 from liar_ext.reconstruction import Reconstruction
 from liar_ext.survey import Reads
@@ -328,13 +328,11 @@ class Phases:
         rows = -(-outputs // self._sizes.ranks)
         # the repaired rows, and all of them once those of other ranks are here
         repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
-        if self._paired:
-            residual = repaired + drift_residual_bytes(n, rows, kept)
-            solve = drift_repair_bytes(kept, n - kept, outputs, rows)
-            return max(self._judging(site), solve, residual)
         residual = repaired + residual_bytes(n, rows, kept)
         solve = 0
-        if kept < n:
+        if self._paired:
+            solve = repair_bytes(kept, n - kept, outputs, rows, route="fold first")
+        elif kept < n:
             given = outputs if self._reconstruction.whole else rows
             solve = self._reconstruction.holds(kept, n - kept, outputs, given)
             if self._chooses:

@@ -15,7 +15,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
-from liar_ext.ops.drift import Drift, drift_energies
+from liar_ext.ops.drift import Drift
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
 from liar_ext.ops.saliency import UnitGradients
@@ -186,11 +186,7 @@ class Repairer:
         if self._reconstruction.whole:
             shift = None if part.shift is None else part.shift[mine]
             part = replace(part, weight=part.weight[mine], shift=shift)
-        repaired = (weight, keep, part.weight, part.shift)
-        if own is None:
-            energies = residual_energies(moments, *repaired)
-        else:
-            energies = drift_energies(moments, own, *repaired)
+        energies = residual_energies(moments, weight, keep, part.weight, part.shift, own)
         total = torch.tensor(energies, dtype=torch.float64, device=keep.device)
         self._ranks.sum_(total)
         gathered = Repaired(
