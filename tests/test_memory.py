@@ -92,6 +92,11 @@ WIDE = {
         {"--allocation": "global", "--reconstruct": "none"},
     ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
+    "dense target, its ridge chosen": (
+        (768, 3072, 2, "float32"),
+        8,
+        {"--target-signal": "dense", "--ridge": "auto"},
+    ),
     "stream target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "stream"}),
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),

@@ -150,10 +150,11 @@ def solve_flops(site: SitePlan, recipe: Recipe) -> int:
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
     if recipe.paired:
         # one way (`ops.drift`), and what is kept whole has drifted, too
-        return int(costs(kept, dropped, site.outputs, False)["fold first"])
-    if not dropped:
+        one = int(costs(kept, dropped, site.outputs, False)["fold first"])
+    elif not dropped:
         return 0
-    one = RECONSTRUCTIONS[recipe.reconstruct].flops(kept, dropped, site.outputs)
+    else:
+        one = RECONSTRUCTIONS[recipe.reconstruct].flops(kept, dropped, site.outputs)
     if not recipe.chooses_ridge:
         return one
     judge, error = held_out_flops(kept, dropped, site.outputs)

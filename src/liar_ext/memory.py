@@ -278,15 +278,14 @@ class Phases:
         return {
             "moments": 4 * columns * together,
             "float64_sums": 0 if s.alone else 8 * columns * together,
-            "held_out_sums": 8 * columns**2 if self._chooses else 0,
+            "held_out_sums": 8 * columns * together if self._chooses else 0,
             "waiting_rows": self._rows() * together * s.item,
         }
 
     def _moments(self, site: SitePlan) -> dict[str, int]:
         """Of all tokens, with the drift if there is one, and of those that are held out."""
-        n = site.columns_before
-        held = 4 * n**2 if self._chooses else 0
-        return {"moments": 4 * n * (n + self._beside(site)), "held_out_moments": held}
+        own = 4 * site.columns_before * (site.columns_before + self._beside(site))
+        return {"moments": own, "held_out_moments": own if self._chooses else 0}
 
     def _exchanged(self, columns: int) -> dict[str, int]:
         """A buffer of the triangle, whose own rows do not wait any more."""
@@ -332,6 +331,8 @@ class Phases:
         solve = 0
         if self._paired:
             solve = repair_bytes(kept, n - kept, outputs, rows, route="fold first")
+            if self._chooses:
+                solve = choice_bytes(kept, n - kept, rows, own=solve, drift=True)
         elif kept < n:
             given = outputs if self._reconstruction.whole else rows
             solve = self._reconstruction.holds(kept, n - kept, outputs, given)

@@ -21,6 +21,7 @@ from liar_ext.engine.ridge import SLACK, choose
 from liar_ext.engine.statistics import HELD_OUT, SiteMoments, held_out, segments
 from liar_ext.models import adapter_for
 from liar_ext.ops import gram_reference, interpolate_reference, residual_reference
+from liar_ext.ops.drift import Sample
 from liar_ext.recipe import RIDGES
 from liar_ext.reconstruction import RECONSTRUCTIONS, Task
 from liar_ext.report import Report
@@ -130,7 +131,7 @@ def test_it_is_the_weakest_of_the_grid_that_does_on_held_out_tokens(center, slac
     rest, held, weight, keep, drop = problem()
     expected = errors_of(rest, held, weight, keep, drop, center)
     task = Task(gram_reference(torch.cat([rest, held])), weight, keep, drop, 1e-4, center)
-    found = choose(task, gram_reference(held), RECONSTRUCTIONS["liar"], Ranks.single())
+    found = choose(task, Sample(gram_reference(held)), RECONSTRUCTIONS["liar"], Ranks.single())
     assert found.errors == pytest.approx(expected, rel=1e-6)
     if slack == 1.0:
         assert found.ridge == min(expected, key=expected.__getitem__)
@@ -144,7 +145,7 @@ def test_it_is_the_weakest_of_the_grid_that_does_on_held_out_tokens(center, slac
 def test_every_fit_is_judged_by_what_it_does_to_held_out_tokens(center, name):
     rest, held, weight, keep, drop = problem(tokens=300)
     task = Task(gram_reference(torch.cat([rest, held])), weight, keep, drop, 1e-4, center, unit=3)
-    found = choose(task, gram_reference(held), RECONSTRUCTIONS[name], Ranks.single())
+    found = choose(task, Sample(gram_reference(held)), RECONSTRUCTIONS[name], Ranks.single())
     of_rest = dataclasses.replace(task, moments=gram_reference(rest))
     for ridge in (1e-2, 1.0):
         part = RECONSTRUCTIONS[name].repair(dataclasses.replace(of_rest, ridge=ridge))
@@ -158,7 +159,7 @@ def test_ranks_choose_together(name):
     rest, held, weight, keep, drop = problem()
     task = Task(gram_reference(torch.cat([rest, held])), weight, keep, drop, 1e-4, True)
     reconstruction = RECONSTRUCTIONS[name]
-    whole = choose(task, gram_reference(held), reconstruction, Ranks.single())
+    whole = choose(task, Sample(gram_reference(held)), reconstruction, Ranks.single())
     given = []
 
     class One(Ranks):
@@ -172,7 +173,7 @@ def test_ranks_choose_together(name):
 
     for rows in (slice(0, 4), slice(4, 9)):
         own = task if reconstruction.whole else dataclasses.replace(task, weight=weight[rows])
-        choose(own, gram_reference(held), reconstruction, One())
+        choose(own, Sample(gram_reference(held)), reconstruction, One())
     total = given[0] if reconstruction.whole else sum(given)
     errors = (total[:-1] / total[-1]).tolist()
     assert errors == pytest.approx(list(whole.errors.values()), rel=1e-9)
@@ -187,7 +188,7 @@ def test_ridges_that_do_not_hold_are_left_out():
     for some in (moments, part):
         some.gram = some.gram.float()
     task = Task(moments, weight, keep, drop, 1e-4, True)
-    found = choose(task, part, RECONSTRUCTIONS["liar"], Ranks.single())
+    found = choose(task, Sample(part), RECONSTRUCTIONS["liar"], Ranks.single())
     assert min(RIDGES) not in found.errors and 1.0 in found.errors
 
 

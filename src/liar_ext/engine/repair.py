@@ -15,7 +15,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
-from liar_ext.ops.drift import Drift
+from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
 from liar_ext.ops.saliency import UnitGradients
@@ -74,13 +74,13 @@ class Repairer:
         notes: Sequence[str],
         kept_units: int,
         *,
-        held: Moments | None = None,
+        held: Sample | None = None,
         drift: Drift | None = None,
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
         Args:
-            held: Moments of those tokens that are held out to choose the ridge by.
+            held: statistics of those tokens that are held out to choose the ridge by.
             drift: of the Site's output; with it the target is the dense path's.
         Returns:
             the report, and a function that applies the result to the layer and returns the kept
@@ -148,7 +148,7 @@ class Repairer:
         site: Site,
         moments: Moments,
         keep: Tensor,
-        held: Moments | None = None,
+        held: Sample | None = None,
         drift: Drift | None = None,
     ) -> tuple[Repaired, float, Choice | None]:
         """The repaired consumer, its residual, and how its ridge was chosen.
@@ -175,11 +175,11 @@ class Repairer:
         )
         choice = None
         try:
-            if held is not None and task.drop.numel():
-                choice = choose(task, held, self._reconstruction, self._ranks)
-                task = replace(task, ridge=choice.ridge)
             # what keeps all its columns has nothing to repair, unless its inputs have drifted
             idle = own is None and not task.drop.numel()
+            if held is not None and not idle:
+                choice = choose(task, held.rows(mine), self._reconstruction, self._ranks)
+                task = replace(task, ridge=choice.ridge)
             part = Repaired(task.weight) if idle else self._agreed(task)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error

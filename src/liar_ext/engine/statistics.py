@@ -9,6 +9,7 @@ float32 once. That also keeps long sums from drifting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.ranks import Ranks
 from liar_ext.ops.cross import cross
-from liar_ext.ops.drift import Drift
+from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.gram import gram
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
@@ -94,7 +95,7 @@ class SiteMoments:
             self._held = Moments.zeros(columns, dtype=torch.float64, device=device)
         self._held_out = held_out
         # sums and counts before the present segment
-        self._before = self._part.sum.clone(), self._part.count.clone()
+        self._before = [value.clone() for value in self._running()]
         self._segment = 0
         self._pending: list[tuple[Tensor, ...]] = []
 
@@ -127,6 +128,14 @@ class SiteMoments:
         # rounded as those of all tokens are
         return Moments(held.count, held.sum, held.gram.to(self._part.gram.dtype))
 
+    def _running(self) -> list[Tensor]:
+        """Sums that go on over segments."""
+        return [self._part.sum, self._part.count]
+
+    def _held_running(self) -> list[Tensor]:
+        """The same of what is held out; nothing where nothing is."""
+        return [] if self._held is None else [self._held.sum, self._held.count]
+
     def _enter(self, segment: int) -> None:
         if segment != self._segment:
             self._close()
@@ -157,12 +166,13 @@ class SiteMoments:
         if self._whole is None:
             return
         targets = [self._whole]
-        if self._held is not None:
-            if self._segment in self._held_out:
-                targets.append(self._held.gram)
-                self._held.sum += self._part.sum - self._before[0]
-                self._held.count += self._part.count - self._before[1]
-            self._before = self._part.sum.clone(), self._part.count.clone()
+        if self._held is not None and self._segment in self._held_out:
+            targets.append(self._held.gram)
+            for held, now, before in zip(
+                self._held_running(), self._running(), self._before, strict=True
+            ):
+                held += now - before
+        self._before = [value.clone() for value in self._running()]
         for start in range(0, self._whole.shape[0], _ROWS):
             stop = start + _ROWS
             for target in targets:
@@ -175,14 +185,24 @@ class SitePairs(SiteMoments):
     """Accumulates the Moments of one Site, and the drift of its consumer's output.
 
     Args:
-        outputs: of the consumer.
+        outputs: of the consumer; the others as of SiteMoments.
     """
 
     def __init__(
-        self, outputs: int, columns: int, device: torch.device, *, dtype: torch.dtype, alone: bool
+        self,
+        outputs: int,
+        columns: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        alone: bool,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
-        super().__init__(columns, device, dtype=dtype, alone=alone)
         self._drift = Drift.zeros(outputs, columns, dtype=dtype, device=device)
+        self._held_drift: Drift | None = None
+        if held_out:
+            self._held_drift = Drift.zeros(outputs, columns, dtype=torch.float64, device=device)
+        super().__init__(columns, device, dtype=dtype, alone=alone, held_out=held_out)
         self._whole_cross: Tensor | None = None
         if self._whole is not None:
             self._whole_cross = torch.zeros_like(self._drift.pairs.cross, dtype=torch.float64)
@@ -203,20 +223,30 @@ class SitePairs(SiteMoments):
         self._drift.change.add(change)
         self._take((valid_rows(x, mask), change), owned=mask is not None)
 
-    def finish_pair(self, ranks: Ranks) -> tuple[Moments, Drift]:
+    def finish_pair(self, ranks: Ranks) -> Sample:
         """Of all batches of all ranks; nothing can be added afterwards."""
-        moments, drift = self.finish(ranks), self._drift
+        moments = self.finish(ranks)
+        whole, self._whole_cross = self._whole_cross, None
+        return Sample(moments, _summed(self._drift, whole, ranks))
+
+    def finish_held_pair(self, ranks: Ranks) -> Sample | None:
+        """Of the segments that are held out, of all ranks; after `finish_pair`."""
+        moments, drift = self.finish_held(ranks), self._held_drift
+        self._held_drift = None
+        if moments is None or drift is None:
+            return None
+        drift = _summed(drift, None, ranks)
         pairs = drift.pairs
-        total = pairs.cross if self._whole_cross is None else self._whole_cross
-        for value in (total, pairs.sum_x, pairs.sum_y, pairs.count):
-            ranks.sum_(value)
-        for columns in (drift.change, drift.dense):
-            for value in (columns.count, columns.sum, columns.squares):
-                ranks.sum_(value)
-        if self._whole_cross is not None:
-            pairs.cross.copy_(self._whole_cross)
-            self._whole_cross = None
-        return moments, drift
+        # rounded as those of all tokens are
+        own = replace(pairs, cross=pairs.cross.to(self._drift.pairs.cross.dtype))
+        return Sample(moments, replace(drift, pairs=own))
+
+    def _running(self) -> list[Tensor]:
+        return super()._running() + _tallies(self._drift)
+
+    def _held_running(self) -> list[Tensor]:
+        beside = [] if self._held_drift is None else _tallies(self._held_drift)
+        return super()._held_running() + beside
 
     def _sum(self, x: Tensor, *rest: Tensor) -> None:
         super()._sum(x)
@@ -225,8 +255,28 @@ class SitePairs(SiteMoments):
     def _close(self) -> None:
         super()._close()
         if self._whole_cross is not None:
-            self._whole_cross += self._drift.pairs.cross
-            self._drift.pairs.cross.zero_()
+            own = self._drift.pairs.cross
+            self._whole_cross += own
+            if self._held_drift is not None and self._segment in self._held_out:
+                self._held_drift.pairs.cross.add_(own)
+            own.zero_()
+
+
+def _tallies(drift: Drift) -> list[Tensor]:
+    """The sums and counts of a drift; all but its products."""
+    pairs, columns = drift.pairs, (drift.change, drift.dense)
+    beside = [value for c in columns for value in (c.count, c.sum, c.squares)]
+    return [pairs.sum_x, pairs.sum_y, pairs.count, *beside]
+
+
+def _summed(drift: Drift, whole: Tensor | None, ranks: Ranks) -> Drift:
+    """Of all ranks; `whole`: float64 products that take the place of its own."""
+    cross = drift.pairs.cross if whole is None else whole
+    for value in (cross, *_tallies(drift)):
+        ranks.sum_(value)
+    if whole is not None:
+        drift.pairs.cross.copy_(whole)
+    return drift
 
 
 class SiteColumns:

@@ -62,6 +62,10 @@ class Drift:
             ColumnMoments.zeros(outputs, device),
         )
 
+    def __sub__(self, other: Drift) -> Drift:
+        """Of the tokens of `self` that are not in `other`, which has some of them."""
+        return Drift(self.pairs - other.pairs, self.change - other.change, self.dense - other.dense)
+
     @property
     def outputs(self) -> int:
         return self.pairs.cross.shape[0]
@@ -88,6 +92,29 @@ class Drift:
         if center:
             block.addr_(self.mean(), self.pairs.sum_y[columns] / count, alpha=-1)
         return block
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Statistics of some tokens at a Site.
+
+    Attributes: `moments` of its inputs; `drift` of its output, None where there is one path.
+    """
+
+    moments: Moments
+    drift: Drift | None = None
+
+    def __sub__(self, other: Sample) -> Sample:
+        """Of the tokens of `self` that are not in `other`, which has some of them."""
+        drift = None
+        if self.drift is not None:
+            assert other.drift is not None, "both are of one path, or both of two"
+            drift = self.drift - other.drift
+        return Sample(self.moments - other.moments, drift)
+
+    def rows(self, part: slice) -> Sample:
+        """With the drift of these output rows only."""
+        return Sample(self.moments, None if self.drift is None else self.drift.rows(part))
 
 
 def drift_reference(

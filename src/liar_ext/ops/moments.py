@@ -205,6 +205,12 @@ class ColumnMoments:
             torch.zeros(columns, dtype=torch.float64, device=device),
         )
 
+    def __sub__(self, other: ColumnMoments) -> ColumnMoments:
+        """Of the tokens of `self` that are not in `other`, which has some of them."""
+        return ColumnMoments(
+            self.count - other.count, self.sum - other.sum, self.squares - other.squares
+        )
+
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         """Accumulate the valid rows of `x` (T, n)."""
         rows = (x if token_mask is None else x[token_mask.bool()]).float()
