@@ -47,7 +47,7 @@ class Tokens:
     """The calibration tokens.
 
     Attributes:
-        tokens: valid ones; positions: with padding.
+        tokens: valid ones; positions: with padding; held_out: of the valid ones, to choose ridges.
         samples: sequences; seq_len: tokens of the longest.
         batch: positions of the largest batch; segments: of tokens, see `engine.statistics`.
         counted: False when they are assumed from the recipe.
@@ -60,6 +60,7 @@ class Tokens:
     batch: int
     segments: int
     counted: bool
+    held_out: int = 0
 
 
 def layer_flops(model: PreTrainedModel, adapter: Adapter, length: int) -> list[int]:

@@ -108,6 +108,22 @@ def test_one_sample_is_refused_by_name(tmp_path):
         liar_ext.prune(FAMILIES["llama-mha"].build(), batches_of(recipe, decoder=True), recipe)
 
 
+def test_too_few_tokens_are_counted_without_those_that_are_held_out(tmp_path):
+    """60 tokens for 48 columns, 12 of them held out: 48 are left; one sample less is too few."""
+    calibration = str(write_tokens(tmp_path / "t.npy", samples=10, length=6))
+    recipe = Recipe(calibration=calibration, samples=10, seq_len=6, batch_size=2, sparsity=0.5)
+    parts = batches_of(recipe, decoder=True)
+    auto = dataclasses.replace(recipe, ridge="auto")
+    assert statistics.held_out_tokens(parts, auto) == 12
+    assert statistics.held_out_tokens(parts, recipe) == 0
+    report = liar_ext.prune(FAMILIES["llama-mha"].build(), parts, auto)
+    assert any("60 calibration tokens" in w and "12 are held out" in w for w in report.warnings)
+    fewer = [*parts[:4], Batch(parts[4].input_ids[:1], parts[4].attention_mask[:1])]
+    liar_ext.prune(FAMILIES["llama-mha"].build(), fewer, recipe)
+    with pytest.raises(InputError, match="54 calibration tokens for 48 columns: 12 are held out"):
+        liar_ext.prune(FAMILIES["llama-mha"].build(), fewer, auto)
+
+
 # the choice
 
 
@@ -327,6 +343,8 @@ def test_the_plan_counts_the_choice(tmp_path):
     fixed = dataclasses.replace(recipe, ridge=1e-4)
     plain = planning.plan(tmp_path / "dense", fixed, rates=rates)
     assert auto["calibration"]["segments"] == HELD_OUT
+    assert auto["calibration"]["held_out"] > 0 == plain["calibration"]["held_out"]
+    assert auto["calibration"]["minimum"] > plain["calibration"]["minimum"] == 48
     assert auto["flops"]["solve"] > 5 * plain["flops"]["solve"]
     phases = {phase["name"]: phase["device"] for phase in auto["phases"]["all"]}
     assert phases["statistics of ffn"]["held_out_sums"] == 8 * 48**2

@@ -23,6 +23,7 @@ from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import DeviceShelf, Shelf
+from liar_ext.engine.statistics import held_out_tokens
 from liar_ext.engine.store import LayerStore
 from liar_ext.environment import environment
 from liar_ext.models import adapter_for, layout
@@ -84,7 +85,8 @@ class Compression:
                 for index in targeted_layers(self._store, recipe)
                 for site in adapter.sites_of(model, index, recipe.target)
             ]
-            few = check_enough(int(calibration["tokens"]), max(columns, default=0))
+            held = held_out_tokens(batches, recipe)
+            few = check_enough(int(calibration["tokens"]), max(columns, default=0), held)
             if few is not None:
                 self.warn(few)
         before = layout.read(model)

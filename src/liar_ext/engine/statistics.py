@@ -62,6 +62,16 @@ def held_out(count: int) -> frozenset[int]:
     return frozenset(range(every // 2, count, every)) if count > 1 else frozenset()
 
 
+def held_out_tokens(batches: Sequence[Batch], recipe: Recipe) -> int:
+    """Valid tokens that are held out under a recipe."""
+    if not recipe.chooses_ridge:
+        return 0
+    numbers = segments(batches, least_segments(recipe))
+    chosen = held_out(numbers[-1] + 1) if numbers else frozenset()
+    pairs = zip(batches, numbers, strict=True)
+    return sum(batch.tokens for batch, number in pairs if number in chosen)
+
+
 def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of `x` (..., n) that `mask` has, all of them without one, (·, n)."""
     rows = x.reshape(-1, x.shape[-1])
