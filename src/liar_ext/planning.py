@@ -296,7 +296,7 @@ def _shrink(
     if reads is not None:
         when = "a forward pass"
         if reads == "weights":
-            when = "it has read the weights, without a forward pass"
+            when = "it has gone through the layers, without a forward pass of its own"
         notes.append(
             f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "
             "sizes and costs are estimates"

@@ -59,13 +59,12 @@ class Repairer:
         Args:
             statistics, similarity: what the survey reads of them, see `survey.View`.
         """
-        evidence = None
         if statistics is not None:
             refuse_non_finite(site, statistics)
-            evidence = self._evidence(site, statistics)
+        evidence = self._evidence(site, statistics)
         with self._clock.phase("solve"):
             found = survey.measure(View(site, self._criterion, evidence, similarity))
-        return found.double().cpu(), [] if evidence is None else evidence.notes
+        return found.double().cpu(), evidence.notes
 
     def repair(
         self,
@@ -131,7 +130,9 @@ class Repairer:
 
         return report, shrink
 
-    def _evidence(self, site: Site, statistics: Columns, keep: int | None = None) -> Evidence:
+    def _evidence(
+        self, site: Site, statistics: Columns | None, keep: int | None = None
+    ) -> Evidence:
         gradients = self.gradients.get((site.layer, site.kind))
         return Evidence(
             site,

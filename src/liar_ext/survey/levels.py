@@ -46,7 +46,7 @@ def measure(view: View) -> Tensor:
     Raises:
         NumericalError: the Moments have no inverse with any ridge, or lose it on the way.
     """
-    evidence, site = view.judged, view.site
+    evidence, site = view.evidence, view.site
     order = None if view.criterion.greedy else _order(view.criterion, evidence)
     start = tableau(evidence)
     try:
