@@ -103,7 +103,11 @@ class Tableau:
         self.loss = 0.0
 
     def costs(self) -> Tensor:
-        """How much the loss changes when a unit changes sides, (units,) float64, each ≥ 0."""
+        """How much the loss changes when a unit changes sides, (units,) float64, each ≥ 0.
+
+        Raises:
+            NumericalError: a block of several columns is not positive definite any more.
+        """
         if self.width == 1:
             return self.rows.square().sum(0) / self.matrix.diagonal().abs()
         units, width = self.kept.numel(), self.width
@@ -111,7 +115,12 @@ class Tableau:
         # (units, width, width), positive definite on either side
         blocks = torch.where(self.kept[:, None, None], -1.0, 1.0) * blocks.permute(2, 0, 1)
         edges = self.rows.view(-1, units, width).transpose(0, 1)
-        turned = torch.cholesky_solve(edges.mT, torch.linalg.cholesky(blocks))
+        factor, info = torch.linalg.cholesky_ex(blocks)
+        if bool(info.any()):
+            raise NumericalError(
+                f"blocks of {int((info != 0).sum())} units are not positive definite any more"
+            )
+        turned = torch.cholesky_solve(edges.mT, factor)
         return (turned * edges.mT).sum((1, 2))
 
     def remove(self, count: int, *, steps: int = STEPS) -> tuple[Tensor, Tensor]:
