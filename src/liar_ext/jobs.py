@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -68,7 +68,12 @@ class BatchJob:
 
 
 def read_jobs(
-    file: Path, defaults: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
+    file: Path,
+    defaults: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    look: Callable[[BatchJob], None] | None = None,
 ) -> list[BatchJob]:
     """All jobs of a file, in its order; blank lines do not count. Touches nothing.
 
@@ -76,6 +81,8 @@ def read_jobs(
         defaults: Recipe fields under those of the lines.
         overwrite: for jobs that say nothing about it; resume: a result of the same source and
             recipe is no obstacle but makes its job `finished`.
+        look: raises InputError for a source that cannot be used; asked of those that are there
+            already, of jobs that are to be run.
     Raises:
         JobsError: bad lines, all of them. InputError: the file cannot be read, or has no jobs.
     """
@@ -99,7 +106,7 @@ def read_jobs(
     checked: list[BatchJob] = []
     for position, job in enumerate(jobs):
         try:
-            checked.append(_checked(job, checked, jobs[position + 1 :], resume))
+            checked.append(_checked(job, checked, jobs[position + 1 :], resume, look))
         except InputError as error:
             problems[job.line] = str(error)
             checked.append(job)
@@ -189,7 +196,11 @@ def _parse(number: int, text: str, defaults: Mapping[str, Any], overwrite: bool)
 
 
 def _checked(
-    job: BatchJob, before: Sequence[BatchJob], after: Sequence[BatchJob], resume: bool
+    job: BatchJob,
+    before: Sequence[BatchJob],
+    after: Sequence[BatchJob],
+    resume: bool,
+    look: Callable[[BatchJob], None] | None,
 ) -> BatchJob:
     """The job with `finished`; InputError if its source or out cannot be what they are."""
     for other in before:
@@ -207,6 +218,9 @@ def _checked(
     check_output(Path(job.out), Path(job.reads) if local else None, overwrite=job.overwrite)
     if job.unfinished and not (job.overwrite or resume):
         raise InputError(f"out {job.out}: an unfinished run is there; give --resume or --overwrite")
+    # what another job is to write is not there, or not that
+    if look is not None and all(maker.finished for maker in makers):
+        look(job)
     return job
 
 

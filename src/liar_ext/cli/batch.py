@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Each line of JOBS.jsonl is a JSON object with `source`, `out`, and any fields of a
 recipe.json; `name` and `overwrite` may be given, too. The recipe options are for all lines that do
-not say otherwise. Nothing starts unless every line can be used. Jobs of the same source and
-calibration with statistics oneshot need one forward pass between them."""
+not say otherwise. Nothing starts unless every line, and the checkpoint it reads, can be used. Jobs
+of the same source and calibration with statistics oneshot need one forward pass between them."""
 
 
 def add_parser(commands: Any) -> None:
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.cli.output import print_table
     from liar_ext.engine.execution import Execution
     from liar_ext.job_queue import Queue
+    from liar_ext.job_sources import Sources
     from liar_ext.jobs import JobsError, read_jobs
 
     started = time.perf_counter()
@@ -83,7 +84,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     file = Path(arguments.jobs)
     defaults = recipe_of(arguments).to_json()
     try:
-        jobs = read_jobs(file, defaults, overwrite=arguments.overwrite, resume=arguments.resume)
+        jobs = read_jobs(
+            file,
+            defaults,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            look=Sources(),
+        )
     except JobsError as error:
         if len(error.problems) > 1:
             print(*error.problems, sep="\n", file=sys.stderr)

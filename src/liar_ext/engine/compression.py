@@ -182,6 +182,16 @@ def few_tokens(
     return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
 
 
+def check_model(store: LayerStore, recipe: Recipe) -> None:
+    """Refuse what a recipe cannot do with a model, whatever the calibration; works on `meta`.
+
+    Raises:
+        InputError: as a compression would.
+    """
+    host = torch.device("cpu")
+    Driver(store, (), recipe, host, Silent(), Clock(host))
+
+
 def check_possible(
     store: LayerStore, recipe: Recipe, batches: Sequence[Batch], tokens: int
 ) -> None:
@@ -192,8 +202,8 @@ def check_possible(
     Raises:
         InputError: as a compression would, before it computes anything.
     """
-    own, host = fit_to(batches, recipe), torch.device("cpu")
-    Driver(store, (), recipe, host, Silent(), Clock(host))
+    own = fit_to(batches, recipe)
+    check_model(store, recipe)
     few_tokens(store, recipe, own, tokens)
     costs = budgets(store, recipe, longest(own))
     check_reachable(list(costs.values()), recipe.sparsity, recipe.round_to)
