@@ -93,9 +93,10 @@ def test_all_pairs_are_the_same_with_and_without_a_part_on_its_own(dtype):
         tuple(torch.randn(40 + s, n, generator=generator) for n in (7, 5, 5)) for s in range(4)
     ]
     mask = torch.rand(41, generator=generator) < 0.7
+    valid = mask.nonzero().flatten()
     for segment, (x, local, dense) in enumerate(given):
         for one in (plain, both):
-            one.add_pair(x, local, dense, mask if segment == 1 else None, segment)
+            one.add_pair(x, local, dense, valid if segment == 1 else None, segment)
     ranks = Ranks.single()
     whole, held = both.finish_pair(ranks), both.finish_held_pair(ranks)
     expected = plain.finish_pair(ranks)

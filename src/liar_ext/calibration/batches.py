@@ -61,6 +61,16 @@ class Batch:
         """The mask on a device; None where all tokens are valid."""
         return None if bool(self.attention_mask.all()) else self.attention_mask.to(device)
 
+    def valid_on(self, device: torch.device) -> Tensor | None:
+        """Where valid tokens are in the flattened batch, (valid,) int64 on a device; None where all
+        are.
+
+        Found on the CPU, once: to index by a mask that is on a GPU waits for it, to find how many.
+        """
+        if bool(self.attention_mask.all()):
+            return None
+        return self.attention_mask.flatten().nonzero().flatten().to(device)
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:

@@ -62,10 +62,10 @@ class _Both:
     moments: SiteMoments
     columns: SiteColumns | None
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
-        self.moments.add(x, mask, segment)
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None:
+        self.moments.add(x, valid, segment)
         if self.columns is not None:
-            self.columns.add(x, mask, segment)
+            self.columns.add(x, valid, segment)
 
 
 @dataclass

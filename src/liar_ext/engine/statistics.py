@@ -72,10 +72,10 @@ def held_out_tokens(batches: Sequence[Batch], recipe: Recipe) -> int:
     return sum(batch.tokens for batch, number in pairs if number in chosen)
 
 
-def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of `x` (..., n) that `mask` has, all of them without one, (·, n)."""
+def valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The rows of `x` (..., n) at positions `valid` (`Batch.valid_on`), all for None, (·, n)."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if mask is None else rows[mask]
+    return rows if valid is None else rows.index_select(0, valid)
 
 
 class SiteMoments:
@@ -109,10 +109,10 @@ class SiteMoments:
         self._segment = 0
         self._pending: list[tuple[Tensor, ...]] = []
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of `x` (..., n), a batch of `segment`."""
         self._enter(segment)
-        self._take((valid_rows(x, mask),), owned=mask is not None)
+        self._take((valid_rows(x, valid),), owned=valid is not None)
 
     def finish(self, ranks: Ranks) -> Moments:
         """The Moments of all batches of all ranks; nothing can be added afterwards."""
@@ -218,7 +218,7 @@ class SitePairs(SiteMoments):
             self._whole_cross = torch.zeros_like(self._drift.pairs.cross, dtype=torch.float64)
 
     def add_pair(
-        self, x: Tensor, local: Tensor, dense: Tensor, mask: Tensor | None, segment: int
+        self, x: Tensor, local: Tensor, dense: Tensor, valid: Tensor | None, segment: int
     ) -> None:
         """Accumulate the valid rows of a batch of `segment`.
 
@@ -227,11 +227,11 @@ class SitePairs(SiteMoments):
                 made of the dense path's (..., out), both with its bias or both without.
         """
         self._enter(segment)
-        wanted = valid_rows(dense, mask)
-        change = wanted - valid_rows(local, mask)
+        wanted = valid_rows(dense, valid)
+        change = wanted - valid_rows(local, valid)
         self._drift.dense.add(wanted)
         self._drift.change.add(change)
-        self._take((valid_rows(x, mask), change), owned=mask is not None)
+        self._take((valid_rows(x, valid), change), owned=valid is not None)
 
     def finish_pair(self, ranks: Ranks) -> Sample:
         """Of all batches of all ranks; nothing can be added afterwards."""
@@ -295,9 +295,9 @@ class SiteColumns:
     def __init__(self, columns: int, device: torch.device) -> None:
         self._columns = ColumnMoments.zeros(columns, device)
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of `x` (..., n)."""
-        self._columns.add(x.reshape(-1, x.shape[-1]), mask)
+        self._columns.add(valid_rows(x, valid))
 
     def finish(self, ranks: Ranks) -> ColumnMoments:
         """The statistics of all batches of all ranks."""
@@ -316,11 +316,11 @@ class StateSimilarity:
         self._sums = torch.zeros(MOST_SEGMENTS, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, before: Tensor, after: Tensor, mask: Tensor | None, segment: int) -> None:
+    def add(self, before: Tensor, after: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of both (..., d)."""
         cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
-        if mask is not None:
-            cosines = cosines[mask]
+        if valid is not None:
+            cosines = cosines.index_select(0, valid)
         self._sums[segment] += cosines.sum(dtype=torch.float64)
         self._count += cosines.numel()
 
