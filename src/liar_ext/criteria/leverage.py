@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liar_ext.criteria.base import Criterion, Evidence
 from liar_ext.criteria.obs import inverse
-from liar_ext.ops.removal import inverse_bytes, inverse_flops
+from liar_ext.ops.inverse import inverse_bytes, inverse_flops
 
 # without a ridge every column has a leverage of 1
 _LEAST_RIDGE = 1e-4

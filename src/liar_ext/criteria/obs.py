@@ -69,9 +69,8 @@ def removing(evidence: Evidence, work: Callable[[Tableau], Made]) -> Made:
 
     def make(ridge: float) -> Made:
         theta = inverse_moments(moments, ridge=ridge, center=evidence.center).theta
-        # a column that never changes costs nothing, whatever its weights
-        alive = (moments.variance() if evidence.center else moments.diagonal()) > 0
-        return work(Tableau(theta, site.weight().double() * alive, site.columns_per_unit))
+        dead = (moments.variance() if evidence.center else moments.diagonal()) <= 0
+        return work(Tableau(theta, site.weight(), site.columns_per_unit, dead))
 
     return climbing(evidence, make)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from liar_ext.errors import NumericalError
 from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
 from liar_ext.ops.drift import Drift
-from liar_ext.ops.factor import inverse as factor_inverse
+from liar_ext.ops.inverse import inverse_
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.solve import Precision, check_not_negative, solve
 from liar_ext.ops.system import check_partition, cross_block, folded_system, kept_system
@@ -330,8 +330,8 @@ def cheapest(kept: int, dropped: int, outputs: int, inverse: bool = False) -> st
 def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> Inverse:
     """`Θ = (C + λI)⁻¹` of all columns.
 
-    Worth its n³ operations, and three n × n float64 matrices, where several Selections of one Site
-    are tried: each then costs a system of its dropped columns only.
+    Worth its n³ operations, and an n × n float64 matrix, where several Selections of one Site are
+    tried: each then costs a system of its dropped columns only.
 
     Args:
         moments: the whole triangle; ridge, center: as in `interpolate`.
@@ -347,12 +347,13 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
     every = torch.arange(moments.columns, device=moments.sum.device)
     system = kept_system(moments, every, every[:0], ridge, center)
     strength = ridge * system.mean_diagonal
+    dead = (system.kept.diagonal() == 0).double()
     try:
-        theta = factor_inverse(system.kept, strength, system.floor)
+        theta = inverse_(system.kept, strength, system.floor)
     except NumericalError as error:
         raise NumericalError(f"the Moments with ridge {ridge:.1e}: {error}; raise it") from error
     # dead columns: one on the diagonal, as in the system that was inverted
-    theta.diagonal().add_((system.kept.diagonal() == 0).double())
+    theta.diagonal().add_(dead)
     return Inverse(theta, ridge, strength, center, int(moments.count))
 
 
