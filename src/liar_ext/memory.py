@@ -17,6 +17,7 @@ from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.ops.gram import TOKENS
 from liar_ext.ops.interpolate import repair_bytes
+from liar_ext.ops.moments import column_bytes
 from liar_ext.ops.residual import residual_bytes
 from liar_ext.reconstruction import Reconstruction
 from liar_ext.survey import Reads
@@ -123,11 +124,12 @@ class Phases:
         return self._phase("comparing hidden states", device, host)
 
     def _scoring(self, site: SitePlan) -> Phase:
-        """Column statistics: a float32 copy of a batch, and its squares."""
+        """Column statistics: the valid rows of a batch, and what is made of a block of them."""
         s = self._sizes
         device, host = self._standing(written=False, leaving=True)
-        squares = s.batch * site.columns_before * (4 if s.item == 4 else 8)
-        device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), squares)
+        rows = s.batch * site.columns_before * s.item if s.masks else 0
+        made = rows + column_bytes(s.batch, site.columns_before)
+        device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), made)
         return self._phase(f"scoring {site.kind}", device, host)
 
     def _ahead(self) -> Phase:
@@ -301,7 +303,7 @@ class Phases:
     def _gram(self, site: SitePlan) -> dict[str, int]:
         """One copy of the rows of a chunk, and what the kernel makes of them.
 
-        Of a pair also a batch of the output on both paths, their difference, and its squares.
+        Of a pair also a batch of the output on both paths, their difference, and column statistics.
         """
         s = self._sizes
         rows, columns = self._rows(), site.columns_before
@@ -318,7 +320,7 @@ class Phases:
         joined = rows * (columns + beside) * s.item if rows > s.batch else 0
         found = {"joined_rows": joined, "packed_rows": packed}
         if beside:
-            found["drift_rows"] = s.batch * beside * (3 * s.item + 8)
+            found["drift_rows"] = 3 * s.batch * beside * s.item + column_bytes(s.batch, beside)
         return found
 
     def _repair(self, site: SitePlan) -> int:

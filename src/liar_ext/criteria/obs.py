@@ -68,9 +68,8 @@ def removing(evidence: Evidence, work: Callable[[Tableau], Made]) -> Made:
     site, moments = evidence.site, evidence.moments
 
     def make(ridge: float) -> Made:
-        theta = inverse_moments(moments, ridge=ridge, center=evidence.center).theta
-        dead = (moments.variance() if evidence.center else moments.diagonal()) <= 0
-        return work(Tableau(theta, site.weight(), site.columns_per_unit, dead))
+        found = inverse_moments(moments, ridge=ridge, center=evidence.center)
+        return work(Tableau(found.theta, site.weight(), site.columns_per_unit, found.dead))
 
     return climbing(evidence, make)
 

@@ -38,9 +38,11 @@ class Interpolation:
 @dataclass(frozen=True)
 class Inverse:
     """Attributes: `theta` = `(C + λI)⁻¹` (n, n) float64, dead rows and columns those of the
-    identity; what it was made with: relative ridge, λ, center, and the tokens of the Moments."""
+    identity; `dead` (n,) bool, columns without variance, up to rounding; what it was made with:
+    relative ridge, λ, center, and the tokens of the Moments."""
 
     theta: Tensor
+    dead: Tensor
     ridge: float
     strength: float
     center: bool
@@ -347,14 +349,14 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
     every = torch.arange(moments.columns, device=moments.sum.device)
     system = kept_system(moments, every, every[:0], ridge, center)
     strength = ridge * system.mean_diagonal
-    dead = (system.kept.diagonal() == 0).double()
+    dead = system.kept.diagonal() == 0
     try:
         theta = inverse_(system.kept, strength, system.floor)
     except NumericalError as error:
         raise NumericalError(f"the Moments with ridge {ridge:.1e}: {error}; raise it") from error
     # dead columns: one on the diagonal, as in the system that was inverted
-    theta.diagonal().add_(dead)
-    return Inverse(theta, ridge, strength, center, int(moments.count))
+    theta.diagonal().add_(dead.double())
+    return Inverse(theta, dead, ridge, strength, center, int(moments.count))
 
 
 def _carry_by_inverse(

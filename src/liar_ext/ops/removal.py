@@ -172,7 +172,8 @@ class Tableau:
         """
         kept, size = 0, min(most, int(self.kept.sum()), int((~self.kept).sum()))
         for _ in range(EXCHANGES):
-            if size < 1:
+            # of no loss there is nothing to gain, and what rounding makes of it is no gain
+            if size < 1 or not self.loss > 0:
                 break
             tried = [self._gains()[:size]] if size > 1 else self._gains()[:TRIES].split(1)
             if any(self._swap(units) for units in tried):
@@ -192,7 +193,7 @@ class Tableau:
         self.move(returned)
         gone = self._next(len(returned))[0]
         self.move(gone)
-        if self.loss <= before * (1 - LEAST_GAIN):
+        if self.loss < before * (1 - LEAST_GAIN):
             return True
         self.move(gone)
         self.move(returned)
