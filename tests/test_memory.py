@@ -107,6 +107,11 @@ WIDE = {
         {"--allocation": "besa", "--reconstruct": "none", "--statistics": "oneshot"},
     ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
+    "dense target, its ridge chosen": (
+        (768, 3072, 2, "float32"),
+        8,
+        {"--target-signal": "dense", "--ridge": "auto"},
+    ),
     "stream target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "stream"}),
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
@@ -219,7 +224,8 @@ def test_a_dense_target_by_hand(aim, small, tmp_path):
     assert ffn["dense_outputs"] == tokens * row
     assert ffn["moments"] == before["moments"] + 4 * 32 * 88
     assert ffn["waiting_rows"] == before["waiting_rows"] + tokens * row
-    assert ffn["drift_rows"] == batch * 32 * (3 * 4 + 8)
+    # a block of rows is all of them
+    assert ffn["drift_rows"] == batch * 32 * (3 * 4 + 16)
     assert dense["disk"]["snapshots"] == 2 * local["disk"]["snapshots"]
     more = dense["hidden_states"]["bytes"] - local["hidden_states"]["bytes"]
     assert more == 3 * tokens * row

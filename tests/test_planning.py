@@ -206,7 +206,9 @@ def test_a_global_allocation_is_an_estimate_and_says_so(checkpoint):
 @pytest.mark.parametrize(
     ("allocation", "criterion", "passes", "grams", "says"),
     [
-        ("alpha", "wanda", 1, 1, "read the weights, without a forward pass"),
+        ("alpha", "wanda", 1, 1, "without a forward pass of its own"),
+        ("kwon", "magnitude", 1, 1, "without a forward pass of its own"),
+        ("global", "snip", 1, 1, "without a forward pass of its own"),
         ("influence", "wanda", 2, 1, "decides after a forward pass"),
         ("kwon", "wanda", 2, 1, "decides after a forward pass"),
         ("kwon", "obs", 2, 2, "decides after a forward pass"),

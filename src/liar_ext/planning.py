@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
-from liar_ext.calibration.batches import RECOMMENDED_TOKENS_PER_COLUMN, check_enough
+from liar_ext.calibration.batches import check_enough, tokens_needed
 from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import (
@@ -46,6 +46,8 @@ from liar_ext.engine.progress import Silent
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
     MOST_SEGMENTS,
+    held_out,
+    held_out_tokens,
     least_segments,
     segments,
 )
@@ -265,6 +267,7 @@ def _tokens(
             batch=max(shape.numel() for shape in shapes),
             segments=segments(found.batches, least_segments(recipe))[-1] + 1,
             counted=True,
+            held_out=held_out_tokens(found.batches, recipe),
         )
     adapter = adapter_for(model.config)
     length = min(recipe.seq_len, adapter.max_positions(text_config(model.config)))
@@ -277,7 +280,9 @@ def _tokens(
     # batches are cut smaller where there would be fewer
     batch = min(recipe.batch_size, -(-recipe.samples // least))
     parts = min(MOST_SEGMENTS, max(total // CHUNK_TOKENS, least), -(-recipe.samples // batch))
-    return Tokens(total, total, recipe.samples, length, batch * length, max(1, parts), False)
+    parts = max(1, parts)
+    held = total * len(held_out(parts)) // parts if recipe.chooses_ridge else 0
+    return Tokens(total, total, recipe.samples, length, batch * length, parts, False, held)
 
 
 def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
@@ -286,11 +291,11 @@ def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, 
         return {"minimum": 1, "recommended": 1, "problem": None}
     width = max(site.columns_before for site in sites)
     try:
-        problem = check_enough(tokens.tokens, width)
+        problem = check_enough(tokens.tokens, width, tokens.held_out)
     except InputError as error:
         problem = str(error)
-    recommended = RECOMMENDED_TOKENS_PER_COLUMN * width
-    return {"minimum": width, "recommended": recommended, "problem": problem}
+    least, recommended = tokens_needed(width, tokens.tokens, tokens.held_out)
+    return {"minimum": least, "recommended": recommended, "problem": problem}
 
 
 def _shrink(
@@ -307,7 +312,7 @@ def _shrink(
     if reads is not None or allocation.search is not None:
         when = "a forward pass" if allocation.search is None else "it has tried whole models"
         if reads == "weights" and allocation.search is None:
-            when = "it has read the weights, without a forward pass"
+            when = "it has gone through the layers, without a forward pass of its own"
         notes.append(
             f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "
             "sizes and costs are estimates"

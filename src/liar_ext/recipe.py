@@ -159,11 +159,6 @@ class Recipe:
             )
         if self.paired:
             aim = f"--target-signal {self.target_signal}"
-            if self.chooses_ridge:
-                raise InputError(
-                    f"--ridge auto with {aim}: held-out errors are measured against "
-                    "local targets only; give a number, e.g. --ridge 1e-3"
-                )
             if self.statistics == "oneshot":
                 raise InputError(
                     f"{aim} with --statistics oneshot: inputs are the dense path's "

@@ -13,7 +13,7 @@ from liar_ext.models.site import Site
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.saliency import UnitGradients
 
-Needs = Literal["columns", "moments", "gradients", "weight_gradients", "policy"]
+Needs = Literal["weights", "columns", "moments", "gradients", "weight_gradients", "policy"]
 
 
 class Columns(Protocol):
@@ -33,7 +33,7 @@ class Evidence:
     """What a criterion judges one Site by.
 
     Attributes:
-        site: the Site, dense; statistics: of its columns.
+        site: the Site, dense; measured: statistics of its columns, None where they are not taken.
         generator: for random draws.
         ridge: relative λ of the repair to come; center: whether it will have an intercept.
         prior: what a pass before pruning found of the Site; None for criteria without one.
@@ -43,7 +43,7 @@ class Evidence:
     """
 
     site: Site
-    statistics: Columns
+    measured: Columns | None
     generator: torch.Generator = field(default_factory=torch.Generator)
     ridge: float = 0.0
     center: bool = False
@@ -53,10 +53,16 @@ class Evidence:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def statistics(self) -> Columns:
+        """Of a criterion that `needs` those of columns."""
+        assert self.measured is not None, "the engine supplies what a criterion needs"
+        return self.measured
+
+    @property
     def moments(self) -> Moments:
         """The statistics, of a criterion that `needs` Moments."""
-        assert isinstance(self.statistics, Moments), "the engine supplies what a criterion needs"
-        return self.statistics
+        assert isinstance(self.measured, Moments), "the engine supplies what a criterion needs"
+        return self.measured
 
     @property
     def gates(self) -> Tensor:
@@ -82,10 +88,11 @@ class Criterion:
     name: as users write it.
     score: Evidence -> scores, (columns,) or (units,) float64. Column scores are summed over a unit
         for ranking.
-    needs: `columns`, or `moments` where means and mean squares of single columns do not do;
-        `gradients` of a loss with respect to gates on units, or `weight_gradients` beside them;
-        `policy`, keep probabilities of units. The last three come from a pass of their own over the
-        dense model before anything is pruned (`engine.passes`).
+    needs: `weights` alone; `columns`, means and mean squares of the inputs, or `moments` where
+        those do not do; `gradients` of a loss with respect to gates on units, or
+        `weight_gradients` beside them; `policy`, keep probabilities of units. The last three come
+        from a pass of their own over the dense model before anything is pruned
+        (`engine.passes`), and take no statistics.
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
     greedy: what goes next depends on what has gone (`ops.removal`).

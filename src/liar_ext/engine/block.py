@@ -59,7 +59,7 @@ class LayerBlock:
             with clock.phase("hold"):
                 states = stream.hidden[number].fetch()
             with clock.phase("forward"):
-                rows = valid_rows(states, stream.mask(number)).double()
+                rows = valid_rows(states, stream.valid(number)).double()
                 own[number] = len(rows), rows.square().sum(0).cpu()
         every = _in_order(ranks.gather(own))
         self._tokens = [tokens for tokens, _ in every]
@@ -108,8 +108,8 @@ class LayerBlock:
             entering, leaving = stream.entered[number].fetch(), stream.hidden[number].fetch()
         with self._clock.phase(phase):
             output = layer_output(self._layer, entering, stream.call(number, self.sites[0].layer))
-            change = valid_rows(output, stream.mask(number)).float()
-            change = change - valid_rows(leaving, stream.mask(number)).float()
+            change = valid_rows(output, stream.valid(number)).float()
+            change = change - valid_rows(leaving, stream.valid(number)).float()
             return (change.square() @ self._weights).sum(dtype=torch.float64)
 
 

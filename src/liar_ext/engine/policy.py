@@ -255,7 +255,7 @@ class PolicyPass:
         with self.clock.phase("hold"):
             found, wanted = item.fetch(), self._wanted[number].fetch()
         with self.clock.phase("forward"):
-            valid = self._stream.mask(number)
+            valid = self._stream.valid(number)
             rows = valid_rows(wanted, valid).double()
             error = (valid_rows(found, valid).double() - rows).square().sum()
             return float(error / rows.square().sum())

@@ -23,20 +23,14 @@ class View:
 
     Attributes:
         site: the Site, dense, in an open layer (`site.module`); criterion: the recipe's.
-        evidence: with the statistics that the survey reads, for `columns` and `moments`.
+        evidence: with the statistics that the survey reads, if any.
         similarity: mean cosine of the hidden states that enter and leave the layer, for `states`.
     """
 
     site: Site
     criterion: Criterion
-    evidence: Evidence | None = None
+    evidence: Evidence
     similarity: float | None = None
-
-    @property
-    def judged(self) -> Evidence:
-        """The evidence, of a survey that reads statistics of Sites."""
-        assert self.evidence is not None, "the engine supplies what a survey reads"
-        return self.evidence
 
 
 class Block(Protocol):

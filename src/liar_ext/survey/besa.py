@@ -84,7 +84,7 @@ def _rate(theta: Tensor) -> Tensor:
 
 def measure(view: View) -> Tensor:
     """Scores of the units, (units,), as they are ranked."""
-    return unit_scores(view.site, view.criterion.score(view.judged))
+    return unit_scores(view.site, view.criterion.score(view.evidence))
 
 
 def learn(scores: Sequence[Tensor], block: Block) -> Tensor:
