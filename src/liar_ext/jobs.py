@@ -15,6 +15,7 @@ from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.job import job_folder
 from liar_ext.checkpoint.writer import check_output
 from liar_ext.errors import InputError
+from liar_ext.latency import LatencyTable
 from liar_ext.presets import fields_for
 from liar_ext.recipe import Recipe
 from liar_ext.report.schema import Report
@@ -195,6 +196,8 @@ def _parse(
     if recipe.calibration is None:
         raise InputError("calibration is missing; give it in the line or as --calibration")
     refuse_missing_path(recipe.calibration)
+    if recipe.latency is not None:
+        LatencyTable.read(recipe.latency)
     name = own.get("name", os.path.basename(os.path.abspath(out)))
     return BatchJob(number, name, source, out, recipe, own.get("overwrite", overwrite))
 
@@ -227,6 +230,8 @@ def _finished(job: BatchJob) -> bool:
     except InputError:
         return False
     same = report.source == job.source or os.path.realpath(report.source) == job.reads
+    table = None if job.recipe.latency is None else LatencyTable.read(job.recipe.latency).sha256
+    same = same and report.latency.get("sha256") == table
     return same and report.recipe == job.recipe.to_json()
 
 

@@ -89,6 +89,18 @@ class Phases:
             found.append(self._comparing())
         return found
 
+    def making_levels(self, levels: Sequence[SitePlan]) -> list[Phase]:
+        """A search's repairs of dense Sites, one after the other.
+
+        Args:
+            levels: of the layer that needs most, Sites in the order of its forward.
+        """
+        most = [
+            max(self._repair(own) for own in levels if own.kind == site.kind)
+            for site in self._sites
+        ]
+        return self._forwards(written=False, when=" for levels") + self._made("level", *most)
+
     def _phase(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
         return phase(self._sizes, name, device, host)
 

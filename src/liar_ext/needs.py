@@ -32,6 +32,7 @@ from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.text import size
+from liar_ext.search_costs import SearchSizes, search_phases
 from liar_ext.survey import needs_tokens, reads_of
 
 __all__ = ["Weights", "needs", "resident_bytes", "weights_of"]
@@ -93,6 +94,7 @@ def needs(
     held: int,
     survey_bytes: int,
     gradients: GradientSizes | None,
+    search: SearchSizes | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -104,7 +106,7 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
-        gradients: of the gradient pass, None without one.
+        gradients: of the gradient pass, search: of a search; None without one.
     """
     cuda = device.type == "cuda"
     held_by_one = held // ranks
@@ -112,10 +114,15 @@ def needs(
         states = gradients.states * weights.hidden * weights.item
         # one after the other
         held_by_one, held = max(held_by_one, states), max(held, ranks * states)
+    if search is not None:
+        states = search.states * weights.hidden * weights.item
+        held_by_one, held = max(held_by_one, states), max(held, ranks * states)
     place, why = _place(execution, held_by_one, ranks, device, device_memory)
     paired = recipe.paired
     snapshots = 2 * (2 if paired else 1) * tokens.positions * weights.hidden * weights.item
-    disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
+    scratch = held if place == "disk" else 0
+    levels = 0 if search is None else search.disk
+    disk = _disk(sites, recipe, execution, output, snapshots, levels, scratch, out)
     library = "moments" in disk
     sizes = Sizes(
         cuda=cuda,
@@ -130,7 +137,7 @@ def needs(
         **asdict(weights),
     )
     widest = {site.kind: site for site in sorted(sites, key=lambda site: site.columns_before)}
-    phases = Phases(
+    made = Phases(
         sizes,
         # in the order of a layer's forward
         [widest[kind] for kind in dict.fromkeys(site.kind for site in sites)],
@@ -144,7 +151,10 @@ def needs(
         judging=lambda site: CRITERIA[recipe.criterion].holds(
             site.columns_before, site.outputs, site.columns_before - site.columns_after
         ),
-    ).all()
+    )
+    phases = made.all()
+    if search is not None:
+        phases += [*made.making_levels(search.levels), *search_phases(sizes, search)]
     if gradients is not None:
         # those of all layers, to the end; twice when ranks put theirs together
         examples = min(recipe.gradient_samples, tokens.samples)
@@ -226,6 +236,7 @@ def _disk(
     execution: Execution,
     output: int,
     snapshots: int,
+    levels: int,
     scratch: int,
     out: Path | None,
 ) -> dict[str, Any]:
@@ -234,7 +245,7 @@ def _disk(
     Of two snapshots of the hidden states one is removed when the other is complete.
     """
     folder = _existing(Path.cwd() if out is None else out.absolute().parent)
-    parts = {"output": output, "snapshots": snapshots}
+    parts = {"output": output, "snapshots": snapshots, **({"levels": levels} if levels else {})}
     elsewhere: list[tuple[Path, int]] = []
 
     def add(name: str, value: int, own: Path | None) -> None:

@@ -54,12 +54,14 @@ from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
 from liar_ext.gradient_memory import gradient_sizes
+from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.card import auto_class
+from liar_ext.search_costs import search_sizes
 from liar_ext.survey import needs_tokens, reads_of, survey_costs
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -86,10 +88,10 @@ def plan(
         device_memory: bytes of a GPU that need not be here; times are then not predicted.
         rates: FLOP/s of `forward`, `gram`, `solve` and `residual`, instead of measuring them.
     Returns:
-        JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `flops_per_token`,
-        `calibration`, `flops`, `memory` (bytes, parts of the phase that needs most), `phases`,
-        `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact` is False where the allocation
-        decides only after it has seen the tokens.
+        JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `latency` (of a budget in
+        seconds), `flops_per_token`, `calibration`, `flops`, `memory` (bytes, parts of the phase
+        that needs most), `phases`, `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact`
+        is False where the allocation decides only after it has seen the tokens.
     Raises:
         InputError: as `liar prune` would, before it computes anything.
     """
@@ -97,7 +99,7 @@ def plan(
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
-    dense = _dense_config(folder)
+    dense = dense_config(folder)
     hypothetical = device_memory is not None
     device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
@@ -109,7 +111,7 @@ def plan(
     host = torch.device("cpu")
     driver = Driver(InMemory(model), (), recipe, host, Silent(), Clock(host))
     costs = budgets(driver.store, recipe, tokens.seq_len)
-    targeted = sum(budget.units * budget.cost for budget in costs.values())
+    targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
     dtype = compute_dtype(recipe.dtype, device) or _dtype_of(stored)
@@ -121,8 +123,13 @@ def plan(
     backward = gradient_flops(model, adapter, recipe, tokens)
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
+    tied = bool(tied_names(model))
+    search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
-    removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
+    left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
+    table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
+    if table is not None:
+        notes += [f"warning: {text}" for text in table.warnings(recipe.target, recipe.round_to)]
     bytes_after = _written(model, adapter, stored, recipe.dtype)
     found = needs(
         weights,
@@ -136,6 +143,7 @@ def plan(
         held=held,
         survey_bytes=survey_bytes,
         gradients=gradients,
+        search=search,
         ranks=ranks,
         out=out,
         device=device,
@@ -152,18 +160,21 @@ def plan(
         survey=survey_flops,
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
-    flops["gradients"] = backward
+    flops |= {"gradients": backward, "search": 0}
+    for name, more in ({} if search is None else search.flops).items():
+        flops[name] += more
     return {
         "source": str(source),
         "model_type": adapter.model_type,
         "layers": len(widths),
         "recipe": recipe.to_json(),
         "ranks": ranks,
-        "exact": reads is None,
+        "exact": reads is None and search is None,
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
-        "sparsity": {"asked": recipe.sparsity, "achieved": removed / targeted},
+        "sparsity": {"asked": recipe.sparsity, "achieved": (targeted - left) / targeted},
+        "latency": table and {"before": targeted, "after": left, **table.to_json()},
         "flops_per_token": {
             "context": tokens.seq_len,
             "before": sum(by_layer) + head_flops(model),
@@ -184,11 +195,13 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
     # those of a loss are matmuls in the compute dtype, as a forward pass is
-    found = {p: flops[p] / rates["forward" if p == "gradients" else p] for p in flops}
+    forwards = ("gradients", "search")
+    found = {p: flops[p] / rates["forward" if p in forwards else p] for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
-def _dense_config(folder: Path) -> dict[str, Any]:
+def dense_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model that can be pruned; InputError where it is no such thing."""
     dense = read_json(folder / "config.json")
     if "model_type" not in dense:
         raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
@@ -288,9 +301,9 @@ def _shrink(
     """Shrink the model on `meta` as the driver would, biases included."""
     allocation = ALLOCATIONS[recipe.allocation]
     reads = reads_of(recipe)
-    if reads is not None:
-        when = "a forward pass"
-        if reads == "weights":
+    if reads is not None or allocation.search is not None:
+        when = "a forward pass" if allocation.search is None else "it has tried whole models"
+        if reads == "weights" and allocation.search is None:
             when = "it has read the weights, without a forward pass"
         notes.append(
             f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "

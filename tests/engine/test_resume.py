@@ -89,6 +89,28 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             [("journal written", 2), ("hidden states not named", 1), ("journal written", 2)],
         ),
         (
+            {"allocation": "spdy", "search_samples": 4, "search_evaluations": 12},
+            "disk",
+            [
+                ("journal written", 2),
+                ("levels not named", 2),
+                ("levels being saved", 2),
+                ("candidates compared", 1),
+                ("answers written", 2),
+                ("layer being written", 2),
+            ],
+        ),
+        (
+            {
+                "allocation": "evolution",
+                "criterion": "random",
+                "search_samples": 4,
+                "search_evaluations": 8,
+            },
+            "device",
+            [("levels being saved", 3), ("answers written", 1), ("journal written", 2)],
+        ),
+        (
             {"ridge": "auto"},
             "device",
             [("journal written", 1), ("site half pruned", 2), ("layer being written", 1)],
@@ -123,6 +145,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "alpha",
         "influence",
         "levels",
+        "search-with-survey",
+        "search",
         "ridge-auto",
         "some-layers",
         "dense-target",

@@ -100,4 +100,6 @@ def _swapped(space: Space, positions: Positions, stride: float, generator: Gener
     return positions
 
 
-LEVEL_SWAPS = Allocation("level-swaps", levels.wanted, survey="levels", equal=False, search=search)
+LEVEL_SWAPS = Allocation(
+    "level-swaps", levels.wanted, survey="levels", equal=False, search=search, prices=True
+)

@@ -20,9 +20,9 @@ LEVELS = 40
 SLOTS = 20_000
 
 
-def levels(units: int) -> list[int]:
-    """Widths at which a Site is tried: 1, and up to `LEVELS` even steps to all units."""
-    steps = min(units, LEVELS)
+def levels(units: int, most: int = LEVELS) -> list[int]:
+    """Widths at which a Site is tried: 1, and up to `most` even steps to all units."""
+    steps = min(units, most)
     return sorted({1, *(round(units * step / steps) for step in range(1, steps + 1))})
 
 
@@ -76,4 +76,4 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     return [float(own[level]) for own, level in zip(widths, chosen, strict=True)]
 
 
-BY_LEVELS = Allocation("levels", wanted, survey="levels", equal=False)
+BY_LEVELS = Allocation("levels", wanted, survey="levels", equal=False, prices=True)

@@ -17,7 +17,8 @@ def ridge(text: str) -> float | str:
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (float, "F", "fraction of the targeted budget to remove"),
-    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops"),
+    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops, latency"),
+    "latency": (str, "FILE", "for --budget latency: what `liar bench latency` measured"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
     "criterion": (
         str,
@@ -38,6 +39,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "seq_len": (int, "N", "tokens of each at most"),
     "batch_size": (int, "N", "sequences at a time"),
     "gradient_samples": (int, "N", "windows that criteria which need a loss take gradients of"),
+    "search_samples": (int, "N", "windows that searching allocations compare models on"),
+    "search_evaluations": (int, "N", "models that they try"),
     "ridge": (ridge, "F", "λ relative to the mean variance of a Site's columns, or auto"),
     "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
     "target_signal": (

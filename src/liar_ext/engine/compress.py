@@ -34,6 +34,7 @@ from liar_ext.engine.inputs import (
     resolve_device,
 )
 from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.ledger import FILE as SEARCH_FILE
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
@@ -41,9 +42,11 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
+from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
+from liar_ext.search_costs import search_held_bytes
 from liar_ext.survey import needs_tokens
 
 
@@ -147,6 +150,8 @@ def compress(
         if ranks.rank == 0:
             copy_other_files(folder, job.output)
             write_records(job.output, report)
+            if (tried := job.folder / SEARCH_FILE).exists():
+                shutil.copyfile(tried, job.output / SEARCH_FILE)
             job.complete()
         ranks.barrier()
     return report
@@ -193,8 +198,10 @@ def identity_of(
             tokens.update(json.dumps(list(tensor.shape)).encode())
             tokens.update(tensor.contiguous().numpy().tobytes())
     here = environment(device)
+    measured = {} if recipe.latency is None else {"latency": LatencyTable.read(recipe.latency)}
     return {
         "recipe": recipe.to_json(),
+        **{name: table.sha256 for name, table in measured.items()},
         "source": {
             "config": hashlib.sha256(json.dumps(reader.config).encode()).hexdigest(),
             **{file: found["size"] for file, found in reader.sizes().items()},
@@ -220,11 +227,18 @@ def held_bytes_of(
     adapter = adapter_for(model.config)
     windows = first_samples(batches, recipe.gradient_samples)
     own = _positions(batches, least_segments(recipe), ranks)
+    tried = first_samples(batches, recipe.search_samples)
     # nothing of the windows is held out
     theirs = _positions(windows, 1, ranks)
     return max(
         held_bytes(model, adapter, recipe, own, item),
         gradient_held_bytes(model, adapter, recipe, theirs, item),
+        search_held_bytes(
+            recipe,
+            _positions(tried, len(tried), ranks),
+            text_config(model.config).hidden_size,
+            item,
+        ),
     )
 
 
@@ -274,6 +288,8 @@ def _finished(out: Path, reader: CheckpointReader, identity: dict[str, Any]) -> 
     wanted = identity["calibration"]["corpus_sha256"], identity["calibration"]["source"]
     versions = {name: report.environment.get(name) for name in identity["versions"]}
     if report.recipe != identity["recipe"] or calibration != wanted:
+        return None
+    if report.latency.get("sha256") != identity.get("latency"):
         return None
     if versions != identity["versions"] or report.source_files != reader.hashes():
         return None

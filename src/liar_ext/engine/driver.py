@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
+from liar_ext.allocation import ALLOCATIONS, Allocation, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
-from liar_ext.costs import unit_costs
+from liar_ext.costs import pricing
 from liar_ext.criteria import CRITERIA, Columns
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.gradients import GradientPass
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
+from liar_ext.engine.level_store import Key
 from liar_ext.engine.measure import Measured
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
+from liar_ext.engine.search import Searcher
 from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
@@ -46,14 +48,12 @@ def budgets(
 
     Args:
         length: of the longest calibration sequence.
-        counts: a key of `costs.unit_costs`; None for what the recipe budgets.
+        counts: what the recipe could budget; None for what it does.
     """
     adapter = adapter_for(store.model.config)
-    counts = counts or recipe.budget
+    budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
     return {
-        (index, site.kind): Budget(
-            site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts]
-        )
+        (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
@@ -258,7 +258,8 @@ class Driver:
         if survey is not None:
             self._survey(survey, position)
             known = {key: replace(known[key], finding=position.findings[key]) for key in known}
-        kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to)
+        wanted = None if allocation.search is None else self._search(allocation, known, position)
+        kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to, wanted)
         if all(k == b.units for k, b in zip(kept, known.values(), strict=True)):
             raise InputError(
                 f"--sparsity {recipe.sparsity} with --round-to {recipe.round_to} removes "
@@ -266,6 +267,30 @@ class Driver:
             )
         # of what other GPUs found, ranks could make other widths
         return dict(zip(known, self.ranks.broadcast(kept), strict=True))
+
+    def _search(
+        self, allocation: Allocation, known: dict[Key, Budget], position: Position
+    ) -> list[float]:
+        """Kept units of each Site, real numbers, from trying whole models."""
+        searcher = Searcher(
+            self.store,
+            self.batches,
+            self.recipe,
+            self.device,
+            self.shelf,
+            self.ranks,
+            self.clock,
+            self.progress,
+            self._measurer,
+            self._repairer,
+            lambda: self._enter(Position("survey")),
+            self._open,
+        )
+        position.layer = self.targets.stop
+        position.generator = self._repairer.generator.get_state()
+        wanted = searcher.wanted(allocation, known, self.keeper, position)
+        self.facts["search"] = searcher.facts
+        return wanted
 
     def _survey(self, survey: Survey, position: Position) -> None:
         """Findings of every targeted Site on the dense path, from `position` on."""
@@ -284,8 +309,7 @@ class Driver:
             self.store.close(index, final=False)
             self._keep(position, index + 1)
             self.progress.layer(index)
-        self._stream.advance({})
-        self._measurer.entered = False
+        self._measurer.leave()
 
     def _find(
         self,

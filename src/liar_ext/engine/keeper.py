@@ -190,15 +190,21 @@ class Keeper:
             )
         return sums
 
-    def keep(self, position: Position, hidden: Mapping[str, Item]) -> None:
-        """Write an entry if it is time for one; everything that it names is on disk first."""
+    @property
+    def folder(self) -> Path:
+        """What is put here is there for a later run, once there is an entry."""
+        return self._job.folder
+
+    def keep(self, position: Position, hidden: Mapping[str, Item], *, now: bool = False) -> None:
+        """Write an entry if it is time for one, or `now`; everything that it names is on disk
+        first."""
         assert position.generator is not None, "the driver sets it"
         # rank 0 has the clock
-        if not self._ranks.broadcast(time.monotonic() - self._last >= self._wait):
+        if not self._ranks.broadcast(now or time.monotonic() - self._last >= self._wait):
             return
         # an entry without the sums could not be told from one of another checkpoint: until they are
         # known nothing is kept, unless every layer is to be
-        if self._least and not all(self._ranks.gather(self._source.ready())):
+        if self._least and not now and not all(self._ranks.gather(self._source.ready())):
             return
         sums = self.source_sums()
         digests = self._store.written()

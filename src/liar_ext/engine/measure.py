@@ -129,6 +129,11 @@ class Measurer:
         """Whether hidden states go through a layer, on whichever ranks."""
         return self.entered and index < self._last
 
+    def leave(self) -> None:
+        """The hidden states are not needed any more."""
+        self.stream.advance({})
+        self.entered = False
+
     def onward(self, index: int) -> bool:
         """Nobody needs what leaves the last layer that statistics are taken from."""
         return index < self._last - 1
@@ -147,7 +152,7 @@ class Measurer:
         """
         compared = StateSimilarity(self.device)
         if self.library is None or self._in_library(index):
-            self._pass_on(index, compared)
+            self.pass_on(index, compared)
         else:
             self._forward(index, compared)
         return compared.finish(self.ranks)
@@ -163,7 +168,7 @@ class Measurer:
             self.stream.advance(self.stream.through(index, taps, onward=self.onward(index)))
             return {site.kind: tap.finish(self.ranks) for site, tap in taps}
         if self._in_library(index):
-            self._pass_on(index)
+            self.pass_on(index)
             with self.clock.phase("load"):
                 return {
                     site.kind: self.library.load_columns(index, site.kind, self.device)
@@ -175,7 +180,7 @@ class Measurer:
     def dense(self, index: int) -> dict[str, Measured]:
         """Moments of a layer's Sites on the dense path, by kind; hidden states advance."""
         if self.library is not None and self._in_library(index):
-            self._pass_on(index)
+            self.pass_on(index)
             with self.clock.phase("load"):
                 found: dict[str, Measured] = {}
                 for site in self.sites(index):
@@ -279,7 +284,7 @@ class Measurer:
         there = all(self.library.has(index, name) for name in names) and not extra
         return bool(self.ranks.broadcast(there))
 
-    def _pass_on(self, index: int, compared: Comparison | None = None) -> None:
+    def pass_on(self, index: int, compared: Comparison | None = None) -> None:
         """Take the hidden states, if there are any, through a layer as it is."""
         if self.flows(index):
             onward = self.onward(index)

@@ -11,6 +11,7 @@ from torch import Tensor
 from liar_ext.criteria import CRITERIA, Columns, Evidence
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.judgements import Judgements
+from liar_ext.engine.level_store import Level
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
@@ -130,6 +131,21 @@ class Repairer:
             return kept_columns
 
         return report, shrink
+
+    def level(
+        self, site: Site, moments: Moments, kept_units: int, *, held: Moments | None = None
+    ) -> Level:
+        """A dense Site as it would be with fewer units; it stays as it is.
+
+        Args:
+            held: Moments of those tokens that are held out to choose the ridge by.
+        """
+        with self._clock.phase("solve"):
+            evidence = self._evidence(site, moments, kept_units)
+            keep = self._ranks.broadcast(self._criterion.select(evidence))
+            repaired, _, _ = self._solve(site, moments, site.unit_columns(keep), held)
+            bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
+            return Level(keep, repaired.weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _evidence(self, site: Site, statistics: Columns, keep: int | None = None) -> Evidence:
         gradients = self.gradients.get((site.layer, site.kind))

@@ -81,6 +81,9 @@ class Stream:
         """The numbers of this rank's batches."""
         return list(self._batches)
 
+    def batch(self, number: int) -> Batch:
+        return self._batches[number]
+
     def call(self, number: int, index: int) -> LayerCall:
         """How the model calls a layer on a batch."""
         return self._calls[number][index]
