@@ -77,6 +77,16 @@ MEASURED = {
         8,
         {"--criterion": "taylor-mixed", "--reconstruct": "none", "--statistics": "oneshot"},
     ),
+    "with a search for masks": (
+        (768, 3072, 2, "float32"),
+        8,
+        {
+            "--criterion": "policy",
+            "--policy-steps": "2",
+            "--target": "heads",
+            "--reconstruct": "none",
+        },
+    ),
     "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),
 }
 # half a minute each, and minutes
@@ -91,7 +101,17 @@ WIDE = {
         10,
         {"--allocation": "global", "--reconstruct": "none"},
     ),
+    "with learned rates": (
+        (768, 3072, 2, "float32"),
+        2,
+        {"--allocation": "besa", "--reconstruct": "none", "--statistics": "oneshot"},
+    ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
+    "dense target, its ridge chosen": (
+        (768, 3072, 2, "float32"),
+        8,
+        {"--target-signal": "dense", "--ridge": "auto"},
+    ),
     "stream target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "stream"}),
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
@@ -204,7 +224,8 @@ def test_a_dense_target_by_hand(aim, small, tmp_path):
     assert ffn["dense_outputs"] == tokens * row
     assert ffn["moments"] == before["moments"] + 4 * 32 * 88
     assert ffn["waiting_rows"] == before["waiting_rows"] + tokens * row
-    assert ffn["drift_rows"] == batch * 32 * (3 * 4 + 8)
+    # a block of rows is all of them
+    assert ffn["drift_rows"] == batch * 32 * (3 * 4 + 16)
     assert dense["disk"]["snapshots"] == 2 * local["disk"]["snapshots"]
     more = dense["hidden_states"]["bytes"] - local["hidden_states"]["bytes"]
     assert more == 3 * tokens * row

@@ -52,7 +52,6 @@ def test_it_is_frozen_and_hashable():
         ({"target_signal": "dense", "reconstruct": "none"}, "with --reconstruct none"),
         ({"target_signal": "stream", "statistics": "oneshot"}, "stream with --statistics oneshot"),
         ({"target_signal": "stream", "reconstruct": "bias"}, "use --reconstruct liar, or local"),
-        ({"target_signal": "stream", "ridge": "auto"}, "--ridge auto with --target-signal stream"),
         ({"samples": 1.5}, "--samples 1.5"),
         ({"batch_size": True}, "--batch-size True"),
         ({"ridge": float("nan")}, "--ridge nan"),

@@ -49,7 +49,7 @@ class Tokens:
     """The calibration tokens.
 
     Attributes:
-        tokens: valid ones; positions: with padding.
+        tokens: valid ones; positions: with padding; held_out: of the valid ones, to choose ridges.
         samples: sequences; seq_len: tokens of the longest.
         batch: positions of the largest batch; segments: of tokens, see `engine.statistics`.
         counted: False when they are assumed from the recipe.
@@ -62,6 +62,7 @@ class Tokens:
     batch: int
     segments: int
     counted: bool
+    held_out: int = 0
 
 
 def layer_flops(model: PreTrainedModel, adapter: Adapter, length: int) -> list[int]:
@@ -173,10 +174,11 @@ def solve_flops(site: SitePlan, recipe: Recipe) -> int:
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
     if recipe.paired:
         # one way (`ops.drift`), and what is kept whole has drifted, too
-        return int(costs(kept, dropped, site.outputs, False)["fold first"])
-    if not dropped:
+        one = int(costs(kept, dropped, site.outputs, False)["fold first"])
+    elif not dropped:
         return 0
-    one = RECONSTRUCTIONS[recipe.reconstruct].flops(kept, dropped, site.outputs)
+    else:
+        one = RECONSTRUCTIONS[recipe.reconstruct].flops(kept, dropped, site.outputs)
     if not recipe.chooses_ridge:
         return one
     judge, error = held_out_flops(kept, dropped, site.outputs)

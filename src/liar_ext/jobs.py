@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -76,6 +76,7 @@ def read_jobs(
     preset: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    look: Callable[[BatchJob], None] | None = None,
 ) -> list[BatchJob]:
     """All jobs of a file, in its order; blank lines do not count. Touches nothing.
 
@@ -84,6 +85,8 @@ def read_jobs(
         preset: under both, for jobs that name no other; of `presets.PRESETS`.
         overwrite: for jobs that say nothing about it; resume: a result of the same source and
             recipe is no obstacle but makes its job `finished`.
+        look: raises InputError for a source that cannot be used; asked of those that are there
+            already, of jobs that are to be run.
     Raises:
         JobsError: bad lines, all of them. InputError: the file cannot be read, or has no jobs.
     """
@@ -107,7 +110,7 @@ def read_jobs(
     checked: list[BatchJob] = []
     for position, job in enumerate(jobs):
         try:
-            checked.append(_checked(job, checked, jobs[position + 1 :], resume))
+            checked.append(_checked(job, checked, jobs[position + 1 :], resume, look))
         except InputError as error:
             problems[job.line] = str(error)
             checked.append(job)
@@ -203,7 +206,11 @@ def _parse(
 
 
 def _checked(
-    job: BatchJob, before: Sequence[BatchJob], after: Sequence[BatchJob], resume: bool
+    job: BatchJob,
+    before: Sequence[BatchJob],
+    after: Sequence[BatchJob],
+    resume: bool,
+    look: Callable[[BatchJob], None] | None,
 ) -> BatchJob:
     """The job with `finished`; InputError if its source or out cannot be what they are."""
     for other in before:
@@ -221,6 +228,9 @@ def _checked(
     check_output(Path(job.out), Path(job.reads) if local else None, overwrite=job.overwrite)
     if job.unfinished and not (job.overwrite or resume):
         raise InputError(f"out {job.out}: an unfinished run is there; give --resume or --overwrite")
+    # what another job is to write is not there, or not that
+    if look is not None and all(maker.finished for maker in makers):
+        look(job)
     return job
 
 

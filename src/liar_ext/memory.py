@@ -15,8 +15,9 @@ from liar_ext.engine.ranks import BUFFER_BYTES
 from liar_ext.engine.ridge import choice_bytes
 from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
-from liar_ext.ops.drift import drift_repair_bytes, drift_residual_bytes
 from liar_ext.ops.gram import TOKENS
+from liar_ext.ops.interpolate import repair_bytes
+from liar_ext.ops.moments import column_bytes
 from liar_ext.ops.residual import residual_bytes
 from liar_ext.reconstruction import Reconstruction
 from liar_ext.survey import Reads
@@ -35,6 +36,8 @@ class Phases:
         sequential: forwards stand at one Site; else the Moments of a layer are made in one pass.
         survey: what a survey before anything is pruned reads, None for no survey;
             survey_bytes: what it makes of that, at most.
+        learning: numbers that autograd keeps for a token where a survey learns, in the compute
+            dtype and in float32; zeros where it only measures, None where it does not learn.
         library: Moments are kept on disk.
         reconstruction: what repairs.
         chooses: tokens are held out to choose its ridge.
@@ -50,6 +53,7 @@ class Phases:
         sequential: bool,
         survey: Reads | None,
         survey_bytes: int,
+        learning: tuple[int, int] | None,
         library: bool,
         reconstruction: Reconstruction,
         chooses: bool,
@@ -60,7 +64,7 @@ class Phases:
         self._reconstruction, self._chooses = reconstruction, chooses
         self._judging = judging
         self._sequential, self._library = sequential, library
-        self._survey, self._survey_bytes = survey, survey_bytes
+        self._survey, self._survey_bytes, self._learning = survey, survey_bytes, learning
 
     def all(self) -> list[Phase]:
         """In the order in which they come first."""
@@ -87,6 +91,8 @@ class Phases:
             )
         elif self._survey == "states":
             found.append(self._comparing())
+        if self._learning is not None:
+            found.append(self._adjusting(*self._learning))
         return found
 
     def making_levels(self, levels: Sequence[SitePlan]) -> list[Phase]:
@@ -134,12 +140,30 @@ class Phases:
         device["passing_batch"] = max(widest, 12 * s.batch * s.hidden)
         return self._phase("comparing hidden states", device, host)
 
-    def _scoring(self, site: SitePlan) -> Phase:
-        """Column statistics: a float32 copy of a batch, and its squares."""
+    def _adjusting(self, numbers: int, wide: int) -> Phase:
+        """A layer with gates between what enters it and what leaves it; with autograd, if numbers
+        are kept for it."""
         s = self._sizes
         device, host = self._standing(written=False, leaving=True)
-        squares = s.batch * site.columns_before * (4 if s.item == 4 else 8)
-        device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), squares)
+        # the output, its change and its square
+        passing = 12 * s.batch * s.hidden
+        if numbers:
+            device["graph"] = s.batch * (numbers * s.item + wide * 4)
+            # gradients on their way
+            widest = max(site.columns_before for site in self._sites)
+            device["backward"] = passing + 2 * s.batch * widest * s.item
+        else:
+            frames = [self._frame(site, s.batch) + self._passing(site) for site in self._sites]
+            device["passing_batch"] = max(passing, *frames)
+        return self._phase("learning rates of a layer", device, host)
+
+    def _scoring(self, site: SitePlan) -> Phase:
+        """Column statistics: the valid rows of a batch, and what is made of a block of them."""
+        s = self._sizes
+        device, host = self._standing(written=False, leaving=True)
+        rows = s.batch * site.columns_before * s.item if s.masks else 0
+        made = rows + column_bytes(s.batch, site.columns_before)
+        device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), made)
         return self._phase(f"scoring {site.kind}", device, host)
 
     def _ahead(self) -> Phase:
@@ -290,15 +314,14 @@ class Phases:
         return {
             "moments": 4 * columns * together,
             "float64_sums": 0 if s.alone else 8 * columns * together,
-            "held_out_sums": 8 * columns**2 if self._chooses else 0,
+            "held_out_sums": 8 * columns * together if self._chooses else 0,
             "waiting_rows": self._rows() * together * s.item,
         }
 
     def _moments(self, site: SitePlan) -> dict[str, int]:
         """Of all tokens, with the drift if there is one, and of those that are held out."""
-        n = site.columns_before
-        held = 4 * n**2 if self._chooses else 0
-        return {"moments": 4 * n * (n + self._beside(site)), "held_out_moments": held}
+        own = 4 * site.columns_before * (site.columns_before + self._beside(site))
+        return {"moments": own, "held_out_moments": own if self._chooses else 0}
 
     def _exchanged(self, columns: int) -> dict[str, int]:
         """A buffer of the triangle, whose own rows do not wait any more."""
@@ -314,7 +337,7 @@ class Phases:
     def _gram(self, site: SitePlan) -> dict[str, int]:
         """One copy of the rows of a chunk, and what the kernel makes of them.
 
-        Of a pair also a batch of the output on both paths, their difference, and its squares.
+        Of a pair also a batch of the output on both paths, their difference, and column statistics.
         """
         s = self._sizes
         rows, columns = self._rows(), site.columns_before
@@ -331,7 +354,7 @@ class Phases:
         joined = rows * (columns + beside) * s.item if rows > s.batch else 0
         found = {"joined_rows": joined, "packed_rows": packed}
         if beside:
-            found["drift_rows"] = s.batch * beside * (3 * s.item + 8)
+            found["drift_rows"] = 3 * s.batch * beside * s.item + column_bytes(s.batch, beside)
         return found
 
     def _repair(self, site: SitePlan) -> int:
@@ -340,13 +363,13 @@ class Phases:
         rows = -(-outputs // self._sizes.ranks)
         # the repaired rows, and all of them once those of other ranks are here
         repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
-        if self._paired:
-            residual = repaired + drift_residual_bytes(n, rows, kept)
-            solve = drift_repair_bytes(kept, n - kept, outputs, rows)
-            return max(self._judging(site), solve, residual)
         residual = repaired + residual_bytes(n, rows, kept)
         solve = 0
-        if kept < n:
+        if self._paired:
+            solve = repair_bytes(kept, n - kept, outputs, rows, route="fold first")
+            if self._chooses:
+                solve = choice_bytes(kept, n - kept, rows, own=solve, drift=True)
+        elif kept < n:
             given = outputs if self._reconstruction.whole else rows
             solve = self._reconstruction.holds(kept, n - kept, outputs, given)
             if self._chooses:

@@ -17,7 +17,6 @@ from liar_ext.criteria import CRITERIA
 from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
-from liar_ext.gradient_memory import GradientSizes, gradient_phases
 from liar_ext.memory import Phases
 from liar_ext.memory_parts import (
     Sizes,
@@ -29,6 +28,7 @@ from liar_ext.memory_parts import (
     with_host_part,
 )
 from liar_ext.models.adapter import Adapter, text_config
+from liar_ext.prior_costs import PriorPlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.text import size
@@ -93,7 +93,8 @@ def needs(
     output: int,
     held: int,
     survey_bytes: int,
-    gradients: GradientSizes | None,
+    prior: PriorPlan | None,
+    learning: tuple[int, int] | None,
     search: SearchSizes | None,
     ranks: int,
     out: Path | None,
@@ -106,14 +107,14 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
-        gradients: of the gradient pass, search: of a search; None without one.
+        prior: of a pass before pruning, search: of a search; None without one.
+        learning: see `memory.Phases`.
     """
     cuda = device.type == "cuda"
     held_by_one = held // ranks
-    if gradients is not None:
-        states = gradients.states * weights.hidden * weights.item
+    if prior is not None:
         # one after the other
-        held_by_one, held = max(held_by_one, states), max(held, ranks * states)
+        held_by_one, held = max(held_by_one, prior.held), max(held, ranks * prior.held)
     if search is not None:
         states = search.states * weights.hidden * weights.item
         held_by_one, held = max(held_by_one, states), max(held, ranks * states)
@@ -144,6 +145,7 @@ def needs(
         sequential=recipe.statistics == "sequential",
         survey=reads_of(recipe),
         survey_bytes=survey_bytes,
+        learning=learning,
         library=library,
         reconstruction=RECONSTRUCTIONS[recipe.reconstruct],
         chooses=recipe.chooses_ridge,
@@ -155,13 +157,11 @@ def needs(
     phases = made.all()
     if search is not None:
         phases += [*made.making_levels(search.levels), *search_phases(sizes, search)]
-    if gradients is not None:
-        # those of all layers, to the end; twice when ranks put theirs together
-        examples = min(recipe.gradient_samples, tokens.samples)
-        gates = 8 * examples * sum(site.units_before for site in sites)
+    if prior is not None:
+        # those of all layers, to the end
         phases = [
-            with_host_part(sizes, phase, "unit_gradients", times * gates)
-            for times, some in ((2, gradient_phases(sizes, gradients)), (1, phases))
+            with_host_part(sizes, phase, prior.part, times * prior.kept)
+            for times, some in ((prior.gathered, prior.phases(sizes)), (1, phases))
             for phase in some
         ]
     on_device, on_host = peak(phases)

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
-from liar_ext.calibration.batches import RECOMMENDED_TOKENS_PER_COLUMN, check_enough
+from liar_ext.calibration.batches import check_enough, tokens_needed
 from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import (
@@ -32,7 +32,6 @@ from liar_ext.costs import (
     SitePlan,
     Tokens,
     compression_flops,
-    gradient_flops,
     head_flops,
     held_bytes,
     layer_flops,
@@ -47,22 +46,25 @@ from liar_ext.engine.progress import Silent
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
     MOST_SEGMENTS,
+    held_out,
+    held_out_tokens,
     least_segments,
     segments,
 )
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
-from liar_ext.gradient_memory import gradient_sizes
+from liar_ext.gradient_memory import learning_graph
 from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
+from liar_ext.planning_loader import loader_of
+from liar_ext.prior_costs import prior_plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
-from liar_ext.report.card import auto_class
 from liar_ext.search_costs import search_sizes
-from liar_ext.survey import needs_tokens, reads_of, survey_costs
+from liar_ext.survey import learning_flops, needs_tokens, reads_of, survey_costs
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
@@ -119,8 +121,11 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     held = held_bytes(model, adapter, recipe, tokens.positions, weights.item)
-    gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
-    backward = gradient_flops(model, adapter, recipe, tokens)
+    units = sum(budget.units for budget in costs.values())
+    prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
+    beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
+    beside["learning"] += learning_flops(model, adapter, recipe, by_layer, tokens, driver.targets)
+    graph = learning_graph(model, adapter, recipe, driver.targets.start)
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     tied = bool(tied_names(model))
@@ -142,7 +147,8 @@ def plan(
         output=bytes_after,
         held=held,
         survey_bytes=survey_bytes,
-        gradients=gradients,
+        prior=prior,
+        learning=graph,
         search=search,
         ranks=ranks,
         out=out,
@@ -160,7 +166,7 @@ def plan(
         survey=survey_flops,
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
-    flops |= {"gradients": backward, "search": 0}
+    flops |= {**beside, "search": 0}
     for name, more in ({} if search is None else search.flops).items():
         flops[name] += more
     return {
@@ -185,7 +191,7 @@ def plan(
         **found,
         "seconds": _seconds(flops, None if hypothetical else rates or measure(device, dtype))
         | {"device": "a GPU that is not here" if hypothetical else device_name(device)},
-        "loader": _loader(model, adapter, recipe, dense, widths, driver.added_biases),
+        "loader": loader_of(model, adapter, recipe, dense, widths, driver.added_biases),
         "notes": notes,
     }
 
@@ -194,9 +200,8 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     """Of one process; None without rates."""
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
-    # those of a loss are matmuls in the compute dtype, as a forward pass is
-    forwards = ("gradients", "search")
-    found = {p: flops[p] / rates["forward" if p in forwards else p] for p in flops}
+    # of the others all are matmuls in the compute dtype, as a forward pass is
+    found = {p: flops[p] / rates.get(p, rates["forward"]) for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
@@ -262,6 +267,7 @@ def _tokens(
             batch=max(shape.numel() for shape in shapes),
             segments=segments(found.batches, least_segments(recipe))[-1] + 1,
             counted=True,
+            held_out=held_out_tokens(found.batches, recipe),
         )
     adapter = adapter_for(model.config)
     length = min(recipe.seq_len, adapter.max_positions(text_config(model.config)))
@@ -274,7 +280,9 @@ def _tokens(
     # batches are cut smaller where there would be fewer
     batch = min(recipe.batch_size, -(-recipe.samples // least))
     parts = min(MOST_SEGMENTS, max(total // CHUNK_TOKENS, least), -(-recipe.samples // batch))
-    return Tokens(total, total, recipe.samples, length, batch * length, max(1, parts), False)
+    parts = max(1, parts)
+    held = total * len(held_out(parts)) // parts if recipe.chooses_ridge else 0
+    return Tokens(total, total, recipe.samples, length, batch * length, parts, False, held)
 
 
 def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
@@ -283,11 +291,11 @@ def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, 
         return {"minimum": 1, "recommended": 1, "problem": None}
     width = max(site.columns_before for site in sites)
     try:
-        problem = check_enough(tokens.tokens, width)
+        problem = check_enough(tokens.tokens, width, tokens.held_out)
     except InputError as error:
         problem = str(error)
-    recommended = RECOMMENDED_TOKENS_PER_COLUMN * width
-    return {"minimum": width, "recommended": recommended, "problem": problem}
+    least, recommended = tokens_needed(width, tokens.tokens, tokens.held_out)
+    return {"minimum": least, "recommended": recommended, "problem": problem}
 
 
 def _shrink(
@@ -304,7 +312,7 @@ def _shrink(
     if reads is not None or allocation.search is not None:
         when = "a forward pass" if allocation.search is None else "it has tried whole models"
         if reads == "weights" and allocation.search is None:
-            when = "it has read the weights, without a forward pass"
+            when = "it has gone through the layers, without a forward pass of its own"
         notes.append(
             f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "
             "sizes and costs are estimates"
@@ -366,41 +374,3 @@ def _written_bytes(
             kept = wanted if wanted and found in FLOATING else found
             sizes[name] = tensor.numel() * DTYPE_BYTES[kept]
     return sizes
-
-
-def _loader(
-    model: PreTrainedModel,
-    adapter: Adapter,
-    recipe: Recipe,
-    dense: dict[str, Any],
-    before: list[dict[str, int]],
-    added_biases: list[str],
-) -> dict[str, Any]:
-    """Who will load the result: `stock`, the layout, the class or the reason why not."""
-    after = layout.read(model)
-    pairs = list(zip(after, before, strict=True))
-    changed = [s for s in adapter.sites if any(a[s.kind] != b[s.kind] for a, b in pairs)]
-    unstated = [s.kind for s in changed if s.config_fields is None]
-    unflagged = [s.kind for s in adapter.sites if s.kind in added_biases and s.bias_flag is None]
-    family = f"a {adapter.model_type} config"
-    reason = None
-    if not ALLOCATIONS[recipe.allocation].equal:
-        reason = f"--allocation {recipe.allocation} gives every layer its own width"
-    elif any(len({widths[s.kind] for widths in after}) > 1 for s in changed):
-        reason = "the widths differ between layers"
-    elif unstated:
-        reason = f"{family} cannot state fewer {' or '.join(unstated)}"
-    elif unflagged:
-        reason = f"{family} cannot state the biases added to {' and '.join(unflagged)}"
-    values = None if reason else layout.equal_values(model, before)
-    config = layout.describe(dense, adapter, after, values, added_biases)
-    name = layout.loader_of(config, dense)
-    stock = name.startswith("stock")
-    if not stock and reason is None:
-        reason = f"{family} rejects these widths"
-    return {
-        "stock": stock,
-        "layout": name,
-        "with": f"transformers.{auto_class(config)}" if stock else "liar_ext.load",
-        "why_not_stock": reason,
-    }

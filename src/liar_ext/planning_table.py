@@ -55,6 +55,8 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     cost.add_row("forward", count(flops["forward"]), duration(seconds["forward"]))
     if flops["gradients"]:
         cost.add_row("gradients", count(flops["gradients"]), duration(seconds["gradients"]))
+    if flops["learning"]:
+        cost.add_row("learning", count(flops["learning"]), duration(seconds["learning"]))
     cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
     cost.add_row("solve", count(flops["solve"]), duration(seconds["solve"]))
     if flops["search"]:

@@ -18,6 +18,11 @@ RIDGES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
 DEFAULT_RIDGE = 1e-4
 AUTO = "auto"
 KINDS = ("ffn", "heads")
+# numbers of at least 1
+WHOLE = (
+    *("samples", "seq_len", "batch_size", "gradient_samples", "policy_steps"),
+    *("search_samples", "search_evaluations", "round_to"),
+)
 CHOICES = {
     "budget": ("parameters", "flops", "latency"),
     "bias": ("auto", "always", "never"),
@@ -43,6 +48,7 @@ class Recipe:
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
         gradient_samples: of them, the first that criteria which need a loss take gradients of.
+        policy_steps: steps of the search for masks of criteria that learn a policy.
         search_samples: of them, the first that searching allocations compare models on.
         search_evaluations: models that these try at most, on all of those windows; on a part of
             them they count as that part.
@@ -72,6 +78,7 @@ class Recipe:
     seq_len: int = 2048
     batch_size: int = 8
     gradient_samples: int = 16
+    policy_steps: int = 256
     search_samples: int = 16
     search_evaluations: int = 200
     ridge: float | str = DEFAULT_RIDGE
@@ -111,10 +118,7 @@ class Recipe:
             _check_choice(name, getattr(self, name), tuple(registry))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        for name in (
-            *("samples", "seq_len", "batch_size", "gradient_samples", "search_samples"),
-            *("search_evaluations", "round_to"),
-        ):
+        for name in WHOLE:
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
@@ -155,11 +159,6 @@ class Recipe:
             )
         if self.paired:
             aim = f"--target-signal {self.target_signal}"
-            if self.chooses_ridge:
-                raise InputError(
-                    f"--ridge auto with {aim}: held-out errors are measured against "
-                    "local targets only; give a number, e.g. --ridge 1e-3"
-                )
             if self.statistics == "oneshot":
                 raise InputError(
                     f"{aim} with --statistics oneshot: inputs are the dense path's "

@@ -230,3 +230,16 @@ def test_too_few_tokens_for_the_width_name_the_numbers_and_the_flags():
     assert check_enough(500, 100) is None
     for tokens in (100, 499):
         assert f"only {tokens}" in check_enough(tokens, 100)
+
+
+def test_held_out_tokens_are_not_fitted_to():
+    """A fifth of them: 125 leave 100."""
+    assert check_enough(625, 100, 125) is None
+    warned = check_enough(624, 100, 125)
+    assert (
+        "only 624 calibration tokens for 100 columns: 125 are held out for --ridge auto" in warned
+    )
+    assert "at least 126 are needed and 1251 recommended" in warned
+    assert "only 125" in check_enough(125, 100, 25)
+    with pytest.raises(InputError, match="124 calibration tokens .*25 are held out .*at least 126"):
+        check_enough(124, 100, 25)

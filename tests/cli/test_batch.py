@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,9 +76,9 @@ FAKE = """
 class Desk:
     """A folder with a source, a text, and a fake `prune` that notes how it was called."""
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, root: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
-        (root / "dense").mkdir()
+        shutil.copytree(llama, root / "dense")
         (root / "text.txt").write_text("text")
         self.fake = root / "fake.py"
         self.fake.write_text(textwrap.dedent(FAKE))
@@ -118,8 +119,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
-    return Desk(tmp_path, monkeypatch)
+def desk(tmp_path, inputs, monkeypatch):
+    return Desk(tmp_path, inputs.llama, monkeypatch)
 
 
 def _statuses(outcomes) -> dict[str, str]:
@@ -172,6 +173,84 @@ def test_every_bad_line_is_reported_with_its_number_and_nothing_starts(desk, cap
         "jobs.jsonl",
         "text.txt",
     ]
+
+
+def test_every_checkpoint_is_looked_at_before_anything_starts(desk, inputs, capsys, monkeypatch):
+    def broken(name, change):
+        shutil.copytree(desk.root / "dense", desk.root / name)
+        change(desk.root / name)
+        return {**desk.job(f"of-{name}"), "source": name}
+
+    def other(folder, **values):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    def short(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+
+    jobs = [
+        desk.job("good"),
+        broken("no-config", lambda folder: (folder / "config.json").unlink()),
+        broken("bad-config", lambda folder: (folder / "config.json").write_text("{")),
+        broken("family", lambda folder: other(folder, model_type="mamba")),
+        broken("no-weights", lambda folder: (folder / "model.safetensors").unlink()),
+        broken("short", short),
+        broken("wide", lambda folder: other(folder, intermediate_size=50)),
+        desk.job("layers", layers=[0, 9]),
+        {**desk.job("bert", target_signal="stream"), "source": str(inputs.bert)},
+        {**desk.job("bert-too", criterion="snip"), "source": str(inputs.bert)},
+        {**desk.job("of-good"), "source": "good"},
+        desk.job("also-good", overwrite=True),
+    ]
+    assert main(["batch", str(desk.write(*jobs))]) == 2
+    error = capsys.readouterr().err.splitlines()
+    told = {
+        2: "config.json: missing",
+        3: "config.json: cannot be read as JSON",
+        4: "mamba",
+        5: "no-weights",
+        6: "short",
+        7: "50",
+        8: "--layers 0:9: the model has 2 layers",
+        9: "--target-signal stream: this bert model",
+        10: "--criterion snip",
+    }
+    assert len(error) == len(told) + 1, error
+    for line, (number, message) in zip(error, told.items(), strict=False):
+        assert line.startswith(f"{desk.root / 'jobs.jsonl'}:{number}: ")
+        assert message in line
+    assert error[-1].endswith("(and 8 more lines); nothing was started")
+    assert not any((desk.root / name).exists() for name in ("good", "also-good"))
+
+
+def test_a_checkpoint_that_nobody_will_read_is_not_looked_at(desk, monkeypatch, capsys):
+    """What another job makes is not there yet, and what is done has been read."""
+    jobs = [desk.job("good"), {**desk.job("of-good"), "source": "good"}]
+    desk.write(*jobs)
+    assert _through_the_command_line(desk, monkeypatch) == 0
+    (desk.root / "dense" / "config.json").unlink()
+    assert _through_the_command_line(desk, monkeypatch, "--resume") == 0
+    desk.write(*jobs, desk.job("more"))
+    capsys.readouterr()
+    assert _through_the_command_line(desk, monkeypatch, "--resume") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: jobs.jsonl:3: ")
+    assert "config.json: missing" in line
+
+
+def test_a_hub_source_is_known_by_its_config(desk, inputs, monkeypatch, capsys):
+    asked = []
+
+    def fetched(name, file):
+        asked.append((name, file))
+        return str(inputs.bert / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    hub = [{**desk.job(f"b{n}", criterion="snip"), "source": "some/bert"} for n in range(2)]
+    assert main(["batch", str(desk.write(desk.job("a"), *hub))]) == 2
+    assert asked == [("some/bert", "config.json")]
+    assert "jobs.jsonl:2: --criterion snip" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [None, "\n\n"], ids=["no file", "no jobs"])

@@ -267,6 +267,47 @@ def test_what_is_impossible_is_skipped_with_a_line(inputs, tmp_path, capsys):
     assert "--bias is never" in (out / "comparison.md").read_text()
 
 
+ONE = ["--samples", "1", "--reconstructions", "mask-tuning"]
+IMPOSSIBLE = {
+    "norms": (["--target-signals", "local,stream"], "local", "--target-signal stream: this bert"),
+    "loss": (["--criteria", "wanda,snip"], "wanda", "--criterion snip"),
+    "held out": (["--ridges", "0.1,auto", *ONE], "0.1", "--ridge auto: holds out"),
+    "budget": (["--sparsities", "0.3,0.9999"], "0.3", "--sparsity 0.9999: every layer keeps"),
+    "tokens": (["--reconstructions", "none,liar", "--samples", "1"], "none", "calibration tokens"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_a_model_cannot_is_skipped_before_anything_is_computed(
+    inputs, tmp_path, capsys, monkeypatch, name
+):
+    """Once, with the reason; where nothing else is asked for, it is refused."""
+    options, left, says = IMPOSSIBLE[name]
+    computed = []
+    plain = Subject.measure
+
+    def measure(self, cell, *rest):
+        computed.append(cell)
+        return plain(self, cell, *rest)
+
+    monkeypatch.setattr(Subject, "measure", measure)
+    out = tmp_path / "grid"
+    assert _compare(inputs, out, *options, bert=True) == 0
+    assert capsys.readouterr().err.count("skipped ") == 1
+    result = _result(out)
+    assert result["counts"] == {"done": 1, "failed": 0, "skipped": 1, "computed": 1}
+    assert says in result["skipped"][0]["reason"]
+    assert len(computed) == 1
+    assert left in map(str, computed[0].coordinates.values())
+    axis, values, *rest = options
+    (other,) = (value for value in values.split(",") if value != left)
+    assert _compare(inputs, tmp_path / "none", axis, other, *rest, bert=True) == 2
+    error = _error(capsys)
+    assert "no combination of the axes is possible" in error
+    assert says in error
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -49,6 +49,8 @@ VARIANTS = {
     "alpha": ("llama", "--allocation alpha --target ffn,heads --budget flops"),
     "influence": ("llama", "--allocation influence"),
     "levels": ("llama", "--allocation levels --target ffn,heads"),
+    "besa": ("llama", "--allocation besa --target ffn,heads --layers 1:3"),
+    "policy": ("llama", "--criterion policy --policy-steps 3 --allocation ranked"),
     "search": (
         "llama",
         "--allocation level-swaps --target ffn,heads --search-samples 100 --search-evaluations 6",

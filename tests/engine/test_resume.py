@@ -84,6 +84,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             [("journal written", 2), ("moments being saved", 3), ("site half pruned", 2)],
         ),
         (
+            {"allocation": "besa", "layers": (1, 3)},
+            "disk",
+            [("journal written", 2), ("layer computed", 2), ("site half pruned", 1)],
+        ),
+        (
             {"allocation": "levels", "criterion": "obs", "budget": "flops"},
             "device",
             [("journal written", 2), ("hidden states not named", 1), ("journal written", 2)],

@@ -21,6 +21,7 @@ from liar_ext.engine.ridge import SLACK, choose
 from liar_ext.engine.statistics import HELD_OUT, SiteMoments, held_out, segments
 from liar_ext.models import adapter_for
 from liar_ext.ops import gram_reference, interpolate_reference, residual_reference
+from liar_ext.ops.drift import Sample
 from liar_ext.recipe import RIDGES
 from liar_ext.reconstruction import RECONSTRUCTIONS, Task
 from liar_ext.report import Report
@@ -107,6 +108,22 @@ def test_one_sample_is_refused_by_name(tmp_path):
         liar_ext.prune(FAMILIES["llama-mha"].build(), batches_of(recipe, decoder=True), recipe)
 
 
+def test_too_few_tokens_are_counted_without_those_that_are_held_out(tmp_path):
+    """60 tokens for 48 columns, 12 of them held out: 48 are left; one sample less is too few."""
+    calibration = str(write_tokens(tmp_path / "t.npy", samples=10, length=6))
+    recipe = Recipe(calibration=calibration, samples=10, seq_len=6, batch_size=2, sparsity=0.5)
+    parts = batches_of(recipe, decoder=True)
+    auto = dataclasses.replace(recipe, ridge="auto")
+    assert statistics.held_out_tokens(parts, auto) == 12
+    assert statistics.held_out_tokens(parts, recipe) == 0
+    report = liar_ext.prune(FAMILIES["llama-mha"].build(), parts, auto)
+    assert any("60 calibration tokens" in w and "12 are held out" in w for w in report.warnings)
+    fewer = [*parts[:4], Batch(parts[4].input_ids[:1], parts[4].attention_mask[:1])]
+    liar_ext.prune(FAMILIES["llama-mha"].build(), fewer, recipe)
+    with pytest.raises(InputError, match="54 calibration tokens for 48 columns: 12 are held out"):
+        liar_ext.prune(FAMILIES["llama-mha"].build(), fewer, auto)
+
+
 # the choice
 
 
@@ -130,7 +147,7 @@ def test_it_is_the_weakest_of_the_grid_that_does_on_held_out_tokens(center, slac
     rest, held, weight, keep, drop = problem()
     expected = errors_of(rest, held, weight, keep, drop, center)
     task = Task(gram_reference(torch.cat([rest, held])), weight, keep, drop, 1e-4, center)
-    found = choose(task, gram_reference(held), RECONSTRUCTIONS["liar"], Ranks.single())
+    found = choose(task, Sample(gram_reference(held)), RECONSTRUCTIONS["liar"], Ranks.single())
     assert found.errors == pytest.approx(expected, rel=1e-6)
     if slack == 1.0:
         assert found.ridge == min(expected, key=expected.__getitem__)
@@ -144,7 +161,7 @@ def test_it_is_the_weakest_of_the_grid_that_does_on_held_out_tokens(center, slac
 def test_every_fit_is_judged_by_what_it_does_to_held_out_tokens(center, name):
     rest, held, weight, keep, drop = problem(tokens=300)
     task = Task(gram_reference(torch.cat([rest, held])), weight, keep, drop, 1e-4, center, unit=3)
-    found = choose(task, gram_reference(held), RECONSTRUCTIONS[name], Ranks.single())
+    found = choose(task, Sample(gram_reference(held)), RECONSTRUCTIONS[name], Ranks.single())
     of_rest = dataclasses.replace(task, moments=gram_reference(rest))
     for ridge in (1e-2, 1.0):
         part = RECONSTRUCTIONS[name].repair(dataclasses.replace(of_rest, ridge=ridge))
@@ -158,7 +175,7 @@ def test_ranks_choose_together(name):
     rest, held, weight, keep, drop = problem()
     task = Task(gram_reference(torch.cat([rest, held])), weight, keep, drop, 1e-4, True)
     reconstruction = RECONSTRUCTIONS[name]
-    whole = choose(task, gram_reference(held), reconstruction, Ranks.single())
+    whole = choose(task, Sample(gram_reference(held)), reconstruction, Ranks.single())
     given = []
 
     class One(Ranks):
@@ -172,7 +189,7 @@ def test_ranks_choose_together(name):
 
     for rows in (slice(0, 4), slice(4, 9)):
         own = task if reconstruction.whole else dataclasses.replace(task, weight=weight[rows])
-        choose(own, gram_reference(held), reconstruction, One())
+        choose(own, Sample(gram_reference(held)), reconstruction, One())
     total = given[0] if reconstruction.whole else sum(given)
     errors = (total[:-1] / total[-1]).tolist()
     assert errors == pytest.approx(list(whole.errors.values()), rel=1e-9)
@@ -187,7 +204,7 @@ def test_ridges_that_do_not_hold_are_left_out():
     for some in (moments, part):
         some.gram = some.gram.float()
     task = Task(moments, weight, keep, drop, 1e-4, True)
-    found = choose(task, part, RECONSTRUCTIONS["liar"], Ranks.single())
+    found = choose(task, Sample(part), RECONSTRUCTIONS["liar"], Ranks.single())
     assert min(RIDGES) not in found.errors and 1.0 in found.errors
 
 
@@ -326,6 +343,8 @@ def test_the_plan_counts_the_choice(tmp_path):
     fixed = dataclasses.replace(recipe, ridge=1e-4)
     plain = planning.plan(tmp_path / "dense", fixed, rates=rates)
     assert auto["calibration"]["segments"] == HELD_OUT
+    assert auto["calibration"]["held_out"] > 0 == plain["calibration"]["held_out"]
+    assert auto["calibration"]["minimum"] > plain["calibration"]["minimum"] == 48
     assert auto["flops"]["solve"] > 5 * plain["flops"]["solve"]
     phases = {phase["name"]: phase["device"] for phase in auto["phases"]["all"]}
     assert phases["statistics of ffn"]["held_out_sums"] == 8 * 48**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from liar_families import FAMILIES, outputs, tree_hash
-from liar_paths import inputs_of, kept_columns, setting, standing
+from liar_paths import fit, inputs_of, kept_columns, setting, standing, states_at
 from liar_testing import assert_close_rms
 
 import liar_ext
@@ -15,47 +15,7 @@ from liar_ext.engine.driver import Driver
 from liar_ext.models import adapter_for
 
 KINDS = ("heads", "ffn")
-# the norm between the two additions of a layer
-BETWEEN = {"llama": "post_attention_layernorm", "gpt2": "ln_2", "opt": "final_layer_norm"}
 NAMES = ("llama-mha", "llama-gqa-biases", "gpt2", "opt")
-
-
-def states_at(model, index: int, place: str, batches) -> torch.Tensor:
-    """The residual stream in front of a layer, between its additions or behind it, (T, d)."""
-    layer = adapter_for(model.config).layer_list(model)[1][index]
-    seen: list[torch.Tensor] = []
-
-    def before(_, args, kwargs):
-        seen.append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2).clone())
-
-    def behind(_, args, output):
-        output = output[0] if isinstance(output, tuple) else output
-        seen.append(output.flatten(0, -2).clone())
-
-    if place == "behind":
-        handle = layer.register_forward_hook(behind)
-    else:
-        norm = layer.get_submodule(BETWEEN[model.config.model_type])
-        module = layer if place == "front" else norm
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    for batch in batches:
-        outputs(model, batch.input_ids, attention_mask=batch.attention_mask.long())
-    handle.remove()
-    masks = [batch.attention_mask.flatten() for batch in batches]
-    return torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)]).double()
-
-
-def fit(x, target, weight, keep, ridge: float, center: bool):
-    """W' and b' by lstsq on raw activations; the ridge pulls to W_S."""
-    kept, own = x[:, keep].double(), weight[:, keep].double()
-    x, missing = x.double(), target - kept @ own.T
-    square = (x - x.mean(0)).square() if center else x.square()
-    strength = (ridge * square.mean() * len(x)).sqrt()
-    means = (kept.mean(0), missing.mean(0)) if center else (0.0, 0.0)
-    rows = torch.cat([kept - means[0], strength * torch.eye(len(keep), dtype=torch.float64)])
-    right = torch.cat([missing - means[1], missing.new_zeros(len(keep), len(weight))])
-    change = torch.linalg.lstsq(rows, right, driver="gelsd").solution.T
-    return own + change, (means[1] - change @ means[0]) if center else None
 
 
 @pytest.mark.parametrize("target", [KINDS, ("ffn",), ("heads",)], ids=",".join)

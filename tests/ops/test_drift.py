@@ -19,10 +19,8 @@ from liar_ext.ops import (
     drift_residual_reference,
     gram_reference,
     repair,
-    repair_drifted,
 )
-from liar_ext.ops.drift import drift_energies
-from liar_ext.ops.residual import relative_residual_of
+from liar_ext.ops.residual import relative_residual_of, residual_energies
 
 TOKENS, COLUMNS, KEPT = 611, 37, 20
 
@@ -59,14 +57,14 @@ def drift_of(dense: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Drif
 def test_the_repair_is_the_least_squares_fit_to_the_dense_path(center, ridge, outputs):
     dense, x, weight, keep, drop = problem(outputs=outputs)
     expected, shift = drift_reference(dense, x, weight, keep, ridge, center)
-    found = repair_drifted(
+    found = repair(
         gram_reference(x),
-        drift_of(dense, x, weight),
         weight,
         keep,
         drop,
         ridge=ridge,
         center=center,
+        drift=drift_of(dense, x, weight),
     )
     # float64 throughout, at conditions below 1e4
     assert_close_rms(found.weight, expected, 1e-9)
@@ -80,7 +78,7 @@ def test_without_drift_it_is_the_local_repair_with_the_same_ridge(center, output
     _, x, weight, keep, drop = problem(outputs=outputs)
     moments, options = gram_reference(x), {"ridge": 1e-2, "center": center}
     local = repair(moments, weight, keep, drop, **options)
-    found = repair_drifted(moments, drift_of(x, x, weight), weight, keep, drop, **options)
+    found = repair(moments, weight, keep, drop, drift=drift_of(x, x, weight), **options)
     assert found.diagnostics.strength == local.diagnostics.strength
     # it may have solved for Q instead: other roundings, and the condition's share of them
     assert_close_rms(found.weight, local.weight, 1e-11)
@@ -89,9 +87,8 @@ def test_without_drift_it_is_the_local_repair_with_the_same_ridge(center, output
 
 def test_a_large_ridge_leaves_the_consumer_as_it_was():
     dense, x, weight, keep, drop = problem()
-    found = repair_drifted(
-        gram_reference(x), drift_of(dense, x, weight), weight, keep, drop, ridge=1e9
-    )
+    drift = drift_of(dense, x, weight)
+    found = repair(gram_reference(x), weight, keep, drop, ridge=1e9, drift=drift)
     assert_close_rms(found.weight, weight[:, keep], 1e-6)
 
 
@@ -100,7 +97,7 @@ def test_what_is_kept_whole_is_repaired_too(center):
     dense, x, weight, _, _ = problem()
     keep, drop = torch.arange(COLUMNS), torch.arange(0)
     drift = drift_of(dense, x, weight)
-    found = repair_drifted(gram_reference(x), drift, weight, keep, drop, ridge=1e-4, center=center)
+    found = repair(gram_reference(x), weight, keep, drop, ridge=1e-4, center=center, drift=drift)
     expected, shift = drift_reference(dense, x, weight, keep, 1e-4, center)
     assert_close_rms(found.weight, expected, 1e-8)
     assert_close_rms(found.shift, shift, 1e-8)
@@ -109,9 +106,8 @@ def test_what_is_kept_whole_is_repaired_too(center):
 def test_a_column_without_variance_changes_nothing():
     dense, x, weight, keep, drop = problem()
     x[:, keep[3]] = 0.0
-    found = repair_drifted(
-        gram_reference(x), drift_of(dense, x, weight), weight, keep, drop, ridge=1e-3
-    )
+    drift = drift_of(dense, x, weight)
+    found = repair(gram_reference(x), weight, keep, drop, ridge=1e-3, drift=drift)
     expected, _ = drift_reference(dense, x, weight, keep, 1e-3)
     assert found.diagnostics.dead == 1
     assert torch.equal(found.weight[:, 3], weight[:, keep[3]].double())
@@ -123,11 +119,11 @@ def test_a_column_without_variance_changes_nothing():
 def test_the_residual_is_that_of_the_dense_output(shifted, size):
     dense, x, weight, keep, drop = problem(size=size)
     moments, drift = gram_reference(x), drift_of(dense, x, weight)
-    found = repair_drifted(moments, drift, weight, keep, drop, ridge=1e-3, center=shifted)
+    found = repair(moments, weight, keep, drop, ridge=1e-3, center=shifted, drift=drift)
     shift = found.shift if shifted else None
     for new in (found.weight, weight[:, keep].double()):
         expected = drift_residual_reference(dense, x, weight, keep, new, shift)
-        energies = drift_energies(moments, drift, weight, keep, new, shift)
+        energies = residual_energies(moments, weight, keep, new, shift, drift)
         # beside a plain mean square of 4 deviations, in float64
         assert relative_residual_of(energies) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -135,15 +131,17 @@ def test_the_residual_is_that_of_the_dense_output(shifted, size):
 def test_rows_of_a_slice_are_those_of_the_whole():
     dense, x, weight, keep, drop = problem()
     moments, drift = gram_reference(x), drift_of(dense, x, weight)
-    whole = repair_drifted(moments, drift, weight, keep, drop, ridge=1e-3)
-    energies = torch.tensor(drift_energies(moments, drift, weight, keep, whole.weight, whole.shift))
+    whole = repair(moments, weight, keep, drop, ridge=1e-3, drift=drift)
+    energies = torch.tensor(
+        residual_energies(moments, weight, keep, whole.weight, whole.shift, drift)
+    )
     parts, added = [], torch.zeros(2)
     for rows in (slice(0, 4), slice(4, 11)):
         own = drift.rows(rows)
-        part = repair_drifted(moments, own, weight[rows], keep, drop, ridge=1e-3)
+        part = repair(moments, weight[rows], keep, drop, ridge=1e-3, drift=own)
         parts.append(part)
         added += torch.tensor(
-            drift_energies(moments, own, weight[rows], keep, part.weight, part.shift)
+            residual_energies(moments, weight[rows], keep, part.weight, part.shift, own)
         )
     assert_close_rms(torch.cat([p.weight for p in parts]), whole.weight, 1e-12)
     assert_close_rms(torch.cat([p.shift for p in parts]), whole.shift, 1e-12)
@@ -154,7 +152,7 @@ def test_the_fit_leaves_less_than_the_local_one():
     dense, x, weight, keep, drop = problem()
     moments, drift = gram_reference(x), drift_of(dense, x, weight)
     local = repair(moments, weight, keep, drop, ridge=1e-6)
-    found = repair_drifted(moments, drift, weight, keep, drop, ridge=1e-6)
+    found = repair(moments, weight, keep, drop, ridge=1e-6, drift=drift)
     left = [
         drift_residual_reference(dense, x, weight, keep, f.weight, f.shift) for f in (found, local)
     ]
@@ -179,11 +177,13 @@ def test_streamed_pairs_are_the_sums_of_all_rows(alone, dtype, monkeypatch):
         x, local, dense = (part.clone() for part in batch)
         valid = slice(None) if mask is None else mask
         rows.append(tuple(part[valid].clone() for part in (x, dense - local, dense)))
-        found.add_pair(x, local, dense, mask, 0 if alone else number // 2)
+        positions = None if mask is None else mask.nonzero().flatten()
+        found.add_pair(x, local, dense, positions, 0 if alone else number // 2)
         # the batch leaves memory
         for part in (x, local, dense):
             part.fill_(float("nan"))
-    moments, drift = found.finish_pair(Ranks.single())
+    sample = found.finish_pair(Ranks.single())
+    moments, drift = sample.moments, sample.drift
     x, z, y = (torch.cat(part) for part in zip(*rows, strict=True))
     # products of at most 500 rows in float32
     assert_close_rms(moments.gram.tril(), gram_reference(x).gram.tril(), 1e-6)
@@ -199,11 +199,10 @@ def test_what_does_not_fit_is_named():
     dense, x, weight, keep, drop = problem()
     moments, drift = gram_reference(x), drift_of(dense, x, weight)
     with pytest.raises(ValueError, match=r"weight must be \(11, 37\)"):
-        repair_drifted(moments, drift, weight[:5], keep, drop, ridge=0.0)
+        repair(moments, weight[:5], keep, drop, ridge=0.0, drift=drift)
+    few = drift_of(dense[:600], x[:600], weight)
     with pytest.raises(ValueError, match="drift is of 600 tokens, the Moments of 611"):
-        repair_drifted(
-            moments, drift_of(dense[:600], x[:600], weight), weight, keep, drop, ridge=0.0
-        )
+        repair(moments, weight, keep, drop, ridge=0.0, drift=few)
     broken = replace(drift, pairs=replace(drift.pairs, cross=drift.pairs.cross * float("nan")))
     with pytest.raises(InputError, match="the drift holds NaN"):
-        repair_drifted(moments, broken, weight, keep, drop, ridge=0.0)
+        repair(moments, weight, keep, drop, ridge=0.0, drift=broken)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from liar_families import FAMILIES
 
-from liar_ext.criteria import CRITERIA
+from liar_ext.criteria import CRITERIA, Evidence
 from liar_ext.models import adapter_for
 from liar_ext.survey import SURVEYS, View
 from liar_ext.survey.spectra import hill, spectrum
@@ -91,7 +91,7 @@ def test_what_has_no_tail_has_no_exponent(weight):
 def test_every_linear_of_the_layer_counts(name):
     model = FAMILIES[name].build()
     site = adapter_for(model.config).sites_of(model, 1, ("ffn",))[0]
-    found = SURVEYS["spectra"].measure(View(site, CRITERIA["wanda"]))
+    found = SURVEYS["spectra"].measure(View(site, CRITERIA["wanda"], Evidence(site, None)))
     weights = [p for p in site.module.parameters() if p.ndim == 2]
     expected = [written_out((torch.linalg.svdvals(w.double()) ** 2).tolist()) for w in weights]
     assert len(found) == {"llama-mha": 7, "gpt2": 4, "bert": 6}[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -137,17 +138,28 @@ def test_levels_are_what_least_squares_leaves(criterion, bias, tmp_path, finding
 
 
 @pytest.mark.parametrize(
-    ("allocation", "statistics", "passes"),
+    ("allocation", "criterion", "statistics", "passes"),
     [
-        ("uniform", "sequential", 1),
-        ("alpha", "sequential", 1),
-        ("alpha", "oneshot", 1),
-        ("influence", "sequential", 2),
-        ("levels", "oneshot", 2),
+        ("uniform", "wanda", "sequential", 1),
+        ("alpha", "wanda", "sequential", 1),
+        ("alpha", "wanda", "oneshot", 1),
+        ("influence", "wanda", "sequential", 2),
+        ("levels", "wanda", "oneshot", 2),
+        ("global", "wanda", "sequential", 2),
+        *(
+            (allocation, criterion, statistics, 1)
+            for allocation in ("global", "kwon")
+            for criterion in ("magnitude", "magnitude-both-l1", "random")
+            for statistics in ("sequential", "oneshot")
+        ),
     ],
 )
-def test_a_survey_without_tokens_costs_no_forward(allocation, statistics, passes, tmp_path):
-    recipe, batches = setting(tmp_path, allocation=allocation, statistics=statistics)
+def test_a_survey_without_tokens_costs_no_forward(
+    allocation, criterion, statistics, passes, tmp_path
+):
+    recipe, batches = setting(
+        tmp_path, allocation=allocation, criterion=criterion, statistics=statistics
+    )
     model = FAMILIES["llama-mha"].build()
     layer, calls = model.model.layers[0], []
     inner = layer.forward
@@ -161,9 +173,37 @@ def test_a_survey_without_tokens_costs_no_forward(allocation, statistics, passes
     assert len(calls) == passes * len(batches)
 
 
+@pytest.mark.parametrize("allocation", ["global", "kwon"])
+@pytest.mark.parametrize("criterion", ["snip", "fisher", "taylor-mixed"])
+def test_scores_of_gradients_cost_no_forward_beside_theirs(criterion, allocation, tmp_path):
+    """As many as with `uniform`, and the budget is met."""
+    calls = {}
+    for name in ("uniform", allocation):
+        recipe, batches = setting(tmp_path, allocation=name, criterion=criterion)
+        model = FAMILIES["llama-mha"].build()
+        made = calls.setdefault(name, [])
+        model.model.layers[0].register_forward_hook(lambda *_, made=made: made.append(1))
+        report = liar_ext.prune(model, batches, recipe)
+        assert abs(report.totals["sparsity"] - recipe.sparsity) < 0.05
+    assert len(calls[allocation]) == len(calls["uniform"])
+
+
+def test_scores_are_those_that_statistics_beside_them_give(tmp_path, findings, monkeypatch):
+    """Of weights: the same widths, whatever else is measured."""
+    recipe, batches = setting(tmp_path, allocation="global", criterion="magnitude")
+    liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
+    alone = dict(findings)
+    widened = dataclasses.replace(CRITERIA["magnitude"], needs="moments")
+    monkeypatch.setitem(CRITERIA, "magnitude", widened)
+    liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
+    assert alone.keys() == findings.keys() and alone
+    assert all(torch.equal(alone[key], findings[key]) for key in alone)
+
+
 @pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
-@pytest.mark.parametrize("allocation", ["alpha", "influence", "levels", "kwon"])
-def test_the_budget_is_met_in_some_layers(allocation, statistics, tmp_path):
+@pytest.mark.parametrize("allocation", ["alpha", "influence", "levels", "kwon", "ranked", "besa"])
+def test_the_budget_is_met_in_some_layers(allocation, statistics, tmp_path, monkeypatch):
+    monkeypatch.setattr("liar_ext.survey.besa.STEPS", 2)
     recipe, batches = setting(tmp_path, allocation=allocation, statistics=statistics, layers=(1, 2))
     report = liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
     assert {site.layer for site in report.sites} == {1}
@@ -212,8 +252,9 @@ def test_a_unit_costs_what_the_layers_flops_fall_by(name):
         assert layer_flops(model, adapter, 23)[0] == before - 2 * cost
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "kwon", "levels"])
-def test_a_budget_in_flops_is_met_and_reported(allocation, tmp_path):
+@pytest.mark.parametrize("allocation", ["uniform", "global", "kwon", "levels", "ranked", "besa"])
+def test_a_budget_in_flops_is_met_and_reported(allocation, tmp_path, monkeypatch):
+    monkeypatch.setattr("liar_ext.survey.besa.STEPS", 2)
     recipe, batches = setting(tmp_path, budget="flops", allocation=allocation, sparsity=0.45)
     model = FAMILIES["llama-gqa-biases"].build()
     adapter = adapter_for(model.config)

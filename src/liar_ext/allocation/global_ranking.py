@@ -13,12 +13,17 @@ from torch import Tensor
 
 from liar_ext.allocation.base import Allocation, Budget
 
+# a spread of scores below so much of the largest is their rounding
+_ROUNDING = 1e-12
+
 
 def standardised(budget: Budget) -> Tensor:
-    """z-scores of a Site's units, (units,) float64; zeros where all scores are equal."""
+    """z-scores of a Site's units, (units,) float64; zeros where all scores are equal, up to
+    rounding."""
     scores = budget.known.double()
     spread = scores.std() if scores.numel() > 1 else scores.new_zeros(())
-    z = (scores - scores.mean()) / spread if float(spread) > 0 else torch.zeros_like(scores)
+    differ = float(spread) > _ROUNDING * float(scores.abs().max())
+    z = (scores - scores.mean()) / spread if differ else torch.zeros_like(scores)
     return z.reshape(budget.units, -1).mean(1)
 
 

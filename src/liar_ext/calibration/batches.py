@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,16 @@ class Batch:
     def mask_on(self, device: torch.device) -> Tensor | None:
         """The mask on a device; None where all tokens are valid."""
         return None if bool(self.attention_mask.all()) else self.attention_mask.to(device)
+
+    def valid_on(self, device: torch.device) -> Tensor | None:
+        """Where valid tokens are in the flattened batch, (valid,) int64 on a device; None where all
+        are.
+
+        Found on the CPU, once: to index by a mask that is on a GPU waits for it, to find how many.
+        """
+        if bool(self.attention_mask.all()):
+            return None
+        return self.attention_mask.flatten().nonzero().flatten().to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,24 +217,41 @@ def cut_to(batches: Sequence[Batch], least: int) -> tuple[Batch, ...]:
     )
 
 
-def check_enough(tokens: int, width: int) -> str | None:
+def tokens_needed(width: int, tokens: int, held_out: int = 0) -> tuple[int, int]:
+    """The least, and the recommended number of calibration tokens for a Site of `width` columns.
+
+    Args:
+        tokens: there are now, and of these `held_out` are not fitted to; of other numbers the same
+            share would be.
+    """
+    share = 1.0 if held_out == 0 else tokens / max(tokens - held_out, 1)
+    return math.ceil(width * share), math.ceil(RECOMMENDED_TOKENS_PER_COLUMN * width * share)
+
+
+def check_enough(tokens: int, width: int, held_out: int = 0) -> str | None:
     """Are there enough tokens to fit the widest Site?
 
     The covariance of `width` columns has full rank from about `width` tokens on; below that the
     interpolation is not determined by the data, and near it the fit is mostly noise.
 
+    Args:
+        held_out: of the tokens, those that the fits which choose a ridge do not see.
     Returns:
-        A warning when `tokens < 5 width`, else None.
+        A warning when less than `5 width` are fitted to, else None.
     Raises:
-        InputError: `tokens < width`.
+        InputError: less than `width` are.
     """
+    least, recommended = tokens_needed(width, tokens, held_out)
     advice = (
-        f"at least {width} are needed and {RECOMMENDED_TOKENS_PER_COLUMN * width} recommended; "
+        f"at least {least} are needed and {recommended} recommended; "
         "raise --samples or --seq-len, or give a longer text"
     )
-    if tokens < width:
+    if held_out:
+        advice = f"{held_out} are held out for --ridge auto; {advice}"
+    fitted = tokens - held_out
+    if fitted < width:
         raise InputError(f"{tokens} calibration tokens for {width} columns: {advice}")
-    if tokens < _FEW_TOKENS_PER_COLUMN * width:
+    if fitted < _FEW_TOKENS_PER_COLUMN * width:
         return f"only {tokens} calibration tokens for {width} columns: {advice}"
     return None
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Each line of JOBS.jsonl is a JSON object with `source`, `out`, and any fields of a
 recipe.json; `name`, `overwrite` and `preset` may be given, too. The recipe options are for all
-lines that do not say otherwise. Nothing starts unless every line can be used. Jobs of the same
-source and calibration with statistics oneshot need one forward pass between them."""
+lines that do not say otherwise. Nothing starts unless every line, and the checkpoint it reads, can
+be used. Jobs of the same source and calibration with statistics oneshot need one forward pass
+between them."""
 
 
 def add_parser(commands: Any) -> None:
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.cli.output import print_table
     from liar_ext.engine.execution import Execution
     from liar_ext.job_queue import Queue
+    from liar_ext.job_sources import Sources
     from liar_ext.jobs import JobsError, read_jobs
     from liar_ext.recipe import Recipe
 
@@ -92,6 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             preset=arguments.preset,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
+            look=Sources(),
         )
     except JobsError as error:
         if len(error.problems) > 1:

@@ -26,9 +26,13 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "what to keep: magnitude, magnitude-l1, magnitude-producer, magnitude-producer-l1, "
         "magnitude-both, magnitude-both-l1, wanda, flap, flap-ifv, flap-wifn, rcpu, leverage, obs, "
         "obs-swap, snip, michel, fisher, fisher-rearranged, taylor-vector, taylor-first, "
-        "taylor-second, taylor-mixed, random",
+        "taylor-second, taylor-mixed, policy, random",
     ),
-    "allocation": (str, "NAME", "how many where: uniform, global, alpha, influence, levels, kwon"),
+    "allocation": (
+        str,
+        "NAME",
+        "how many where: uniform, global, ranked, alpha, influence, levels, besa, kwon",
+    ),
     "reconstruct": (
         str,
         "NAME",
@@ -39,6 +43,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "seq_len": (int, "N", "tokens of each at most"),
     "batch_size": (int, "N", "sequences at a time"),
     "gradient_samples": (int, "N", "windows that criteria which need a loss take gradients of"),
+    "policy_steps": (int, "N", "steps in which --criterion policy learns"),
     "search_samples": (int, "N", "windows that searching allocations compare models on"),
     "search_evaluations": (int, "N", "models that they try"),
     "ridge": (ridge, "F", "λ relative to the mean variance of a Site's columns, or auto"),

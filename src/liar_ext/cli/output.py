@@ -47,7 +47,7 @@ class Watcher:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(label, total=layers, completed=done)
         if done:
-            self._console.print(f"{label}: goes on after layer {done - 1} of {layers}")
+            self._console.print(f"{label}: goes on, {done} of {layers} are done")
 
     def site(self, report: SiteReport) -> None:
         self._console.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -69,7 +69,8 @@ class Grid:
     Attributes:
         base: the fields that are the same in all cells; axes: values by axis.
         cells: in the order to run in; of those with one key the first is computed.
-        skipped: (coordinates, reason) of combinations that no recipe can be.
+        skipped: (coordinates, reason) of combinations that no recipe can be, or that are
+            impossible for the model.
     """
 
     base: Recipe
@@ -81,6 +82,23 @@ class Grid:
         """What all recipes have in common, as JSON data."""
         data = self.base.to_json()
         return {name: value for name, value in data.items() if name not in AXES.values()}
+
+    def possible(self, check: Callable[[Recipe], None]) -> Grid:
+        """Without the cells whose recipe `check` refuses with an InputError: they are skipped.
+
+        Raises:
+            InputError: none is left.
+        """
+        cells, skipped = [], []
+        for cell in self.cells:
+            try:
+                check(cell.recipe)
+            except InputError as error:
+                skipped.append((cell.coordinates, str(error)))
+            else:
+                cells.append(cell)
+        _refuse_empty(cells, skipped)
+        return replace(self, cells=tuple(cells), skipped=(*self.skipped, *skipped))
 
     def computations(self) -> list[Cell]:
         """One cell for each key."""
@@ -116,9 +134,13 @@ def make_grid(base: Recipe, axes: Mapping[str, Sequence[Any]]) -> Grid:
             skipped.append((json.loads(json.dumps(fields)), str(error)))
             continue
         cells.append(Cell(recipe, _key(recipe), _variant(recipe, values)))
+    _refuse_empty(cells, skipped)
+    return Grid(base, values, tuple(cells), tuple(skipped))
+
+
+def _refuse_empty(cells: Sequence[Cell], skipped: Sequence[tuple[dict[str, Any], str]]) -> None:
     if not cells:
         raise InputError(f"no combination of the axes is possible: {skipped[0][1]}")
-    return Grid(base, values, tuple(cells), tuple(skipped))
 
 
 def uses_ridge(recipe: Recipe) -> bool:

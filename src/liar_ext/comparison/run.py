@@ -73,6 +73,7 @@ def compare(
     for evaluation in evaluations:
         evaluation.identity()  # a file that cannot be read is refused before anything is
     subject = Subject(folder, grid, evaluations, execution or Execution())
+    grid = subject.grid
     identity = subject.identity()
     with open_ledger(out, folder, identity, resume=resume, overwrite=overwrite) as ledger:
         for left in out.glob(f"{SCRATCH}*"):

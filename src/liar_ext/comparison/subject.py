@@ -28,7 +28,7 @@ from liar_ext.engine.compress import (
     identity_of,
     moments_fingerprint,
 )
-from liar_ext.engine.compression import Compression
+from liar_ext.engine.compression import Compression, check_possible
 from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.inputs import (
@@ -60,6 +60,7 @@ class Subject:
 
     Attributes:
         calibration: the tokens of all cells; device, dtype: of all computation.
+        grid: without the cells that are impossible for this model and calibration.
         evaluations: as given, with windows that the model can take.
     Raises:
         InputError: a checkpoint, calibration or evaluation that cannot be used.
@@ -69,7 +70,7 @@ class Subject:
         self, folder: Path, grid: Grid, evaluations: Sequence[Evaluation], execution: Execution
     ) -> None:
         base = grid.base
-        self.folder, self._grid, self._execution = folder, grid, execution
+        self.folder, self._execution = folder, execution
         self._judgements = Judgements()
         self.device = resolve_device(base.device)
         check_backends(self.device)
@@ -89,21 +90,22 @@ class Subject:
         self._reader.start_hashing(threads=max(1, (os.cpu_count() or 1) // 4))
         # as it is without held-out tokens; each cell cuts it as it needs (`fit_to`)
         self.calibration = load_calibration(folder, empty, replace(base, ridge=DEFAULT_RIDGE))
-        for cell in grid.cells:
-            fit_to(self.calibration.batches, cell.recipe)
+        self.grid = grid.possible(
+            lambda recipe: check_possible(
+                InMemory(empty), recipe, self.calibration.batches, self.calibration.tokens
+            )
+        )
         self.dtype = compute_dtype(base.dtype, self.device) or self._reader.main_dtype()
         held = max(
             held_bytes_of(empty, cell.recipe, self.calibration.batches, self.dtype.itemsize, 1)
-            for cell in grid.cells
+            for cell in self.grid.cells
         )
         self.place = choose_place(execution.hidden_states, held, self.device)
 
     def identity(self) -> dict[str, Any]:
         """All that the figures depend on, as JSON data; waits for the sums of the source."""
-        found = identity_of(
-            self._grid.base, self._reader, self.calibration, self.device, self.dtype
-        )
-        found["recipe"] = self._grid.fixed()
+        found = identity_of(self.grid.base, self._reader, self.calibration, self.device, self.dtype)
+        found["recipe"] = self.grid.fixed()
         found["source_sha256"] = self._reader.hashes()
         found["evaluations"] = {e.name: e.identity() for e in self.evaluations}
         return json.loads(json.dumps(found))

@@ -31,7 +31,7 @@ def _both(site: Site, order: int) -> Tensor:
 
 
 def _criterion(name: str, of: Callable[[Site, int], Tensor], order: int) -> Criterion:
-    return Criterion(name, lambda evidence: of(evidence.site, order))
+    return Criterion(name, lambda evidence: of(evidence.site, order), needs="weights")
 
 
 MAGNITUDES = tuple(

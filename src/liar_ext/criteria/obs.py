@@ -5,6 +5,8 @@ least-squares repair, when it goes (`ops.removal`). `obs-swap` then exchanges un
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,38 +22,61 @@ _FIRST_RIDGE = 1e-8
 # of the units that stay or go, whichever are fewer: those that the first exchange moves
 _EXCHANGED = 16
 
+Made = TypeVar("Made")
 
-def inverse(evidence: Evidence) -> Inverse:
-    """`(C + λI)⁻¹` with the ridge of the repair, or the next higher one that has an inverse.
+
+def climbing(evidence: Evidence, make: Callable[[float], Made]) -> Made:
+    """What is made with the ridge of the repair, or the next higher one that is enough for it.
 
     Raises:
-        NumericalError: there is none.
+        NumericalError: none is; it names the Site.
     """
     ridge = evidence.ridge
     for _ in range(LADDER_STEPS):
         try:
-            return inverse_moments(evidence.moments, ridge=ridge, center=evidence.center)
+            return make(ridge)
         except NumericalError as error:
-            ridge = max(10 * ridge, _FIRST_RIDGE)
+            last, ridge = error, max(10 * ridge, _FIRST_RIDGE)
             if ridge > LARGEST_RIDGE:
                 break
             evidence.notes.append(f"selection: {error}: ridge {ridge:.1e}")
-    raise NumericalError(f"{evidence.site.name}: the Moments have no inverse with any ridge")
+    raise NumericalError(f"{evidence.site.name}: no ridge is enough for a selection: {last}")
 
 
-def tableau(evidence: Evidence) -> Tableau:
-    """All units kept."""
+def inverse(evidence: Evidence) -> Inverse:
+    """`(C + λI)⁻¹`.
+
+    Raises:
+        NumericalError: there is none.
+    """
+
+    def make(ridge: float) -> Inverse:
+        return inverse_moments(evidence.moments, ridge=ridge, center=evidence.center)
+
+    return climbing(evidence, make)
+
+
+def removing(evidence: Evidence, work: Callable[[Tableau], Made]) -> Made:
+    """What `work` makes of a tableau with all units kept.
+
+    Pivots on a matrix whose inverse was just good enough can lose it on the way; then all of the
+    work is done again with more ridge.
+
+    Raises:
+        NumericalError: no ridge is enough.
+    """
     site, moments = evidence.site, evidence.moments
-    found = inverse(evidence)
-    # a column that never changes costs nothing, whatever its weights
-    alive = (moments.variance() if evidence.center else moments.diagonal()) > 0
-    return Tableau(found.theta, site.weight().double() * alive, site.columns_per_unit)
+
+    def make(ridge: float) -> Made:
+        found = inverse_moments(moments, ridge=ridge, center=evidence.center)
+        return work(Tableau(found.theta, site.weight(), site.columns_per_unit, found.dead))
+
+    return climbing(evidence, make)
 
 
 def score(evidence: Evidence) -> Tensor:
-    found = tableau(evidence)
     units = evidence.site.units
-    order, costs = found.remove(units - 1)
+    order, costs = removing(evidence, lambda found: found.remove(units - 1))
     scores = costs.new_full((units,), torch.inf)
     scores[order] = costs
     # the last one cannot be judged: it is worth at least what the one before it was
@@ -59,22 +84,31 @@ def score(evidence: Evidence) -> Tensor:
 
 
 def choose(evidence: Evidence) -> Tensor:
-    found = tableau(evidence)
-    assert evidence.keep is not None
-    found.remove(evidence.site.units - evidence.keep)
-    return found.kept.nonzero().flatten()
+    def work(found: Tableau) -> Tensor:
+        found.remove(_dropped(evidence))
+        return found.kept.nonzero().flatten()
+
+    return removing(evidence, work)
 
 
 def choose_and_exchange(evidence: Evidence) -> Tensor:
-    found = tableau(evidence)
-    assert evidence.keep is not None
-    dropped = evidence.site.units - evidence.keep
-    found.remove(dropped)
-    before = found.loss
-    if moved := found.exchange(max(1, min(dropped, evidence.keep) // _EXCHANGED)):
-        gain = 1 - found.loss / before
-        evidence.remarks.append(f"selection: {moved} exchanges lowered the loss by {gain:.2%}")
-    return found.kept.nonzero().flatten()
+    dropped = _dropped(evidence)
+
+    def work(found: Tableau) -> Tensor:
+        found.remove(dropped)
+        before = found.loss
+        stay = evidence.site.units - dropped
+        if moved := found.exchange(max(1, min(dropped, stay) // _EXCHANGED)):
+            gain = 1 - found.loss / before
+            evidence.remarks.append(f"selection: {moved} exchanges lowered the loss by {gain:.2%}")
+        return found.kept.nonzero().flatten()
+
+    return removing(evidence, work)
+
+
+def _dropped(evidence: Evidence) -> int:
+    assert evidence.keep is not None, "a choice is of so many units"
+    return evidence.site.units - evidence.keep
 
 
 OBS = Criterion(

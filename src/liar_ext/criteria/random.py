@@ -11,4 +11,4 @@ def score(evidence: Evidence) -> Tensor:
     return drawn.to(evidence.site.weight().device)
 
 
-RANDOM = Criterion("random", score)
+RANDOM = Criterion("random", score, needs="weights")

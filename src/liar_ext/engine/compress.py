@@ -44,6 +44,7 @@ from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.policy_memory import policy_held_bytes
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 from liar_ext.search_costs import search_held_bytes
@@ -228,17 +229,15 @@ def held_bytes_of(
     windows = first_samples(batches, recipe.gradient_samples)
     own = _positions(batches, least_segments(recipe), ranks)
     tried = first_samples(batches, recipe.search_samples)
+    hidden = text_config(model.config).hidden_size
     # nothing of the windows is held out
     theirs = _positions(windows, 1, ranks)
     return max(
         held_bytes(model, adapter, recipe, own, item),
         gradient_held_bytes(model, adapter, recipe, theirs, item),
-        search_held_bytes(
-            recipe,
-            _positions(tried, len(tried), ranks),
-            text_config(model.config).hidden_size,
-            item,
-        ),
+        # each rank has all
+        policy_held_bytes(model, recipe, _positions(batches, 1, 1), item),
+        search_held_bytes(recipe, _positions(tried, len(tried), ranks), hidden, item),
     )
 
 

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.allocation import Budget
+from liar_ext.allocation import Budget, check_reachable
 from liar_ext.calibration.batches import Batch, check_enough
 from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets, longest, targeted_layers
+from liar_ext.engine.inputs import fit_to
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import DeviceShelf, Shelf
+from liar_ext.engine.statistics import held_out_tokens
 from liar_ext.engine.store import LayerStore
 from liar_ext.environment import environment
 from liar_ext.latency import LatencyTable
@@ -79,15 +81,9 @@ class Compression:
         started = time.perf_counter()
         model, recipe = self._store.model, self._recipe
         adapter = adapter_for(model.config)
-        if RECONSTRUCTIONS[recipe.reconstruct].solves:
-            columns = [
-                site.columns
-                for index in targeted_layers(self._store, recipe)
-                for site in adapter.sites_of(model, index, recipe.target)
-            ]
-            few = check_enough(int(calibration["tokens"]), max(columns, default=0))
-            if few is not None:
-                self.warn(few)
+        few = few_tokens(self._store, recipe, batches, int(calibration["tokens"]))
+        if few is not None:
+            self.warn(few)
         before = layout.read(model)
         length = longest(batches)
         table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
@@ -173,6 +169,52 @@ class Compression:
         if self._device.type == "cuda":
             found["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
         return found
+
+
+def few_tokens(
+    store: LayerStore, recipe: Recipe, batches: Sequence[Batch], tokens: int
+) -> str | None:
+    """Whether `tokens` are few for the repairs of a recipe: a warning, or None.
+
+    Raises:
+        InputError: they are too few.
+    """
+    if not RECONSTRUCTIONS[recipe.reconstruct].solves:
+        return None
+    adapter = adapter_for(store.model.config)
+    columns = [
+        site.columns
+        for index in targeted_layers(store, recipe)
+        for site in adapter.sites_of(store.model, index, recipe.target)
+    ]
+    return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
+
+
+def check_model(store: LayerStore, recipe: Recipe) -> None:
+    """Refuse what a recipe cannot do with a model, whatever the calibration; works on `meta`.
+
+    Raises:
+        InputError: as a compression would.
+    """
+    host = torch.device("cpu")
+    Driver(store, (), recipe, host, Silent(), Clock(host))
+
+
+def check_possible(
+    store: LayerStore, recipe: Recipe, batches: Sequence[Batch], tokens: int
+) -> None:
+    """Refuse what a recipe cannot do with a model and its calibration, from shapes alone.
+
+    Args:
+        store: works on `meta`; batches: as they are without tokens that are held out.
+    Raises:
+        InputError: as a compression would, before it computes anything.
+    """
+    own = fit_to(batches, recipe)
+    check_model(store, recipe)
+    few_tokens(store, recipe, own, tokens)
+    costs = budgets(store, recipe, longest(own))
+    check_reachable(list(costs.values()), recipe.sparsity, recipe.round_to)
 
 
 def peak_host_bytes() -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from liar_ext.criteria import Criterion, Evidence
 
 # a Site and its statistics are in the key by what they hold; notes are what comes out
-_APART = ("site", "statistics", "generator", "notes", "remarks")
+_APART = ("site", "measured", "generator", "notes", "remarks")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -73,9 +73,10 @@ def _key(evidence: Evidence) -> tuple[object, ...] | None:
     rest = [getattr(evidence, f.name) for f in fields(evidence) if f.name not in _APART]
     if not all(isinstance(value, _PLAIN) for value in rest):
         return None
-    site, statistics = evidence.site, evidence.statistics
-    data = sha256(type(statistics).__name__.encode())
-    for tensor in (statistics.mean(), statistics.diagonal(), evidence.generator.get_state()):
+    site, measured = evidence.site, evidence.measured
+    data = sha256(type(measured).__name__.encode())
+    seen = [] if measured is None else [measured.mean(), measured.diagonal()]
+    for tensor in (*seen, evidence.generator.get_state()):
         own = tensor.detach().to("cpu").contiguous()
         data.update(own.view(torch.uint8).numpy().tobytes())
     return (site.layer, site.kind, site.units, *rest, data.hexdigest())

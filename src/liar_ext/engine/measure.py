@@ -17,7 +17,7 @@ from liar_ext.engine.repair import refuse_non_finite
 from liar_ext.engine.statistics import SiteColumns, SiteMoments, StateSimilarity, held_out
 from liar_ext.engine.stream import Comparison, Feed, Stream
 from liar_ext.models import Adapter, Site
-from liar_ext.ops.drift import Drift
+from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
 from liar_ext.survey import Reads
@@ -34,13 +34,13 @@ CENTRING_LIMIT = 100.0
 
 @dataclass
 class Measured:
-    """Attributes: the Moments of a Site, its column statistics where the library has them, Moments
+    """Attributes: the Moments of a Site, its column statistics where the library has them, those
     of the tokens that are held out where a ridge is chosen, the drift of its output where there are
     two paths, notes for the report."""
 
     moments: Moments
     columns: ColumnMoments | None = None
-    held: Moments | None = None
+    held: Sample | None = None
     drift: Drift | None = None
 
     @property
@@ -62,10 +62,10 @@ class _Both:
     moments: SiteMoments
     columns: SiteColumns | None
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
-        self.moments.add(x, mask, segment)
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None:
+        self.moments.add(x, valid, segment)
         if self.columns is not None:
-            self.columns.add(x, mask, segment)
+            self.columns.add(x, valid, segment)
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Measurer:
         targets: the layers that are pruned.
         library: Moments of the dense path on disk, with `--statistics oneshot` only.
         entered: hidden states are on their way.
+        learns: what enters and leaves each layer is wanted beside its statistics.
     """
 
     model: PreTrainedModel
@@ -91,6 +92,7 @@ class Measurer:
     ranks: Ranks
     clock: Clock
     entered: bool = False
+    learns: bool = False
     _last: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class Measurer:
         ahead = range(max(layer, self.targets.start), self.targets.stop)
         if reads == "weights" or not ahead:
             return False
-        if self.library is None or reads == "states":
+        if self.library is None or reads == "states" or self.learns:
             return True
         sites = [
             (i, name) for i in ahead for kind in self.recipe.target for name in self._names(kind)
@@ -136,7 +138,7 @@ class Measurer:
 
     def onward(self, index: int) -> bool:
         """Nobody needs what leaves the last layer that statistics are taken from."""
-        return index < self._last - 1
+        return index < self._last - 1 or self.learns
 
     def statistics(self, index: int, reads: Reads) -> dict[str, Columns]:
         """Those of a layer's Sites on the dense path by kind, if any are read; hidden states
@@ -188,7 +190,7 @@ class Measurer:
                         self.library.load(index, name, self.device)
                         for name in self._names(site.kind)
                     )
-                    found[site.kind] = Measured(whole, held=held[0] if held else None)
+                    found[site.kind] = Measured(whole, held=Sample(held[0]) if held else None)
                 return found
         return self._forward(index)
 
@@ -208,7 +210,8 @@ class Measurer:
     def _finished(self, accumulator: SiteMoments) -> Measured:
         with self.clock.phase("gram"):
             moments = accumulator.finish(self.ranks)
-            return Measured(moments, held=accumulator.finish_held(self.ranks))
+            held = accumulator.finish_held(self.ranks)
+            return Measured(moments, held=None if held is None else Sample(held))
 
     def _forward(self, index: int, compared: Comparison | None = None) -> dict[str, Measured]:
         """One forward of a layer, with all statistics that anybody asks for."""
@@ -239,7 +242,7 @@ class Measurer:
                 if self.ranks.rank == 0:
                     self.library.save(index, site.kind, found.moments, found.columns)
                     if found.held is not None:
-                        self.library.save(index, held_name(site.kind), found.held)
+                        self.library.save(index, held_name(site.kind), found.held.moments)
                 self.ranks.barrier()
 
     def _both(self, site: Site) -> _Both:

@@ -27,6 +27,7 @@ from liar_ext.engine.level_store import Key, Levels
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.statistics import valid_rows
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Stream
 from liar_ext.models import adapter_for
@@ -203,21 +204,21 @@ class ModelOracle:
     ) -> tuple[float, float]:
         """Sum of a batch's losses, and what it is divided by in the end."""
         batch = stream.batch(number)
-        mask = batch.mask_on(self.device)
-        wanted, found = (self._last(batch, item, mask) for item in (dense, pruned))
+        valid = stream.valid(number)
+        wanted, found = (self._last(batch, item, valid) for item in (dense, pruned))
         with self.clock.phase("forward"):
             if head is None:
                 above, below = distances(wanted, found)
                 return float(above), float(below)
             return float(divergence(head, wanted, found)), float(len(wanted))
 
-    def _last(self, batch: Batch, item: Item, mask: Tensor | None) -> Tensor:
+    def _last(self, batch: Batch, item: Item, valid: Tensor | None) -> Tensor:
         """The backbone's output at the valid tokens, (tokens, d)."""
         with self.clock.phase("forward"):
             states = last_hidden(
                 self._backbone, self._layers, batch, self.device, self._options, item.fetch()
-            ).flatten(0, 1)
-            return states if mask is None else states[mask.flatten()]
+            )
+            return valid_rows(states, valid)
 
     def free(self) -> None:
         """Let go of what waits on the shelf."""

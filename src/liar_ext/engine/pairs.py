@@ -111,7 +111,7 @@ class PairStream(Stream):
             dense = self._outputs[site.kind, number].fetch()
             local = site.consumer(x)
         with self._clock.phase("gram"):
-            accumulator.add_pair(x, local, dense, self._masks[number], self._segments[number])
+            accumulator.add_pair(x, local, dense, self._valid[number], self._segments[number])
 
     def _part(self, dense: Mapping[int, Item]) -> None:
         for item in self.dense.values():
@@ -135,10 +135,14 @@ class PairMeasurer(Measurer):
                 self.device,
                 dtype=dtype,
                 alone=self.stream.alone,
+                held_out=self._held_out,
             )
         feed(accumulator)
         with self.clock.phase("gram"):
-            moments, drift = accumulator.finish_pair(self.ranks)
+            whole = accumulator.finish_pair(self.ranks)
+            held = accumulator.finish_held_pair(self.ranks)
+        moments, drift = whole.moments, whole.drift
+        assert drift is not None, "of pairs"
         refuse_non_finite(site, moments)
         bad = ~torch.isfinite(drift.dense.squares + drift.change.squares)
         if bool(bad.any()):
@@ -146,4 +150,4 @@ class PairMeasurer(Measurer):
                 f"{site.name}: {int(bad.sum())} of {bad.numel()} outputs are NaN or infinite on "
                 "the dense or the pruned path; compute in a wider type with --dtype"
             )
-        return Measured(moments, drift=drift)
+        return Measured(moments, held=held, drift=drift)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from liar_ext.criteria import CRITERIA, Columns, Evidence
+from liar_ext.criteria import CRITERIA, Columns, Evidence, Prior
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.level_store import Level
@@ -16,10 +16,9 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
-from liar_ext.ops.drift import Drift, drift_energies
+from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
-from liar_ext.ops.saliency import UnitGradients
 from liar_ext.ops.solve import LADDER_STEPS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
@@ -32,7 +31,7 @@ class Repairer:
 
     Attributes:
         generator: what random criteria draw from, in the order of the Sites.
-        gradients: by layer and kind, for criteria that need them.
+        prior: by layer and kind, for criteria that need a pass of their own.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Repairer:
             self._criterion = judgements.of(self._criterion, choices=dense)
         self._reconstruction = RECONSTRUCTIONS[recipe.reconstruct]
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.gradients: Mapping[tuple[int, str], UnitGradients] = {}
+        self.prior: Mapping[tuple[int, str], Prior] = {}
 
     def finding(
         self, survey: Survey, site: Site, statistics: Columns | None, similarity: float | None
@@ -60,13 +59,12 @@ class Repairer:
         Args:
             statistics, similarity: what the survey reads of them, see `survey.View`.
         """
-        evidence = None
         if statistics is not None:
             refuse_non_finite(site, statistics)
-            evidence = self._evidence(site, statistics)
+        evidence = self._evidence(site, statistics)
         with self._clock.phase("solve"):
             found = survey.measure(View(site, self._criterion, evidence, similarity))
-        return found.double().cpu(), [] if evidence is None else evidence.notes
+        return found.double().cpu(), evidence.notes
 
     def repair(
         self,
@@ -75,13 +73,13 @@ class Repairer:
         notes: Sequence[str],
         kept_units: int,
         *,
-        held: Moments | None = None,
+        held: Sample | None = None,
         drift: Drift | None = None,
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
         Args:
-            held: Moments of those tokens that are held out to choose the ridge by.
+            held: statistics of those tokens that are held out to choose the ridge by.
             drift: of the Site's output; with it the target is the dense path's.
         Returns:
             the report, and a function that applies the result to the layer and returns the kept
@@ -133,12 +131,12 @@ class Repairer:
         return report, shrink
 
     def level(
-        self, site: Site, moments: Moments, kept_units: int, *, held: Moments | None = None
+        self, site: Site, moments: Moments, kept_units: int, *, held: Sample | None = None
     ) -> Level:
         """A dense Site as it would be with fewer units; it stays as it is.
 
         Args:
-            held: Moments of those tokens that are held out to choose the ridge by.
+            held: of those tokens that are held out to choose the ridge by.
         """
         with self._clock.phase("solve"):
             evidence = self._evidence(site, moments, kept_units)
@@ -147,15 +145,17 @@ class Repairer:
             bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
             return Level(keep, repaired.weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    def _evidence(self, site: Site, statistics: Columns, keep: int | None = None) -> Evidence:
-        gradients = self.gradients.get((site.layer, site.kind))
+    def _evidence(
+        self, site: Site, statistics: Columns | None, keep: int | None = None
+    ) -> Evidence:
+        prior = self.prior.get((site.layer, site.kind))
         return Evidence(
             site,
             statistics,
             self.generator,
             ridge=self._recipe.first_ridge,
             center=self._intercept[site.kind],
-            gradients=None if gradients is None else gradients.to(site.weight().device),
+            prior=None if prior is None else prior.to(site.weight().device),
             keep=keep,
         )
 
@@ -164,7 +164,7 @@ class Repairer:
         site: Site,
         moments: Moments,
         keep: Tensor,
-        held: Moments | None = None,
+        held: Sample | None = None,
         drift: Drift | None = None,
     ) -> tuple[Repaired, float, Choice | None]:
         """The repaired consumer, its residual, and how its ridge was chosen.
@@ -191,22 +191,18 @@ class Repairer:
         )
         choice = None
         try:
-            if held is not None and task.drop.numel():
-                choice = choose(task, held, self._reconstruction, self._ranks)
-                task = replace(task, ridge=choice.ridge)
             # what keeps all its columns has nothing to repair, unless its inputs have drifted
             idle = own is None and not task.drop.numel()
+            if held is not None and not idle:
+                choice = choose(task, held.rows(mine), self._reconstruction, self._ranks)
+                task = replace(task, ridge=choice.ridge)
             part = Repaired(task.weight) if idle else self._agreed(task)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
         if self._reconstruction.whole:
             shift = None if part.shift is None else part.shift[mine]
             part = replace(part, weight=part.weight[mine], shift=shift)
-        repaired = (weight, keep, part.weight, part.shift)
-        if own is None:
-            energies = residual_energies(moments, *repaired)
-        else:
-            energies = drift_energies(moments, own, *repaired)
+        energies = residual_energies(moments, weight, keep, part.weight, part.shift, own)
         total = torch.tensor(energies, dtype=torch.float64, device=keep.device)
         self._ranks.sum_(total)
         gathered = Repaired(

@@ -12,9 +12,9 @@ import torch
 
 from liar_ext.engine.ranks import Ranks
 from liar_ext.errors import NumericalError
+from liar_ext.ops.drift import Sample
 from liar_ext.ops.held_out import HeldOut, held_out_bytes
 from liar_ext.ops.interpolate import repair_bytes
-from liar_ext.ops.moments import Moments
 from liar_ext.recipe import RIDGES
 from liar_ext.reconstruction import Reconstruction, Task
 
@@ -34,20 +34,20 @@ class Choice:
     errors: dict[float, float]
 
 
-def choose(task: Task, held: Moments, reconstruction: Reconstruction, ranks: Ranks) -> Choice:
+def choose(task: Task, held: Sample, reconstruction: Reconstruction, ranks: Ranks) -> Choice:
     """The least ridge of `RIDGES` with at most `SLACK` times the least held-out error.
 
     Args:
-        task: of all tokens, with this rank's rows; held: Moments of those that are held out.
+        task: of all tokens, with this rank's rows; held: statistics of those that are held out.
         reconstruction: one that has a ridge.
     Raises:
         InputError: nothing is held out, or everything.
         NumericalError: not even the largest ridge holds.
     """
     assert reconstruction.sweep is not None, "asked of what has a ridge"
-    fitted = task.moments - held
+    fitted = Sample(task.moments, task.drift) - held
     judge = HeldOut(fitted, held, task.weight, task.keep, task.drop, task.intercept)
-    fit = reconstruction.sweep(replace(task, moments=fitted))
+    fit = reconstruction.sweep(replace(task, moments=fitted.moments, drift=fitted.drift))
     grid = sorted(RIDGES, reverse=True)
     found = torch.full((len(grid) + 1,), torch.inf, dtype=torch.float64, device=task.keep.device)
     found[-1] = judge.dense
@@ -74,13 +74,14 @@ def choose(task: Task, held: Moments, reconstruction: Reconstruction, ranks: Ran
     return Choice(min(ridge for ridge, error in relative.items() if error <= enough), relative)
 
 
-def choice_bytes(kept: int, dropped: int, rows: int, *, own: int) -> int:
+def choice_bytes(kept: int, dropped: int, rows: int, *, own: int, drift: bool = False) -> int:
     """Most bytes that `choose` holds beside its arguments, for the rows of W that this rank has.
 
     Args:
-        own: what one repair holds.
+        own: what one repair holds; drift: whether the target is the dense path's output.
     """
-    fitted = 4 * (kept + dropped) ** 2
+    columns = kept + dropped
+    fitted = 4 * columns * (columns + (rows if drift else 0))
     # with right sides `C_SM W_Mᵀ`, as for W without any rows, whatever is cheapest for one repair
     one = max(own, repair_bytes(kept, dropped, 0, rows))
     return fitted + one + held_out_bytes(kept, dropped, rows)

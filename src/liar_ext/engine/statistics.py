@@ -9,6 +9,7 @@ float32 once. That also keeps long sums from drifting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.ranks import Ranks
 from liar_ext.ops.cross import cross
-from liar_ext.ops.drift import Drift
+from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.gram import gram
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
@@ -61,10 +62,20 @@ def held_out(count: int) -> frozenset[int]:
     return frozenset(range(every // 2, count, every)) if count > 1 else frozenset()
 
 
-def valid_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of `x` (..., n) that `mask` has, all of them without one, (·, n)."""
+def held_out_tokens(batches: Sequence[Batch], recipe: Recipe) -> int:
+    """Valid tokens that are held out under a recipe."""
+    if not recipe.chooses_ridge:
+        return 0
+    numbers = segments(batches, least_segments(recipe))
+    chosen = held_out(numbers[-1] + 1) if numbers else frozenset()
+    pairs = zip(batches, numbers, strict=True)
+    return sum(batch.tokens for batch, number in pairs if number in chosen)
+
+
+def valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
+    """The rows of `x` (..., n) at positions `valid` (`Batch.valid_on`), all for None, (·, n)."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if mask is None else rows[mask]
+    return rows if valid is None else rows.index_select(0, valid)
 
 
 class SiteMoments:
@@ -94,14 +105,14 @@ class SiteMoments:
             self._held = Moments.zeros(columns, dtype=torch.float64, device=device)
         self._held_out = held_out
         # sums and counts before the present segment
-        self._before = self._part.sum.clone(), self._part.count.clone()
+        self._before = [value.clone() for value in self._running()]
         self._segment = 0
         self._pending: list[tuple[Tensor, ...]] = []
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of `x` (..., n), a batch of `segment`."""
         self._enter(segment)
-        self._take((valid_rows(x, mask),), owned=mask is not None)
+        self._take((valid_rows(x, valid),), owned=valid is not None)
 
     def finish(self, ranks: Ranks) -> Moments:
         """The Moments of all batches of all ranks; nothing can be added afterwards."""
@@ -126,6 +137,14 @@ class SiteMoments:
         ranks.sum_(held.count)
         # rounded as those of all tokens are
         return Moments(held.count, held.sum, held.gram.to(self._part.gram.dtype))
+
+    def _running(self) -> list[Tensor]:
+        """Sums that go on over segments."""
+        return [self._part.sum, self._part.count]
+
+    def _held_running(self) -> list[Tensor]:
+        """The same of what is held out; nothing where nothing is."""
+        return [] if self._held is None else [self._held.sum, self._held.count]
 
     def _enter(self, segment: int) -> None:
         if segment != self._segment:
@@ -157,12 +176,13 @@ class SiteMoments:
         if self._whole is None:
             return
         targets = [self._whole]
-        if self._held is not None:
-            if self._segment in self._held_out:
-                targets.append(self._held.gram)
-                self._held.sum += self._part.sum - self._before[0]
-                self._held.count += self._part.count - self._before[1]
-            self._before = self._part.sum.clone(), self._part.count.clone()
+        if self._held is not None and self._segment in self._held_out:
+            targets.append(self._held.gram)
+            for held, now, before in zip(
+                self._held_running(), self._running(), self._before, strict=True
+            ):
+                held += now - before
+        self._before = [value.clone() for value in self._running()]
         for start in range(0, self._whole.shape[0], _ROWS):
             stop = start + _ROWS
             for target in targets:
@@ -175,20 +195,30 @@ class SitePairs(SiteMoments):
     """Accumulates the Moments of one Site, and the drift of its consumer's output.
 
     Args:
-        outputs: of the consumer.
+        outputs: of the consumer; the others as of SiteMoments.
     """
 
     def __init__(
-        self, outputs: int, columns: int, device: torch.device, *, dtype: torch.dtype, alone: bool
+        self,
+        outputs: int,
+        columns: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        alone: bool,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
-        super().__init__(columns, device, dtype=dtype, alone=alone)
         self._drift = Drift.zeros(outputs, columns, dtype=dtype, device=device)
+        self._held_drift: Drift | None = None
+        if held_out:
+            self._held_drift = Drift.zeros(outputs, columns, dtype=torch.float64, device=device)
+        super().__init__(columns, device, dtype=dtype, alone=alone, held_out=held_out)
         self._whole_cross: Tensor | None = None
         if self._whole is not None:
             self._whole_cross = torch.zeros_like(self._drift.pairs.cross, dtype=torch.float64)
 
     def add_pair(
-        self, x: Tensor, local: Tensor, dense: Tensor, mask: Tensor | None, segment: int
+        self, x: Tensor, local: Tensor, dense: Tensor, valid: Tensor | None, segment: int
     ) -> None:
         """Accumulate the valid rows of a batch of `segment`.
 
@@ -197,26 +227,36 @@ class SitePairs(SiteMoments):
                 made of the dense path's (..., out), both with its bias or both without.
         """
         self._enter(segment)
-        wanted = valid_rows(dense, mask)
-        change = wanted - valid_rows(local, mask)
+        wanted = valid_rows(dense, valid)
+        change = wanted - valid_rows(local, valid)
         self._drift.dense.add(wanted)
         self._drift.change.add(change)
-        self._take((valid_rows(x, mask), change), owned=mask is not None)
+        self._take((valid_rows(x, valid), change), owned=valid is not None)
 
-    def finish_pair(self, ranks: Ranks) -> tuple[Moments, Drift]:
+    def finish_pair(self, ranks: Ranks) -> Sample:
         """Of all batches of all ranks; nothing can be added afterwards."""
-        moments, drift = self.finish(ranks), self._drift
+        moments = self.finish(ranks)
+        whole, self._whole_cross = self._whole_cross, None
+        return Sample(moments, _summed(self._drift, whole, ranks))
+
+    def finish_held_pair(self, ranks: Ranks) -> Sample | None:
+        """Of the segments that are held out, of all ranks; after `finish_pair`."""
+        moments, drift = self.finish_held(ranks), self._held_drift
+        self._held_drift = None
+        if moments is None or drift is None:
+            return None
+        drift = _summed(drift, None, ranks)
         pairs = drift.pairs
-        total = pairs.cross if self._whole_cross is None else self._whole_cross
-        for value in (total, pairs.sum_x, pairs.sum_y, pairs.count):
-            ranks.sum_(value)
-        for columns in (drift.change, drift.dense):
-            for value in (columns.count, columns.sum, columns.squares):
-                ranks.sum_(value)
-        if self._whole_cross is not None:
-            pairs.cross.copy_(self._whole_cross)
-            self._whole_cross = None
-        return moments, drift
+        # rounded as those of all tokens are
+        own = replace(pairs, cross=pairs.cross.to(self._drift.pairs.cross.dtype))
+        return Sample(moments, replace(drift, pairs=own))
+
+    def _running(self) -> list[Tensor]:
+        return super()._running() + _tallies(self._drift)
+
+    def _held_running(self) -> list[Tensor]:
+        beside = [] if self._held_drift is None else _tallies(self._held_drift)
+        return super()._held_running() + beside
 
     def _sum(self, x: Tensor, *rest: Tensor) -> None:
         super()._sum(x)
@@ -225,8 +265,28 @@ class SitePairs(SiteMoments):
     def _close(self) -> None:
         super()._close()
         if self._whole_cross is not None:
-            self._whole_cross += self._drift.pairs.cross
-            self._drift.pairs.cross.zero_()
+            own = self._drift.pairs.cross
+            self._whole_cross += own
+            if self._held_drift is not None and self._segment in self._held_out:
+                self._held_drift.pairs.cross.add_(own)
+            own.zero_()
+
+
+def _tallies(drift: Drift) -> list[Tensor]:
+    """The sums and counts of a drift; all but its products."""
+    pairs, columns = drift.pairs, (drift.change, drift.dense)
+    beside = [value for c in columns for value in (c.count, c.sum, c.squares)]
+    return [pairs.sum_x, pairs.sum_y, pairs.count, *beside]
+
+
+def _summed(drift: Drift, whole: Tensor | None, ranks: Ranks) -> Drift:
+    """Of all ranks; `whole`: float64 products that take the place of its own."""
+    cross = drift.pairs.cross if whole is None else whole
+    for value in (cross, *_tallies(drift)):
+        ranks.sum_(value)
+    if whole is not None:
+        drift.pairs.cross.copy_(whole)
+    return drift
 
 
 class SiteColumns:
@@ -235,9 +295,9 @@ class SiteColumns:
     def __init__(self, columns: int, device: torch.device) -> None:
         self._columns = ColumnMoments.zeros(columns, device)
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None:
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of `x` (..., n)."""
-        self._columns.add(x.reshape(-1, x.shape[-1]), mask)
+        self._columns.add(valid_rows(x, valid))
 
     def finish(self, ranks: Ranks) -> ColumnMoments:
         """The statistics of all batches of all ranks."""
@@ -256,11 +316,11 @@ class StateSimilarity:
         self._sums = torch.zeros(MOST_SEGMENTS, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, before: Tensor, after: Tensor, mask: Tensor | None, segment: int) -> None:
+    def add(self, before: Tensor, after: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of both (..., d)."""
         cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
-        if mask is not None:
-            cosines = cosines[mask]
+        if valid is not None:
+            cosines = cosines.index_select(0, valid)
         self._sums[segment] += cosines.sum(dtype=torch.float64)
         self._count += cosines.numel()
 

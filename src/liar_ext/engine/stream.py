@@ -18,15 +18,18 @@ from liar_ext.models import Site, SiteSpec
 
 
 class Accumulator(Protocol):
-    """What takes the inputs of a Site's consumer, batch by batch in order."""
+    """What takes the inputs of a Site's consumer, batch by batch in order.
 
-    def add(self, x: Tensor, mask: Tensor | None, segment: int) -> None: ...
+    `valid`: see `Batch.valid_on`.
+    """
+
+    def add(self, x: Tensor, valid: Tensor | None, segment: int) -> None: ...
 
 
 class Comparison(Protocol):
     """What takes the hidden states that enter a layer and leave it, batch by batch in order."""
 
-    def add(self, before: Tensor, after: Tensor, mask: Tensor | None, segment: int) -> None: ...
+    def add(self, before: Tensor, after: Tensor, valid: Tensor | None, segment: int) -> None: ...
 
 
 # hands the inputs of a Site, of all batches of this rank, to an accumulator; may be called again
@@ -43,6 +46,8 @@ class Stream:
 
     Attributes:
         hidden: what enters the next layer, by the number of the batch; on the shelf.
+        entered: what entered the layer before, where it `keeps` that; it then outlives `advance`.
+        total: batches of all ranks.
         count: segments of all batches, `least` where there are so many batches. alone: it is 1.
 
     Args:
@@ -72,9 +77,12 @@ class Stream:
             if segment in mine
         }
         self.alone = count <= 1
+        self.total = len(batches)
         self.hidden: dict[int, Item] = {}
+        self.entered: dict[int, Item] = {}
+        self.keeps = False
         self._calls: dict[int, list[LayerCall]] = {}
-        self._masks: dict[int, Tensor | None] = {}
+        self._valid: dict[int, Tensor | None] = {}
 
     @property
     def batches(self) -> list[int]:
@@ -88,6 +96,10 @@ class Stream:
         """How the model calls a layer on a batch."""
         return self._calls[number][index]
 
+    def valid(self, number: int) -> Tensor | None:
+        """Where valid tokens are in a batch (`Batch.valid_on`)."""
+        return self._valid[number]
+
     def embed(self, backbone: nn.Module, options: dict[str, Any]) -> None:
         """Enter the first layer: embeddings, and every layer's own arguments."""
         known: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -97,14 +109,16 @@ class Stream:
                 self._calls[number] = shared(calls, known)
             with self._clock.phase("hold"):
                 self.hidden[number] = self._shelf.put(states)
-            mask = batch.mask_on(self._device)
-            self._masks[number] = None if mask is None else mask.flatten()
+            self._valid[number] = batch.valid_on(self._device)
 
     def advance(self, later: Mapping[int, Item]) -> None:
-        """Replace the hidden states; the old ones are freed."""
-        for number, item in self.hidden.items():
-            if later.get(number) is not item:
-                item.free()
+        """Replace the hidden states; the old ones are freed, or become those that `entered`."""
+        gone = [self.entered] if self.keeps else [self.entered, self.hidden]
+        for states in gone:
+            for number, item in states.items():
+                if later.get(number) is not item:
+                    item.free()
+        self.entered = self.hidden if self.keeps else {}
         self.hidden = dict(later)
 
     def kept(self) -> dict[str, Item]:
@@ -141,7 +155,7 @@ class Stream:
                         with self._clock.phase("forward"):
                             x = _expect(run.to_next(), site)
                         with self._clock.phase("gram"):
-                            accumulator.add(x, self._masks[number], self._segments[number])
+                            accumulator.add(x, self._valid[number], self._segments[number])
                         run.keep(None)
                         del x
                     if onward or compared is not None:
@@ -161,7 +175,7 @@ class Stream:
         with self._clock.phase("hold"):
             before = self.hidden[number].fetch()
         with self._clock.phase("gram"):
-            compared.add(before, after, self._masks[number], self._segments[number])
+            compared.add(before, after, self._valid[number], self._segments[number])
 
     def stopping(self, index: int, sites: Sequence[Site], visit: Visit, *, onward: bool) -> None:
         """Each batch stops at each Site until all have been there and `visit` has acted on it.
@@ -208,7 +222,7 @@ class Stream:
 
     def _hand(self, accumulator: Accumulator, site: Site, number: int, x: Tensor) -> None:
         with self._clock.phase("gram"):
-            accumulator.add(x, self._masks[number], self._segments[number])
+            accumulator.add(x, self._valid[number], self._segments[number])
 
     def _runs(self, index: int) -> dict[int, LayerRun]:
         layer = self._layers[index]

@@ -7,12 +7,7 @@ import liar_ext.ops.solve_cuda  # noqa: F401
 from liar_ext.ops.attempt import Attempt, attempt, attempt_reference
 from liar_ext.ops.cross import CrossMoments, cross, cross_reference
 from liar_ext.ops.diagnostics import Diagnostics
-from liar_ext.ops.drift import (
-    Drift,
-    drift_reference,
-    drift_residual_reference,
-    repair_drifted,
-)
+from liar_ext.ops.drift import Drift, drift_reference, drift_residual_reference
 from liar_ext.ops.gram import gram, gram_reference
 from liar_ext.ops.interpolate import (
     Interpolation,
@@ -52,7 +47,6 @@ __all__ = [
     "pack_reference",
     "relative_residual",
     "repair",
-    "repair_drifted",
     "residual_reference",
     "solve",
 ]

@@ -60,6 +60,20 @@ class CrossMoments:
             self.cross + other.cross,
         )
 
+    def __sub__(self, other: CrossMoments) -> CrossMoments:
+        """Of the tokens of `self` that are not in `other`, which has some of them."""
+        if self.cross.shape != other.cross.shape:
+            raise ValueError(
+                f"cross moments of shapes {tuple(self.cross.shape)} and "
+                f"{tuple(other.cross.shape)} cannot be subtracted"
+            )
+        return CrossMoments(
+            self.count - other.count,
+            self.sum_x - other.sum_x,
+            self.sum_y - other.sum_y,
+            self.cross - other.cross,
+        )
+
     def covariance(self) -> Tensor:
         """`Σ x yᵀ/N − μ_x μ_yᵀ`, (n, m) float64."""
         count = self.count.clamp(min=1)

@@ -16,6 +16,9 @@ of the consumer's output, and covariances (or second moments, without an interce
 - Statistics of z, not of `W x` or of x: `Σ x x̂ᵀ` would be n × n, and from `Σ W x x̂ᵀ` the right side
   is a difference of sums that agree to many digits where little has drifted. z is as wide as the
   output, small where the drift is, and zero to the bit where there is none.
+
+So the drift is a further term on the right side of `system.folded_system`, and of the errors that
+`residual` measures; whatever takes a `drift` there aims at the dense path's output.
 """
 
 from __future__ import annotations
@@ -25,13 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liar_ext.errors import InputError
 from liar_ext.ops.cross import CrossMoments
-from liar_ext.ops.interpolate import Repair, fold, repair_bytes
-from liar_ext.ops.moments import ColumnMoments, Moments, spans
-from liar_ext.ops.residual import residual_bytes, residual_energies
-from liar_ext.ops.solve import Precision
-from liar_ext.ops.system import cross_block, kept_system
+from liar_ext.ops.moments import ColumnMoments, Moments
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,10 @@ class Drift:
             ColumnMoments.zeros(outputs, device),
         )
 
+    def __sub__(self, other: Drift) -> Drift:
+        """Of the tokens of `self` that are not in `other`, which has some of them."""
+        return Drift(self.pairs - other.pairs, self.change - other.change, self.dense - other.dense)
+
     @property
     def outputs(self) -> int:
         return self.pairs.cross.shape[0]
@@ -90,6 +92,29 @@ class Drift:
         if center:
             block.addr_(self.mean(), self.pairs.sum_y[columns] / count, alpha=-1)
         return block
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Statistics of some tokens at a Site.
+
+    Attributes: `moments` of its inputs; `drift` of its output, None where there is one path.
+    """
+
+    moments: Moments
+    drift: Drift | None = None
+
+    def __sub__(self, other: Sample) -> Sample:
+        """Of the tokens of `self` that are not in `other`, which has some of them."""
+        drift = None
+        if self.drift is not None:
+            assert other.drift is not None, "both are of one path, or both of two"
+            drift = self.drift - other.drift
+        return Sample(self.moments - other.moments, drift)
+
+    def rows(self, part: slice) -> Sample:
+        """With the drift of these output rows only."""
+        return Sample(self.moments, None if self.drift is None else self.drift.rows(part))
 
 
 def drift_reference(
@@ -144,113 +169,8 @@ def drift_residual_reference(
     return float(error.square().sum() / (wanted - wanted.mean(0)).square().sum())
 
 
-def repair_drifted(
-    moments: Moments,
-    drift: Drift,
-    weight: Tensor,
-    keep: Tensor,
-    drop: Tensor,
-    *,
-    ridge: float,
-    center: bool = True,
-    precision: Precision = "auto",
-) -> Repair:
-    """`W'` and `b' − b` for the dense path's output, from statistics.
-
-    One system of |S| with out right sides: what the drift asks for is no combination of the dropped
-    columns, so that none of the other routes of `interpolate.repair` is open. `drop` may be empty:
-    what was kept whole has drifted, too.
-
-    Args:
-        moments: of x̂; drift: of the rows of `weight` (out, n).
-        keep, drop, ridge, center, precision: as in `interpolate`.
-    Raises:
-        ValueError: the weight has other rows or columns than the statistics, or what `interpolate`
-            raises.
-        InputError: NaN, infinite or empty statistics.
-        NumericalError: no ridge on the ladder gave a usable factorisation.
-    """
-    weight = weight.detach()
-    _check(moments, drift, weight)
-    system = kept_system(moments, keep, drop, ridge, center)
-    right = cross_block(moments, keep, drop, center, system.dead, weight)
-    for start, stop in spans(0, keep.numel()):
-        right[start:stop] += drift.with_columns(keep[start:stop], center).T
-    right[system.dead] = 0.0
-    if not bool(right.sum().isfinite() & drift.pairs.sum_x.sum().isfinite()):
-        raise InputError("the drift holds NaN or infinite values; check the dense activations")
-    solved = system.solve(right, ridge, moments.gram.dtype, precision)
-    # as large as all that follows
-    del system, right
-    change = solved.solution[0].T.contiguous()
-    diagnostics = solved.diagnostics[0]
-    del solved
-    found = fold(change, moments, weight, keep, drop, center, diagnostics)
-    if center:
-        found.shift.add_(drift.mean())
-    return found
-
-
-def drift_repair_bytes(kept: int, dropped: int, outputs: int, rows: int | None = None) -> int:
-    """Most bytes that `repair_drifted` holds beside its arguments; as `interpolate.repair_bytes`.
-
-    Blocks of `Cov(z, x̂_S)` are no larger than those of C_SM and W_M, which are gone by then.
-    """
-    return repair_bytes(kept, dropped, outputs, rows, route="fold first")
-
-
-def drift_energies(
-    moments: Moments,
-    drift: Drift,
-    weight: Tensor,
-    keep: Tensor,
-    new_weight: Tensor,
-    shift: Tensor | None = None,
-) -> tuple[float, float]:
-    """Energies of the error against the dense path's output, and of that output.
-
-    With `D = [W'_S − W_S | −W_M]`, C and μ of x̂, and δ = b' − b, for each row i
-
-        error_i = d_i C d_iᵀ − 2 d_i Cov(x̂, z_i) + Var z_i + (d_i μ + δ_i − μ_z,i)²
-        dense_i = max(Var y_i, eps · E y_i²)
-
-    Sums over rows, as in `residual.residual_energies`, which does the first and the last term.
-
-    Args:
-        moments: of x̂, the whole triangle; drift: of the rows of `weight` (out, n).
-        new_weight: (out, |S|); shift: δ (out,) or None.
-    Raises:
-        ValueError: shapes do not fit together, or the Moments lack the dropped × dropped block.
-    """
-    weight, new_weight = weight.detach(), new_weight.detach()
-    _check(moments, drift, weight)
-    left = -drift.mean()
-    if shift is not None:
-        left = left + shift.double()
-    error = residual_energies(moments, weight, keep, new_weight, left)[0]
-    error += float(drift.change.variance().sum())
-    dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=keep.device)
-    dropped[keep] = False
-    for start, stop in spans(0, keep.numel()):
-        part = keep[start:stop]
-        change = new_weight[:, start:stop].double() - weight[:, part].double()
-        error -= 2 * float((change * drift.with_columns(part, True)).sum())
-    rest = dropped.nonzero().flatten()
-    for start, stop in spans(0, rest.numel()):
-        part = rest[start:stop]
-        error += 2 * float((weight[:, part].double() * drift.with_columns(part, True)).sum())
-    eps = torch.finfo(moments.gram.dtype).eps
-    dense = torch.maximum(drift.dense.variance(), eps * drift.dense.diagonal())
-    return error, float(dense.sum())
-
-
-def drift_residual_bytes(columns: int, outputs: int, kept: int | None = None) -> int:
-    """Most bytes that `drift_energies` holds beside its arguments: those of `residual_energies`,
-    which are gone before blocks of `Cov(z, x̂)` come."""
-    return residual_bytes(columns, outputs, kept)
-
-
-def _check(moments: Moments, drift: Drift, weight: Tensor) -> None:
+def check_drift(drift: Drift, moments: Moments, weight: Tensor) -> None:
+    """Raises ValueError unless they are of the same tokens, rows and columns."""
     shape = (drift.outputs, moments.columns)
     if tuple(weight.shape) != shape or tuple(drift.pairs.cross.shape) != shape:
         raise ValueError(

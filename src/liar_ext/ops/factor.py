@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from liar_ext.errors import NumericalError
 from liar_ext.ops import backends
 from liar_ext.ops.attempt import Attempt
 from liar_ext.ops.blocked import substitute
@@ -149,8 +148,10 @@ def finish(
     target = torch.empty_like(right, memory_format=torch.contiguous_format)
     torch.mul(right, system.scale, out=target)
     start = probes(right.shape[1], PROBES, right).expand(right.shape[0], -1, -1)
-    largest = _largest(system.times, start)
-    smallest = 1.0 / _largest(lambda v: factor.substitute_few(v.to(working)).double(), start)
+    largest = largest_eigenvalue(system.times, start)
+    smallest = 1.0 / largest_eigenvalue(
+        lambda v: factor.substitute_few(v.to(working)).double(), start
+    )
     if working == torch.float32:
         inner = factor.substitute(target.to(working)).double()
         inner, error = _refine(system, factor, inner, target, largest, smallest)
@@ -184,7 +185,7 @@ def probes(rows: int, columns: int, like: Tensor) -> Tensor:
     )
 
 
-def _largest(apply: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+def largest_eigenvalue(apply: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     """Largest eigenvalue, (b,), of a batch of symmetric operators: power iteration from below."""
     vectors = start
     for _ in range(POWER_STEPS):
@@ -250,28 +251,8 @@ def _torch(
 def spread(system: Scaled) -> tuple[float, float]:
     """Largest and smallest eigenvalue of one Ã, as estimated for a solve; 0 if it has no factor."""
     start = probes(system.matrix.shape[1], PROBES, system.matrix)
-    largest = float(_largest(system.times, start))
+    largest = float(largest_eigenvalue(system.times, start))
     factor = LibraryFactor.of(system.tensor(torch.float64))
     if int(factor.info) != 0:
         return largest, 0.0
-    return largest, 1.0 / float(_largest(factor.substitute_few, start))
-
-
-def inverse(matrix: Tensor, strength: float, floor: float) -> Tensor:
-    """`(A + λI)⁻¹` (s, s) float64 in two copies of A, dead rows and columns zero.
-
-    Raises:
-        NumericalError: it does not exist, or is smaller than the rounding `floor` lets it be known.
-    """
-    system = Scaled.of(matrix[None], matrix.new_tensor([strength]))
-    factor = LibraryFactor.of(system.tensor(torch.float64))
-    if int(factor.info) != 0:
-        raise NumericalError(f"no inverse: not positive definite at pivot {int(factor.info)}")
-    start = probes(matrix.shape[0], PROBES, matrix)
-    smallest = 1.0 / float(_largest(factor.substitute_few, start))
-    if not smallest > floor:
-        raise NumericalError(
-            f"no usable inverse: smallest eigenvalue {smallest:.1e}, rounding {floor:.1e}"
-        )
-    found = torch.cholesky_inverse(factor.lower)
-    return found.mul_(system.scale).mul_(system.scale.mT)[0]
+    return largest, 1.0 / float(largest_eigenvalue(factor.substitute_few, start))

@@ -8,6 +8,10 @@ fit (mean μ), the error on held-out tokens (mean μ_h, covariance C_h) is that 
 with `K = C_h + (μ_h − μ)(μ_h − μ)ᵀ`, or `G_h/N_h` without an intercept. Only the first two terms
 depend on Z, and the second one's matrix is made once. Its definition on raw activations is
 `residual_reference` of the held-out ones.
+
+Where the target is the dense path's output, which differs by the drift z, `K_Sz` is added to
+`K_SM W_Mᵀ`, and the last term is the error of `W_S` against that output; the definition is
+`drift_residual_reference`.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from liar_ext.errors import InputError
-from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
+from liar_ext.ops.drift import Sample
+from liar_ext.ops.moments import BLOCK, gather_bytes, spans
 from liar_ext.ops.residual import residual_bytes, residual_energies
 
 
@@ -23,7 +28,8 @@ class HeldOut:
     """Errors of repairs of W (out, n), sums over its rows: those of slices of rows add up.
 
     Args:
-        fitted, held: Moments of the tokens of the fits and of the others; the whole triangle.
+        fitted, held: of the tokens of the fits and of the others; the whole triangle, and the drift
+            of the rows of W if there are two paths.
         weight: dense (out, n); keep, drop: columns S and M; center: fits have an intercept.
     Attributes:
         dense: energy of the dense output on the held-out tokens, what errors are relative to.
@@ -33,32 +39,45 @@ class HeldOut:
 
     def __init__(
         self,
-        fitted: Moments,
-        held: Moments,
+        fitted: Sample,
+        held: Sample,
         weight: Tensor,
         keep: Tensor,
         drop: Tensor,
         center: bool,
     ) -> None:
-        if int(fitted.count) <= 0 or int(held.count) == 0:
+        tokens, left = int(held.moments.count), int(fitted.moments.count)
+        if left <= 0 or tokens == 0:
             raise InputError(
-                f"--ridge auto: {int(held.count)} tokens are held out and {int(fitted.count)} are "
-                "left; give more calibration tokens or a number"
+                f"--ridge auto: {tokens} tokens are held out and {left} are left; give more "
+                "calibration tokens or a number"
             )
-        self._held, self._keep, self._center = held, keep, center
-        self._mean, self._fitted = held.mean(), fitted.mean()
+        self._held, self._keep, self._center = held.moments, keep, center
+        self._mean, self._fitted = held.moments.mean(), fitted.moments.mean()
         shift = None
         if center:
             shift = weight.new_zeros(weight.shape[0]).double()
             for start, stop in spans(0, drop.numel()):
                 part = drop[start:stop]
                 shift += weight[:, part].double() @ self._fitted[part]
+            if fitted.drift is not None:
+                shift += fitted.drift.mean()
         # of Z = 0: the last term
-        self._base, self.dense = residual_energies(held, weight, keep, weight[:, keep], shift)
+        self._base, self.dense = residual_energies(
+            held.moments, weight, keep, weight[:, keep], shift, held.drift
+        )
         dropped = weight[:, drop].double().T
         self._right = dropped.new_empty(keep.numel(), weight.shape[0])
         for start, stop in spans(0, keep.numel()):
-            self._right[start:stop] = self._block(keep[start:stop], drop) @ dropped
+            part = keep[start:stop]
+            self._right[start:stop] = self._block(part, drop) @ dropped
+            if held.drift is None or fitted.drift is None:
+                continue
+            beside = held.drift.with_columns(part, center)
+            if center:
+                off = held.drift.mean() - fitted.drift.mean()
+                beside.addr_(off, self._mean[part] - self._fitted[part])
+            self._right[start:stop] += beside.T
 
     def error(self, change: Tensor) -> float:
         """Of `W' = W_S + changeᵀ`, change (|S|, out) float64."""
@@ -81,7 +100,7 @@ class HeldOut:
 def held_out_bytes(kept: int, dropped: int, rows: int) -> int:
     """Most bytes that HeldOut holds for `rows` rows of W beside its arguments, on float64.
 
-    `K_SM W_Mᵀ`, and W_M, a block of K and its product with a change.
+    `K_SM W_Mᵀ`, and W_M, a block of K and its product with a change; blocks of `K_Sz` are smaller.
     """
     block = min(kept, BLOCK)
     own = 8 * rows * kept

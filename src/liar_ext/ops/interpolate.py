@@ -19,10 +19,11 @@ from torch import Tensor
 
 from liar_ext.errors import NumericalError
 from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
-from liar_ext.ops.factor import inverse as factor_inverse
+from liar_ext.ops.drift import Drift
+from liar_ext.ops.inverse import inverse_
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.solve import Precision, check_not_negative, solve
-from liar_ext.ops.system import check_partition, cross_block, kept_system
+from liar_ext.ops.system import check_partition, cross_block, folded_system, kept_system
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class Interpolation:
 @dataclass(frozen=True)
 class Inverse:
     """Attributes: `theta` = `(C + λI)⁻¹` (n, n) float64, dead rows and columns those of the
-    identity; what it was made with: relative ridge, λ, center, and the tokens of the Moments."""
+    identity; `dead` (n,) bool, columns without variance, up to rounding; what it was made with:
+    relative ridge, λ, center, and the tokens of the Moments."""
 
     theta: Tensor
+    dead: Tensor
     ridge: float
     strength: float
     center: bool
@@ -170,11 +173,16 @@ def repair(
     precision: Precision = "auto",
     inverse: Inverse | None = None,
     outputs: int | None = None,
+    drift: Drift | None = None,
 ) -> Repair:
     """Fold the Interpolation into a consumer weight (out, n): `W' = W_S + W_M Qᵀ`, `W_M P`.
 
     Of the equivalent systems the cheapest is solved (`cheapest`); `repair_bytes` says what it
     holds. Rows of W do not see each other, so slices of W can be repaired apart.
+
+    With a drift, W' and b' aim at the dense path's output (`ops.drift`). What that asks for is no
+    combination of the dropped columns, so that only `fold first` can be solved. `drop` may then be
+    empty: what was kept whole has drifted, too.
 
     Args:
         weight: (out, n) of any floating dtype.
@@ -182,9 +190,10 @@ def repair(
             solved the same way; None for out.
         inverse: `inverse_moments` of the same Moments, if it is there already; it makes small
             removals cheap.
+        drift: of the rows of `weight`, over the tokens of the Moments.
     Raises:
-        ValueError: the weight has other columns than the Moments, or the inverse another ridge,
-            center or number of tokens.
+        ValueError: the weight has other columns than the Moments, or rows than the drift, or the
+            inverse another ridge, center or number of tokens.
         and what `interpolate` raises.
     """
     weight = weight.detach()
@@ -202,7 +211,9 @@ def repair(
                 f"ridge {ridge}, center {center}, {int(moments.count)} and {moments.columns}"
             )
     outputs = weight.shape[0] if outputs is None else outputs
-    route = cheapest(keep.numel(), drop.numel(), outputs, inverse is not None)
+    route = "fold first"
+    if drift is None:
+        route = cheapest(keep.numel(), drop.numel(), outputs, inverse is not None)
     carried = diagnostics = None
     steps: tuple[str, ...] = ()
     if inverse is not None and route.startswith("inverse"):
@@ -216,21 +227,27 @@ def repair(
             steps = (f"inverse: {error}; solved from the Moments",)
             route = cheapest(keep.numel(), drop.numel(), outputs, False)
     if carried is None or diagnostics is None:
-        system = kept_system(moments, keep, drop, ridge, center)
-        folded = weight if route == "fold first" else None
-        right = cross_block(moments, keep, drop, center, system.dead, folded)
+        folds = route == "fold first"
+        if folds:
+            system, right = folded_system(moments, weight, keep, drop, ridge, center, drift)
+        else:
+            system = kept_system(moments, keep, drop, ridge, center)
+            right = cross_block(moments, keep, drop, center, system.dead)
         solved = system.solve(right, ridge, moments.gram.dtype, precision)
         # as large as all that follows
         del system, right
         z = solved.solution[0]
-        carried = z.T.contiguous() if folded is not None else weight[:, drop].double() @ z.T
+        carried = z.T.contiguous() if folds else weight[:, drop].double() @ z.T
         diagnostics = solved.diagnostics[0]
         diagnostics = dataclasses.replace(diagnostics, steps=steps + diagnostics.steps)
         del solved, z
-    return fold(carried, moments, weight, keep, drop, center, diagnostics)
+    found = _fold(carried, moments, weight, keep, drop, center, diagnostics)
+    if drift is not None and center:
+        found.shift.add_(drift.mean())
+    return found
 
 
-def fold(
+def _fold(
     change: Tensor,
     moments: Moments,
     weight: Tensor,
@@ -262,7 +279,8 @@ def repair_bytes(
 
     Args:
         kept, dropped, outputs: s, m and rows of W; rows: of the slice that is repaired, None for
-            all of them; route: a name of `costs`, None for the cheapest.
+            all of them; route: a name of `costs`, None for the cheapest; `fold first` with a
+            drift.
     Returns:
         the largest of four moments, with r right sides (rows, or m where Q is solved for):
         8 s² and a gather; 8 (s² + s r) with W_M and a block of C_SM; the solve,
@@ -314,8 +332,8 @@ def cheapest(kept: int, dropped: int, outputs: int, inverse: bool = False) -> st
 def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> Inverse:
     """`Θ = (C + λI)⁻¹` of all columns.
 
-    Worth its n³ operations, and three n × n float64 matrices, where several Selections of one Site
-    are tried: each then costs a system of its dropped columns only.
+    Worth its n³ operations, and an n × n float64 matrix, where several Selections of one Site are
+    tried: each then costs a system of its dropped columns only.
 
     Args:
         moments: the whole triangle; ridge, center: as in `interpolate`.
@@ -331,13 +349,14 @@ def inverse_moments(moments: Moments, *, ridge: float, center: bool = True) -> I
     every = torch.arange(moments.columns, device=moments.sum.device)
     system = kept_system(moments, every, every[:0], ridge, center)
     strength = ridge * system.mean_diagonal
+    dead = system.kept.diagonal() == 0
     try:
-        theta = factor_inverse(system.kept, strength, system.floor)
+        theta = inverse_(system.kept, strength, system.floor)
     except NumericalError as error:
         raise NumericalError(f"the Moments with ridge {ridge:.1e}: {error}; raise it") from error
     # dead columns: one on the diagonal, as in the system that was inverted
-    theta.diagonal().add_((system.kept.diagonal() == 0).double())
-    return Inverse(theta, ridge, strength, center, int(moments.count))
+    theta.diagonal().add_(dead.double())
+    return Inverse(theta, dead, ridge, strength, center, int(moments.count))
 
 
 def _carry_by_inverse(

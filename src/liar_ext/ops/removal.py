@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from liar_ext.errors import NumericalError
+from liar_ext.ops.inverse import inverse_bytes, inverse_flops
+from liar_ext.ops.moments import BLOCK, spans
 
 # single columns that are compared exactly, with each other's removal in mind, for each that is
 # dropped in a step; the other columns wait for the step's end
@@ -34,6 +36,8 @@ STEPS = 128
 EXCHANGES = 30
 # single units that are tried before an exchange is given up; of heads often all there are
 TRIES = 16
+# columns of wide units whose costs are made together
+_JUDGED = 128
 # a smaller gain is not worth an exchange, and could be rounding
 LEAST_GAIN = 1e-6
 
@@ -85,34 +89,55 @@ class Tableau:
 
     Args:
         theta: (n, n) float64 `(C + λI)⁻¹`, both triangles; its memory is used.
-        weight: W (out, n) of any floating dtype; columns without variance have to be zero.
+        weight: W (out, n) of any floating dtype.
         width: columns of a unit.
+        dead: (n,) bool: columns without variance, which cost nothing whatever their weights.
 
     Attributes:
         kept: (units,) bool.
         loss: what dropping the others costs, in the units of `W C Wᵀ`.
     """
 
-    def __init__(self, theta: Tensor, weight: Tensor, width: int) -> None:
+    def __init__(
+        self, theta: Tensor, weight: Tensor, width: int, dead: Tensor | None = None
+    ) -> None:
         self.matrix = theta.neg_()
-        self.rows = weight.detach().double()
-        if self.rows.data_ptr() == weight.data_ptr():
-            self.rows = self.rows.clone()
+        self.rows = weight.detach().to(torch.float64, copy=True)
+        if dead is not None:
+            self.rows.masked_fill_(dead, 0.0)
         self.width = width
         self.kept = torch.ones(theta.shape[0] // width, dtype=torch.bool, device=theta.device)
         self.loss = 0.0
 
     def costs(self) -> Tensor:
-        """How much the loss changes when a unit changes sides, (units,) float64, each ≥ 0."""
+        """How much the loss changes when a unit changes sides, (units,) float64, each ≥ 0.
+
+        Raises:
+            NumericalError: a block of several columns is not positive definite any more.
+        """
         if self.width == 1:
-            return self.rows.square().sum(0) / self.matrix.diagonal().abs()
+            squares = torch.zeros_like(self.rows[0])
+            # a part at a time: all of them are as large as W
+            for start, stop in spans(0, len(self.rows)):
+                squares += self.rows[start:stop].square().sum(0)
+            return squares / self.matrix.diagonal().abs()
         units, width = self.kept.numel(), self.width
         blocks = self.matrix.view(units, width, units, width).diagonal(dim1=0, dim2=2)
         # (units, width, width), positive definite on either side
         blocks = torch.where(self.kept[:, None, None], -1.0, 1.0) * blocks.permute(2, 0, 1)
-        edges = self.rows.view(-1, units, width).transpose(0, 1)
-        turned = torch.cholesky_solve(edges.mT, torch.linalg.cholesky(blocks))
-        return (turned * edges.mT).sum((1, 2))
+        factor, info = torch.linalg.cholesky_ex(blocks)
+        if bool(info.any()):
+            raise NumericalError(
+                f"blocks of {int((info != 0).sum())} units are not positive definite any more"
+            )
+        edges = self.rows.view(-1, units, width).permute(1, 2, 0)
+        step = max(1, _JUDGED // width)
+        return torch.cat(
+            [
+                (torch.cholesky_solve(own, lower) * own).sum((1, 2))
+                for own, lower in zip(edges.split(step), factor.split(step), strict=True)
+            ]
+        )
 
     def remove(self, count: int, *, steps: int = STEPS) -> tuple[Tensor, Tensor]:
         """Drop `count` units greedily.
@@ -147,7 +172,8 @@ class Tableau:
         """
         kept, size = 0, min(most, int(self.kept.sum()), int((~self.kept).sum()))
         for _ in range(EXCHANGES):
-            if size < 1:
+            # of no loss there is nothing to gain, and what rounding makes of it is no gain
+            if size < 1 or not self.loss > 0:
                 break
             tried = [self._gains()[:size]] if size > 1 else self._gains()[:TRIES].split(1)
             if any(self._swap(units) for units in tried):
@@ -167,7 +193,7 @@ class Tableau:
         self.move(returned)
         gone = self._next(len(returned))[0]
         self.move(gone)
-        if self.loss <= before * (1 - LEAST_GAIN):
+        if self.loss < before * (1 - LEAST_GAIN):
             return True
         self.move(gone)
         self.move(returned)
@@ -183,7 +209,7 @@ class Tableau:
             return order, costs[order]
         near = costs.argsort(stable=True)[: min(CANDIDATES * count, int(self.kept.sum()))]
         edges = self.rows[:, near]
-        found, added = _greedy(-self.matrix[near][:, near], edges.T @ edges, count)
+        found, added = _greedy(-self.matrix[near[:, None], near], edges.T @ edges, count)
         return near[found], added
 
     def move(self, units: Tensor) -> None:
@@ -243,16 +269,6 @@ def _columns(units: Tensor, width: int) -> Tensor:
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
-def inverse_flops(columns: int) -> int:
-    """Of `inverse_moments`: a factor, `n³/3`, and the inverse of it, `2n³/3`."""
-    return columns**3
-
-
-def inverse_bytes(columns: int) -> int:
-    """Most that `inverse_moments` holds: the system, its scaled copy, and the inverse."""
-    return 24 * columns**2
-
-
 def removal_flops(columns: int, outputs: int, dropped: int) -> int:
     """Of an inverse and `dropped` columns that go: `2n (n + out)` each."""
     return inverse_flops(columns) + 2 * columns * (columns + outputs) * dropped
@@ -262,9 +278,10 @@ def removal_bytes(columns: int, outputs: int, dropped: int) -> int:
     """Most that a `Tableau` holds on its way: the inverse, or it and W, and rows of a step.
 
     A pivot on k columns holds their rows of the tableau three times (as they were, scaled, and what
-    is stored), and their candidates' columns of W.
+    is stored), and their candidates' columns of W; costs hold squares of a block of W.
     """
     step = max(1, -(-dropped // STEPS))
     moving = 3 * step * columns + (CANDIDATES + 2) * step * outputs
-    tableau = columns**2 + 2 * outputs * columns + moving
+    judging = max(min(outputs, BLOCK) * columns, 2 * outputs * min(columns, _JUDGED))
+    tableau = columns**2 + outputs * columns + max(moving, judging)
     return max(inverse_bytes(columns), 8 * tableau)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from liar_ext.ops.drift import Drift, check_drift
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.precision import full_precision, no_autocast
 
@@ -59,7 +60,12 @@ def relative_residual_of(energies: Sequence[float]) -> float:
 
 
 def residual_energies(
-    moments: Moments, weight: Tensor, keep: Tensor, new_weight: Tensor, shift: Tensor | None = None
+    moments: Moments,
+    weight: Tensor,
+    keep: Tensor,
+    new_weight: Tensor,
+    shift: Tensor | None = None,
+    drift: Drift | None = None,
 ) -> tuple[float, float]:
     """Energies of the output error and of the dense output, sums over the rows of W.
 
@@ -75,9 +81,16 @@ def residual_energies(
     make 2 out n². They are done in float32, with float64 sums over blocks of columns, where the
     Moments are float32 and that is known to cost less than `SINGLE_TOLERANCE`; else in float64.
 
+    With the drift z of the rows of W, the error is that against the dense path's output y, and the
+    dense energy is that of y:
+
+        error_i = d_i C d_iᵀ − 2 d_i Cov(x̂, z_i) + Var z_i + (d_i μ + δ_i − μ_z,i)²
+        dense_i = max(Var y_i, eps · E y_i²)
+
     Args:
         moments: the whole triangle, in any order.
         weight: dense consumer weight (out, n); new_weight: (out, |S|); shift: δ (out,) or None.
+        drift: of the rows of `weight`, over the tokens of the Moments, or None.
     Returns:
         error and dense energy. The error is not clamped: rounding can leave it below zero.
     Raises:
@@ -90,6 +103,9 @@ def residual_energies(
             f"weight must be (out, {moments.columns}) and new_weight (out, {keep.numel()}); "
             f"got {tuple(weight.shape)} and {tuple(new_weight.shape)}"
         )
+    if drift is not None:
+        check_drift(drift, moments, weight)
+        shift = -drift.mean() if shift is None else shift.double() - drift.mean()
     dropped = torch.ones(columns, dtype=torch.bool, device=keep.device)
     dropped[keep] = False
     order = torch.cat([keep, dropped.nonzero().flatten()])
@@ -113,7 +129,24 @@ def residual_energies(
             error += float(error_rows.sum() + error_mean.square().sum())
             floor = eps * (dense_rows.abs() + dense_mean.square())
             dense += float(torch.maximum(dense_rows, floor).sum())
+    if drift is not None:
+        error += _drift_energy(drift, weight, order, new_weight)
+        own = drift.dense
+        dense = float(torch.maximum(own.variance(), eps * own.diagonal()).sum())
     return error, dense
+
+
+def _drift_energy(drift: Drift, weight: Tensor, order: Tensor, new_weight: Tensor) -> float:
+    """`Σ_i Var z_i − 2 d_i Cov(x̂, z_i)`, by blocks of columns."""
+    kept = new_weight.shape[1]
+    total = float(drift.change.variance().sum())
+    for start, stop in [*spans(0, kept), *spans(kept, len(order))]:
+        part = order[start:stop]
+        change = -weight[:, part].double()
+        if stop <= kept:
+            change += new_weight[:, start:stop]
+        total -= 2 * float((change * drift.with_columns(part, True)).sum())
+    return total
 
 
 def residual_bytes(columns: int, outputs: int, kept: int | None = None) -> int:
@@ -123,7 +156,8 @@ def residual_bytes(columns: int, outputs: int, kept: int | None = None) -> int:
         columns, outputs: n and rows of W; kept: s, or None for the worst, all columns.
     Returns:
         8 (r (n + s) + B n + 4 r B) + a gather, with r rows and B columns of a block: `[D_S; W_S]`
-        and W_M; a panel of C; its product with `[D_S; W_S]`, twice.
+        and W_M; a panel of C; its product with `[D_S; W_S]`, twice. All are gone before blocks of
+        `Cov(x̂, z)` come, where there is a drift.
     """
     kept = columns if kept is None else kept
     rows, block = min(outputs, ROW_BLOCK), min(columns, BLOCK)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.errors import InputError
+from liar_ext.ops.drift import Drift, check_drift
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
 from liar_ext.ops.solve import Precision, Solved, solve
 
@@ -104,24 +105,47 @@ def cross_block(
 
 
 def folded_system(
-    moments: Moments, weight: Tensor, keep: Tensor, drop: Tensor, ridge: float, center: bool
+    moments: Moments,
+    weight: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    ridge: float,
+    center: bool,
+    drift: Drift | None = None,
 ) -> tuple[System, Tensor]:
     """`C_SS`, and `C_SM W_Mᵀ` (s, out): all that a repair of W (out, n) needs of the Moments.
 
+    With the drift z of the rows of W, `C_SM W_Mᵀ + Cov(x̂_S, z)`.
+
     Raises:
-        ValueError: the weight has other columns than the Moments; and what `kept_system` raises.
+        ValueError: the weight has other rows or columns than the statistics; and what
+            `kept_system` raises.
+        InputError: NaN, infinite or empty statistics.
     """
+    weight = weight.detach()
     if weight.ndim != 2 or weight.shape[1] != moments.columns:
         raise ValueError(
             f"weight must be (out, {moments.columns}), a column for each of the Moments; "
             f"got {tuple(weight.shape)}"
         )
+    if drift is not None:
+        check_drift(drift, moments, weight)
     system = kept_system(moments, keep, drop, ridge, center)
-    return system, cross_block(moments, keep, drop, center, system.dead, weight.detach())
+    right = cross_block(moments, keep, drop, center, system.dead, weight)
+    if drift is not None:
+        for start, stop in spans(0, keep.numel()):
+            right[start:stop] += drift.with_columns(keep[start:stop], center).T
+        right[system.dead] = 0.0
+        if not bool(right.sum().isfinite() & drift.pairs.sum_x.sum().isfinite()):
+            raise InputError("the drift holds NaN or infinite values; check the dense activations")
+    return system, right
 
 
 def folded_bytes(kept: int, dropped: int, rows: int) -> int:
-    """Most bytes that `folded_system` holds for `rows` rows of W, its result included."""
+    """Most bytes that `folded_system` holds for `rows` rows of W, its result included.
+
+    Blocks of `Cov(x̂_S, z)` are no larger than those of C_SM and W_M, which are gone by then.
+    """
     s, m, n = kept, dropped, kept + dropped
     crossed = 8 * (s * s + rows * (s + m)) + gather_bytes(min(s, BLOCK), m, n)
     return max(gather_bytes(s, s, n), crossed)

@@ -6,7 +6,6 @@ target is the dense path's output, the same fit has the drift on its right side 
 
 from torch import Tensor
 
-from liar_ext.ops.drift import repair_drifted
 from liar_ext.ops.interpolate import costs, repair_bytes
 from liar_ext.ops.interpolate import repair as fold
 from liar_ext.ops.system import folded_system
@@ -14,33 +13,23 @@ from liar_ext.reconstruction.base import Fit, Reconstruction, Repaired, Task
 
 
 def repair(task: Task) -> Repaired:
-    if task.drift is not None:
-        found = repair_drifted(
-            task.moments,
-            task.drift,
-            task.weight,
-            task.keep,
-            task.drop,
-            ridge=task.ridge,
-            center=task.intercept,
-        )
-    else:
-        found = fold(
-            task.moments,
-            task.weight,
-            task.keep,
-            task.drop,
-            ridge=task.ridge,
-            center=task.intercept,
-            outputs=task.outputs,
-        )
+    found = fold(
+        task.moments,
+        task.weight,
+        task.keep,
+        task.drop,
+        ridge=task.ridge,
+        center=task.intercept,
+        outputs=task.outputs,
+        drift=task.drift,
+    )
     return Repaired(found.weight, found.shift if task.intercept else None, found.diagnostics)
 
 
 def sweep(task: Task) -> Fit:
     """One Cholesky and one substitution for each ridge; `C_SS` and `C_SM W_Mᵀ` once."""
     system, right = folded_system(
-        task.moments, task.weight, task.keep, task.drop, task.ridge, task.intercept
+        task.moments, task.weight, task.keep, task.drop, task.ridge, task.intercept, task.drift
     )
 
     def fit(ridge: float) -> Tensor | None:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from liar_ext.allocation.levels import levels
 from liar_ext.criteria import Criterion, Evidence, unit_scores
-from liar_ext.criteria.obs import tableau
-from liar_ext.errors import NumericalError
+from liar_ext.criteria.obs import removing
 from liar_ext.models.site import Site
 from liar_ext.ops.moments import Moments, spans
 from liar_ext.ops.removal import STEPS, Tableau, removal_bytes, removal_flops
@@ -46,14 +45,9 @@ def measure(view: View) -> Tensor:
     Raises:
         NumericalError: the Moments have no inverse with any ridge, or lose it on the way.
     """
-    evidence, site = view.judged, view.site
+    evidence, site = view.evidence, view.site
     order = None if view.criterion.greedy else _order(view.criterion, evidence)
-    start = tableau(evidence)
-    try:
-        losses = _losses(start, order, levels(site.units))
-    except NumericalError as error:
-        raise NumericalError(f"{site.name}: {error}; raise --ridge") from error
-    del start
+    losses = removing(evidence, lambda start: _losses(start, order, levels(site.units)))
     found = torch.tensor(losses[::-1], dtype=torch.float64)
     return found / energy(evidence.moments, site.weight(), evidence.center)
 

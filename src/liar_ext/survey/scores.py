@@ -10,13 +10,15 @@ from liar_ext.survey.base import Reads, Survey, View
 
 
 def reads(criterion: Criterion) -> Reads:
+    if criterion.needs in ("columns", "moments"):
+        return criterion.needs
     # gradients come from a pass of their own
-    return "moments" if criterion.needs == "moments" else "columns"
+    return "weights"
 
 
 def measure(view: View) -> Tensor:
     """(columns,) or (units,), whichever the criterion scores."""
-    return view.criterion.score(view.judged)
+    return view.criterion.score(view.evidence)
 
 
 def costs(site: Site, criterion: Criterion) -> tuple[int, int]:

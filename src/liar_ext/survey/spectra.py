@@ -24,6 +24,8 @@ BINS = 100
 # compares eigenvalues with the logarithm of the lower one, which leaves it out for edges below 1;
 # the paper means this
 LOWEST, HIGHEST = 0.95, 1.5
+# eigenvalues that differ by so much of the largest are equal
+_EQUAL = 1e-9
 
 
 def spectrum(weight: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def hill(values: Tensor) -> float:
             nor where all of them are equal.
     """
     count = len(values)
-    if count < 2 or float(values[-1] - values[0]) <= 1e-9 * float(values[-1]):
+    if count < 2 or float(values[-1] - values[0]) <= _EQUAL * float(values[-1]):
         return float("nan")
     logs = values.log10()
     bins = logs.cpu().histc(BINS)
@@ -63,7 +65,8 @@ def _tail(tail: Tensor) -> tuple[float, float] | None:
     count = len(tail)
     ratios = tail / tail[0]
     excess = float(ratios.log().sum())
-    if excess <= 0:
+    # the last one as it is for all of them in `hill`: of rounding any exponent could come
+    if float(ratios[-1]) - 1 <= _EQUAL:
         return None
     alpha = 1 + count / excess
     empirical = torch.arange(count, dtype=tail.dtype, device=tail.device) / count
