@@ -124,7 +124,7 @@ class GradientPass:
         hidden states."""
         with self.clock.phase("load"):
             self.store.open_outside()
-        self._stream.embed(self._backbone, _OPTIONS)
+        self._stream.embed(self._backbone, _OPTIONS, self._adapter.returns)
         self.store.close_outside()
         layers = len(self._layers)
         self.progress.begin(2 * layers - self.targets.start, "gradients")
@@ -159,7 +159,13 @@ class GradientPass:
                 final = item.fetch().detach().requires_grad_()
                 with torch.enable_grad():
                     last = last_hidden(
-                        self._backbone, self._layers, batch, self.device, _OPTIONS, final
+                        self._backbone,
+                        self._layers,
+                        batch,
+                        self.device,
+                        _OPTIONS,
+                        final,
+                        self._adapter.returns,
                     )
                 gradient, loss = loss_gradient(head, last.detach(), targets.to(self.device))
                 (own,) = torch.autograd.grad(last, final, gradient)
