@@ -29,7 +29,7 @@ from liar_ext.engine.shelf import Item, Shelf
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Stream
 from liar_ext.errors import InputError
-from liar_ext.models import Site, adapter_for, linear
+from liar_ext.models import Adapter, Site, adapter_for, linear
 from liar_ext.ops.saliency import UnitGradients, WeightGradients, gate_gradients, taylor_sums
 from liar_ext.recipe import Recipe
 
@@ -70,7 +70,7 @@ class GradientPass:
     def __post_init__(self) -> None:
         model = self.store.model
         self._adapter = adapter_for(model.config)
-        _refuse_without_loss(model, self._adapter.decoder, self.recipe.criterion)
+        _refuse_without_loss(model, self._adapter, self.recipe.criterion)
         self._weights = CRITERIA[self.recipe.criterion].needs == "weight_gradients"
         self._backbone = self._adapter.backbone(model)[1]
         self._layers = self._adapter.layer_list(model)[1]
@@ -358,10 +358,12 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _refuse_without_loss(model: PreTrainedModel, decoder: bool, criterion: str) -> None:
-    if decoder and model.get_output_embeddings() is not None:
+def _refuse_without_loss(model: PreTrainedModel, adapter: Adapter, criterion: str) -> None:
+    if adapter.decoder and adapter.plain_head and model.get_output_embeddings() is not None:
         return
-    reason = "has no language-model head" if decoder else "is an encoder, which predicts none"
+    reason = "has no language-model head" if adapter.plain_head else "scales or bounds its logits"
+    if not adapter.decoder:
+        reason = "is an encoder, which predicts none"
     others = ", ".join(name for name, other in CRITERIA.items() if not other.differentiates)
     raise InputError(
         f"--criterion {criterion}: needs the loss of the next token, and {type(model).__name__} "

@@ -37,6 +37,7 @@ class Adapter:
         refuse: config -> reason why this variant cannot be pruned, or None.
         returns: entries of the tuple that a layer gives back, hidden states first; 0 where it gives
             back hidden states alone.
+        plain_head: logits are what the output embedding makes of the last hidden states.
         traced: its Sites were found by running layers, see `liar_ext.tracing`.
         alias: another model_type with the same modules and weight names, for head counts that
             this family's own config validation rejects.
@@ -52,6 +53,7 @@ class Adapter:
     residual: Callable[[PretrainedConfig], bool] = lambda config: False
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
     returns: int = 0
+    plain_head: bool = True
     traced: bool = False
     alias: str | None = None
 

@@ -8,6 +8,6 @@
     trace.py       all of it: `trace`, and what a command does with `--trace`
 """
 
-#from liar_ext.tracing.trace import Trace, TracedSite, trace, traced_data
+from liar_ext.tracing.trace import Trace, TracedSite, trace, traced_data
 
-#__all__ = ["Trace", "TracedSite", "trace", "traced_data"]
+__all__ = ["Trace", "TracedSite", "trace", "traced_data"]

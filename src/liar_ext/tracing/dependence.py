@@ -301,14 +301,11 @@ def _declared(
 
 def _all_one(probe: LayerProbe, consumer: str, producers: Sequence[str]) -> str:
     """Why all columns are one unit: a norm over all of a producer's rows, if there is one."""
-    widths = {probe.widths[path]: path for path in producers}
+    widths = {probe.widths[path] for path in producers}
     for name, module in probe.layer.named_modules():
-        if "norm" not in type(module).__name__.lower():
+        inside = name.rpartition(".")[0]
+        if "norm" not in type(module).__name__.lower() or not consumer.startswith(f"{inside}."):
             continue
-        for parameter in module.parameters(recurse=False):
-            if parameter.numel() in widths and name.rpartition(".")[0] in consumer:
-                return (
-                    f"{consumer}: all its columns are one unit; {name} normalises over all rows of "
-                    f"{widths[parameter.numel()]}"
-                )
-    return f"{consumer}: all its columns are one unit: each depends on rows that all depend on"
+        if any(p.numel() in widths for p in module.parameters(recurse=False)):
+            return f"{consumer}: {name} normalises over all units at once, so none can go alone"
+    return f"{consumer}: all its columns are one unit: they depend on common rows"

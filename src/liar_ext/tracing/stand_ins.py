@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import accelerate
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.capture import LayerCall, record_calls
@@ -49,6 +52,10 @@ class Skeleton:
     returns: int = 0
     _known: dict[int, tuple[Tensor, list[LayerCall]]] = field(default_factory=dict)
 
+    def see(self, **options: bool) -> None:
+        """Take other options; what was recorded under the old ones is forgotten."""
+        self.options, self._known = dict(options), {}
+
     @property
     def linears(self) -> dict[str, nn.Module]:
         """All linears by their path in the model."""
@@ -71,8 +78,7 @@ class Skeleton:
         return states, calls[index]
 
     def _record(self, count: int, layers: nn.ModuleList) -> tuple[Tensor, list[LayerCall]]:
-        ids = self.ids(count)
-        batch = Batch(ids, torch.ones(ids.shape, dtype=torch.bool))
+        batch = full_batch(self.ids(count))
         with torch.no_grad(), answering(self.linears, surrogates(self.linears)):
             return record_calls(self.model, layers, batch, HOST, self.options, self.returns)
 
@@ -85,16 +91,41 @@ class Skeleton:
         self.returns = len(output) if isinstance(output, tuple) else 0
 
 
-def skeleton(config: PretrainedConfig, build: Callable[[PretrainedConfig], PreTrainedModel]) -> Skeleton:
-    """The skeleton of a text model.
+def full_batch(ids: Tensor) -> Batch:
+    """Tokens without padding."""
+    return Batch(ids, torch.ones(ids.shape, dtype=torch.bool))
 
-    Args:
-        build: makes the headless model with parameters on `meta` and real buffers.
+
+def skeleton(config: PretrainedConfig) -> Skeleton:
+    """The skeleton of the headless model of a config.
+
     Raises:
-        InputError: it has no list of equal layers, or parameters that only weights could fill.
+        InputError: it has none, no list of equal layers, or parameters that only weights could
+            fill.
     """
-    model = build(copy.deepcopy(config)).double().eval()
+    mapping = transformers.AutoModel._model_mapping
+    if type(config) not in mapping:
+        raise InputError("transformers has no headless model for it (AutoModel)")
+    model = without_weights(mapping[type(config)], config)
     path, layers = layer_list(model)
+    found = Skeleton(model, path, layers, {"use_cache": False})
+    try:
+        found.learn_returns()
+    except TypeError:
+        found.options = {}
+        found.learn_returns()
+    return found
+
+
+def without_weights(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model in float64 with linears on `meta` and everything else filled.
+
+    Raises:
+        InputError: a parameter that is no linear's is too large to be anything but a weight.
+    """
+    with no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+        model = model_class(copy.deepcopy(config))
+    model = model.double().eval()
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -107,9 +138,7 @@ def skeleton(config: PretrainedConfig, build: Callable[[PretrainedConfig], PreTr
         else:
             value = values_of(name, tuple(parameter.shape))
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    found = Skeleton(model, path, layers, {"use_cache": False})
-    found.learn_returns()
-    return found
+    return model
 
 
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,0 +1,132 @@
+"""The config fields that state a Site's width, found by value and checked by building.
+
+A field is one that holds the width now (or nothing, where the width is derived from others) and
+with another width in it makes a model that has exactly the tensors of the pruned one, and whose
+layer gives its consumer what the pruned one gives it. Without such fields the result needs this
+package's own loader.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PretrainedConfig
+
+from liar_ext.errors import InputError
+from liar_ext.models import linear
+from liar_ext.models.site import Site, SiteSpec
+from liar_ext.tracing.dependence import Units
+from liar_ext.tracing.probe import LayerProbe
+from liar_ext.tracing.removal import same_columns
+from liar_ext.tracing.stand_ins import Skeleton, skeleton
+
+# what building a model from a config that means nothing may raise
+REFUSALS = (
+    *(InputError, StrictDataclassError, ValueError, TypeError, RuntimeError),
+    *(KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError),
+)
+
+
+def stated_fields(
+    dense: Skeleton, found: Units, probe: LayerProbe, config: PretrainedConfig
+) -> tuple[dict[str, str] | None, dict[str, Any]]:
+    """The fields for the units of a consumer that is the same in every layer.
+
+    Returns:
+        name -> `units`, `columns` or `query_heads`, or None; and fields to state beside them.
+    """
+    units = found.columns.shape[0]
+    # half of the units is a number that most configs accept, for heads as well
+    keep = torch.arange(units // 2)
+    wanted = _shapes(dense, found, keep)
+    values = {
+        "units": units,
+        "query_heads": found.columns.numel() // found.head_dim,
+        "columns": found.columns.numel(),
+    }
+    after = {what: size * keep.numel() // units for what, size in values.items()}
+    for fields, beside in _guesses(config, found, values):
+        changes = {name: after[what] for name, what in fields.items()} | beside
+        if _states(changes, config, wanted, found, probe, keep):
+            return fields, beside
+    return None, {}
+
+
+def _guesses(
+    config: PretrainedConfig, found: Units, values: Mapping[str, int]
+) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Fields that hold a width or None: one, then two; with and without the head's width."""
+    plain = {k: v for k, v in config.to_dict().items() if v is None or type(v) is int}
+    kinds = ["units"] if found.spec.kind == "ffn" else ["units", "query_heads"]
+    holding = [(name, what) for name, v in plain.items() for what in kinds if v == values[what]]
+    empty = [(name, what) for name, v in plain.items() for what in kinds if v is None]
+    if values["units"] == values["query_heads"]:
+        holding = [(n, w) for n, w in holding if w == "units"]
+        empty = [(n, w) for n, w in empty if w == "units"]
+    beside: list[dict[str, Any]] = [{}]
+    if found.spec.kind == "heads":
+        beside.append({"head_dim": found.head_dim})
+        if config.to_dict().get("head_dim") == found.head_dim:
+            # it may have been derived from what changes
+            del beside[0]
+    pairs = [
+        dict(pair) for pair in itertools.combinations(holding, 2) if pair[0][0] != pair[1][0]
+    ]
+    alone = [dict([entry]) for entry in (*holding, *empty)]
+    # a head count that the config does not hold twice must not leave another behind
+    for extra in beside:
+        for fields in (*pairs, *alone) if found.spec.kind == "heads" else alone:
+            yield fields, extra
+
+
+def _states(
+    changes: Mapping[str, Any],
+    config: PretrainedConfig,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Units,
+    probe: LayerProbe,
+    keep: torch.Tensor,
+) -> bool:
+    try:
+        changed = type(config).from_dict(config.to_dict() | dict(changes))
+        built = skeleton(changed)
+    except REFUSALS:
+        return False
+    if _tensor_shapes(built.model) != wanted:
+        return False
+    try:
+        smaller = LayerProbe(built.layers[0], lambda count: built.call(count, 0))
+        return same_columns(probe, smaller, found, keep) is None
+    except REFUSALS:
+        return False
+
+
+def _shapes(dense: Skeleton, found: Units, keep: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of the headless model whose layers all lost the same units of this consumer."""
+    shapes = _tensor_shapes(dense.model)
+    kept = keep.numel()
+    lengths = {found.spec.consumer: None} | {p: r[keep].numel() for p, r in found.rows.items()}
+    for index in range(len(dense.layers)):
+        for path, rows in lengths.items():
+            name = f"{dense.path}.{index}.{path}"
+            module = dense.model.get_submodule(name)
+            out, into = linear.weight(module).shape
+            if rows is None:
+                into = found.columns[:kept].numel()
+            else:
+                out = rows
+                if linear.bias(module) is not None:
+                    shapes[f"{name}.bias"] = (out,)
+            transposed = not isinstance(module, nn.Linear)
+            shapes[f"{name}.weight"] = (into, out) if transposed else (out, into)
+    return shapes
+
+
+def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
