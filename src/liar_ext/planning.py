@@ -42,12 +42,7 @@ from liar_ext.costs import (
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
-from liar_ext.engine.inputs import (
-    compute_dtype,
-    dense_config,
-    load_calibration,
-    resolve_device,
-)
+from liar_ext.engine.inputs import compute_dtype, dense_config, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,

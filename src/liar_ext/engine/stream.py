@@ -86,7 +86,7 @@ class Stream:
         return self._calls[number][index]
 
     def embed(self, backbone: nn.Module, options: dict[str, Any], returns: int = 0) -> None:
-        """Enter the first layer: embeddings, and every layer's own arguments; see `record_calls`."""
+        """Enter the first layer: embeddings, and every layer's own arguments (`record_calls`)."""
         known: dict[tuple[Any, ...], list[Tensor]] = {}
         for number, batch in self._batches.items():
             with self._clock.phase("forward"):

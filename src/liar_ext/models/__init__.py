@@ -68,4 +68,13 @@ def refusal(config: PretrainedConfig) -> str | None:
     return None
 
 
-__all__ = ["ADAPTERS", "Adapter", "Producer", "Site", "SiteSpec", "adapter_for", "refusal", "text_config"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Producer",
+    "Site",
+    "SiteSpec",
+    "adapter_for",
+    "refusal",
+    "text_config",
+]

@@ -18,8 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from liar_ext.errors import InputError
-from liar_ext.models import ADAPTERS, adapter_for
-from liar_ext.models import traced
+from liar_ext.models import ADAPTERS, adapter_for, traced
 from liar_ext.models.adapter import Adapter, text_config
 
 KEY = "liar_ext"
@@ -204,6 +203,7 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not all(isinstance(layout.get(k), list) for k in ("layers", "added_biases")):
         raise InputError(f"config.json: {KEY} has no lists of layers and added_biases")
     config = config_object(base_data(data))
+    _trace_holds(config)
     model = empty_model(config)
     adapter = adapter_for(config)
     count = len(adapter.layer_list(model)[1])
@@ -224,6 +224,22 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     # save_pretrained of the loaded model keeps the key, and `liar_ext.load` reads it again
     setattr(model.config, KEY, layout)
     return model
+
+
+def _trace_holds(config: PretrainedConfig) -> None:
+    """Raises InputError if a model was traced under another release, where its Sites differ."""
+    family = traced.traced_family(config)
+    if family is None or family.transformers == transformers.__version__:
+        return
+    from liar_ext.tracing import trace
+
+    now = trace(config).family
+    if (now.sites, now.head_dim, now.layers) != (family.sites, family.head_dim, family.layers):
+        raise InputError(
+            f"config.json: {traced.KEY} is of transformers {family.transformers}; in "
+            f"{transformers.__version__} the layers of {family.model_type!r} have other Sites. "
+            "Install that release"
+        )
 
 
 def _text(data: dict[str, Any]) -> dict[str, Any]:

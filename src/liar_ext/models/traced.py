@@ -58,7 +58,9 @@ class TracedFamily:
         """Raises InputError for another version or malformed data."""
         version = data.get("version") if isinstance(data, Mapping) else data
         if not isinstance(data, Mapping) or version != VERSION:
-            raise InputError(f"config.json: {KEY} version {version!r}; this release reads {VERSION}")
+            raise InputError(
+                f"config.json: {KEY} version {version!r}; this release reads {VERSION}"
+            )
         values = {name: value for name, value in data.items() if name != "version"}
         try:
             sites = tuple(_site(entry) for entry in values.pop("sites"))

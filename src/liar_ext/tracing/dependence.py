@@ -23,7 +23,7 @@ from torch import Tensor
 
 from liar_ext.errors import InputError
 from liar_ext.models.site import Kind, Producer, SiteSpec
-from liar_ext.tracing.probe import LayerProbe, Seen, changed, changed_tokens
+from liar_ext.tracing.probe import NOT_CALLED, LayerProbe, Seen, changed, changed_tokens
 from liar_ext.tracing.stand_ins import TOKENS
 
 # forwards back and forth before a component must be complete
@@ -81,6 +81,9 @@ def graph(probe: LayerProbe) -> Graph:
     hidden = torch.cat([probe.hidden(int(row == count - 1)) for row in range(count)])
     with torch.no_grad():
         seen = probe.run(count, said, hidden)
+    for path, how in seen.odd.items():
+        if how == NOT_CALLED:
+            raise InputError(f"{path} {how}, so what it does is not known")
     into, inner = {}, []
     for path, x in seen.inputs.items():
         hit = changed(x, x[:1]).any(1).tolist()
@@ -189,9 +192,7 @@ def _inputs(probe: LayerProbe, count: int, consumer: str, said: Mapping[str, Ten
     return seen.inputs[consumer]
 
 
-def _prove(
-    probe: LayerProbe, consumer: str, rows: Mapping[str, Tensor], columns: Tensor
-) -> None:
+def _prove(probe: LayerProbe, consumer: str, rows: Mapping[str, Tensor], columns: Tensor) -> None:
     """Exactly the columns of the units that say something else change, in every coded forward."""
     count = columns.shape[0]
     bits = max(1, math.ceil(math.log2(count)))
@@ -247,9 +248,7 @@ def _kind(consumer: str, per_unit: int, mixes: bool) -> Kind:
     )
 
 
-def _head_width(
-    probe: LayerProbe, consumer: str, rows: Mapping[str, Tensor], per_unit: int
-) -> int:
+def _head_width(probe: LayerProbe, consumer: str, rows: Mapping[str, Tensor], per_unit: int) -> int:
     """Columns of one query head: those that the queries behind column 0 reach.
 
     Queries are the rows that a column at a token depends on at that token only.

@@ -9,12 +9,13 @@ from.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.capture import last_hidden, layer_output, record_calls
@@ -102,7 +103,7 @@ def check_pruned(skeleton: Skeleton, units: Sequence[Mapping[str, Units]]) -> No
         InputError: the two differ.
     """
     pruned = without_weights(type(skeleton.model), skeleton.model.config)
-    layers = pruned.get_submodule(skeleton.path)
+    layers = cast(nn.ModuleList, pruned.get_submodule(skeleton.path))
     masked: dict[str, Cut] = {}
     removed: dict[str, Cut] = {}
     for index, found in enumerate(units):
@@ -188,7 +189,7 @@ def head_is_plain(skeleton: Skeleton) -> bool:
     Criteria that need a loss compute it like that; some families scale or bound their logits.
     """
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(skeleton.model.config)]
-    model = without_weights(model_class, copy.deepcopy(skeleton.model.config))
+    model = without_weights(cast("type[PreTrainedModel]", model_class), skeleton.model.config)
     head = model.get_output_embeddings()
     given: dict[str, Tensor] = {}
     linears = by_path(model)

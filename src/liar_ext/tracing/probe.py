@@ -15,6 +15,7 @@ from liar_ext.tracing.stand_ins import TOKENS, answering, by_path, values_of
 
 # relative to the largest value; what does not depend has the same bits, or nearly so
 SAME = 1e-9
+NOT_CALLED = "is not called in a forward"
 
 
 @dataclass
@@ -35,7 +36,7 @@ class LayerProbe:
     """A layer that runs on B rows of T tokens at once, each row an experiment of its own.
 
     Args:
-        call: B -> what enters the layer on B equal rows of tokens, and what the model passes beside.
+        call: B -> what enters the layer on B equal rows of tokens, and what is passed beside.
     """
 
     def __init__(self, layer: nn.Module, call: Callable[[int], tuple[Tensor, LayerCall]]) -> None:
@@ -71,7 +72,8 @@ class LayerProbe:
                 seen.inputs.pop(path, None)
             called.add(path)
             if x.shape[:-1].numel() != count * TOKENS:
-                seen.odd[path] = f"is given {tuple(x.shape)} for {count} x {TOKENS} tokens"
+                said_so = f"is given {tuple(x.shape)} for {count} x {TOKENS} tokens"
+                seen.odd.setdefault(path, said_so)
                 return values_of(path, (*x.shape[:-1], self.widths[path]))
             if path not in seen.odd:
                 seen.inputs[path] = x.reshape(*grid, -1)
@@ -88,7 +90,7 @@ class LayerProbe:
             reason = " ".join(str(error).split())[:160]
             raise InputError(f"{type(self.layer).__name__} does not run: {reason}") from error
         for path in self.linears.keys() - called:
-            seen.odd[path] = "is not called in a forward"
+            seen.odd[path] = NOT_CALLED
         if not isinstance(seen.output, Tensor) or seen.output.shape != states.shape:
             raise InputError(f"{type(self.layer).__name__} does not give back hidden states")
         if not bool(torch.isfinite(seen.output).all()):

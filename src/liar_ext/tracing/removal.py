@@ -1,4 +1,4 @@
-"""Units removed, against columns that are looked away from: what has to be equal before a Site is one.
+"""Units removed, against columns looked away from: what must be equal before a Site is one.
 
 A linear gives what its rows give, so a linear with fewer rows is one whose output lacks them. With
 the producers' outputs cut to the kept units, the module's own code must make the kept columns of
@@ -76,9 +76,7 @@ def without(layer: nn.Module, found: Units, keep: Tensor) -> nn.Module:
     return smaller
 
 
-def same_columns(
-    dense: LayerProbe, smaller: LayerProbe, found: Units, keep: Tensor
-) -> str | None:
+def same_columns(dense: LayerProbe, smaller: LayerProbe, found: Units, keep: Tensor) -> str | None:
     """Whether a layer with the units `keep` gives its consumer those columns of the dense one."""
     consumer = found.spec.consumer
     said = {}
@@ -97,9 +95,9 @@ def same_columns(
     if x is None or x.shape != expected.shape:
         shape = None if x is None else tuple(x.shape)
         return f"{consumer} is then given {shape} where {tuple(expected.shape)} is left"
-    error = float((x - expected).abs().max()) / float(expected.abs().max().clamp_min(1e-30))
-    if not error <= EQUAL:
-        return f"what {consumer} is then given differs by {error:.1e} of its size"
+    apart = float((x - expected).abs().max()) / float(expected.abs().max().clamp_min(1e-30))
+    if not apart <= EQUAL:
+        return f"what {consumer} is then given differs by {apart:.1e} of its size"
     return None
 
 

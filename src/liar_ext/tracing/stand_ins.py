@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import accelerate
 import torch
@@ -106,8 +107,11 @@ def skeleton(config: PretrainedConfig) -> Skeleton:
     mapping = transformers.AutoModel._model_mapping
     if type(config) not in mapping:
         raise InputError("transformers has no headless model for it (AutoModel)")
-    model = without_weights(mapping[type(config)], config)
+    model = without_weights(cast("type[PreTrainedModel]", mapping[type(config)]), config)
     path, layers = layer_list(model)
+    every = [id(each) for layer in layers for each in linear.linears(layer)]
+    if len(set(every)) < len(every):
+        raise InputError("its layers share linears, so none can be pruned alone")
     found = Skeleton(model, path, layers, {"use_cache": False})
     try:
         found.learn_returns()
@@ -117,7 +121,9 @@ def skeleton(config: PretrainedConfig) -> Skeleton:
     return found
 
 
-def without_weights(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def without_weights(
+    model_class: type[PreTrainedModel], config: PretrainedConfig
+) -> PreTrainedModel:
     """A model in float64 with linears on `meta` and everything else filled.
 
     Raises:
@@ -242,6 +248,6 @@ def values_of(name: str, shape: tuple[int, ...], round_: int = 0) -> Tensor:
 
 
 def _overlapping_rows(name: str, parameter: Tensor) -> Tensor:
-    """A table whose row i is the run of a vector that begins at i: different rows, little memory."""
+    """A table whose row i is the run of a vector that begins at i: all differ, in little memory."""
     count, width = parameter.shape
     return values_of(name, (count + width,)).as_strided((count, width), (1, 1))

@@ -9,18 +9,19 @@ package's own loader.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
 from liar_ext.errors import InputError
 from liar_ext.models import linear
-from liar_ext.models.site import Site, SiteSpec
 from liar_ext.tracing.dependence import Units
 from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import same_columns
@@ -29,7 +30,7 @@ from liar_ext.tracing.stand_ins import Skeleton, skeleton
 # what building a model from a config that means nothing may raise
 REFUSALS = (
     *(InputError, StrictDataclassError, ValueError, TypeError, RuntimeError),
-    *(KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError),
+    *(AssertionError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError),
 )
 
 
@@ -65,24 +66,23 @@ def _guesses(
     plain = {k: v for k, v in config.to_dict().items() if v is None or type(v) is int}
     kinds = ["units"] if found.spec.kind == "ffn" else ["units", "query_heads"]
     holding = [(name, what) for name, v in plain.items() for what in kinds if v == values[what]]
-    empty = [(name, what) for name, v in plain.items() for what in kinds if v is None]
     if values["units"] == values["query_heads"]:
         holding = [(n, w) for n, w in holding if w == "units"]
-        empty = [(n, w) for n, w in empty if w == "units"]
     beside: list[dict[str, Any]] = [{}]
     if found.spec.kind == "heads":
         beside.append({"head_dim": found.head_dim})
         if config.to_dict().get("head_dim") == found.head_dim:
             # it may have been derived from what changes
             del beside[0]
-    pairs = [
-        dict(pair) for pair in itertools.combinations(holding, 2) if pair[0][0] != pair[1][0]
-    ]
-    alone = [dict([entry]) for entry in (*holding, *empty)]
-    # a head count that the config does not hold twice must not leave another behind
-    for extra in beside:
-        for fields in (*pairs, *alone) if found.spec.kind == "heads" else alone:
-            yield fields, extra
+    guesses = [dict([entry]) for entry in holding]
+    if found.spec.kind == "ffn":
+        # derived from others where it is not stated, as GPT-2's n_inner
+        guesses += [{name: "units"} for name, value in plain.items() if value is None]
+    else:
+        pairs = itertools.combinations(holding, 2)
+        # first, so that no count of heads is left behind that means nothing now
+        guesses = [dict(pair) for pair in pairs if pair[0][0] != pair[1][0]] + guesses
+    yield from ((fields, extra) for extra in beside for fields in guesses)
 
 
 def _states(
@@ -94,8 +94,8 @@ def _states(
     keep: torch.Tensor,
 ) -> bool:
     try:
-        changed = type(config).from_dict(config.to_dict() | dict(changes))
-        built = skeleton(changed)
+        with _silent():
+            built = skeleton(type(config).from_dict(config.to_dict() | dict(changes)))
     except REFUSALS:
         return False
     if _tensor_shapes(built.model) != wanted:
@@ -105,6 +105,17 @@ def _states(
         return same_columns(probe, smaller, found, keep) is None
     except REFUSALS:
         return False
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what transformers says of configs that are only tried."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _shapes(dense: Skeleton, found: Units, keep: torch.Tensor) -> dict[str, tuple[int, ...]]:

@@ -137,7 +137,8 @@ def _trace(config: PretrainedConfig) -> Trace:
     by_layer, refused, residual = _sites(found)
     first = by_layer[0]
     check_pruned(found, by_layer)
-    specs, explicit = [], {}
+    specs: list[SiteSpec] = []
+    explicit: dict[str, Any] = {}
     probe = _probe(found, 0)
     for own in first.values():
         fields, beside = stated_fields(found, own, probe, config)
