@@ -40,7 +40,7 @@ class LayerProbe:
     """
 
     def __init__(self, layer: nn.Module, call: Callable[[int], tuple[Tensor, LayerCall]]) -> None:
-        self.layer, self._call = layer, call
+        self.layer, self.call = layer, call
         self._width = call(1)[0].shape[-1]
         self.linears = by_path(layer)
         self.widths = {p: linear.weight(m).shape[0] for p, m in self.linears.items()}
@@ -82,7 +82,7 @@ class LayerProbe:
             return value.expand(*grid, -1).clone().reshape(*x.shape[:-1], value.shape[-1])
 
         states = (self.hidden() if hidden is None else hidden).expand(*grid, -1).clone()
-        call = self._call(count)[1]
+        call = self.call(count)[1]
         try:
             with answering(self.linears, answer):
                 seen.output = layer_output(self.layer, states, call)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.engine.capture import LayerCall
 from liar_ext.errors import InputError
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.tracing.dependence import NoSite, Units
@@ -28,35 +27,36 @@ EQUAL = 1e-6
 # a module keeps its width in that many integers at most
 _MOST_ATTRIBUTES = 4
 
-Call = Callable[[int], tuple[Tensor, LayerCall]]
 
-
-def with_attributes(probe: LayerProbe, call: Call, found: Units) -> SiteSpec:
+def with_attributes(probes: Sequence[LayerProbe], found: Units) -> SiteSpec:
     """The spec with the attributes that have to change with the width.
 
+    Args:
+        probes: of the layer, under each implementation of attention.
     Raises:
         NoSite: the layer does not run, or not the same, without a unit, whatever is changed.
     """
-    candidates = list(_candidates(probe.layer, found))
+    candidates = list(_candidates(probes[0].layer, found))
     for count in range(min(_MOST_ATTRIBUTES, len(candidates)) + 1):
         for chosen in itertools.combinations(candidates, count):
             spec = replace(found.spec, attributes=chosen)
-            if difference(probe, call, replace(found, spec=spec)) is None:
+            if difference(probes, replace(found, spec=spec)) is None:
                 return spec
     # what is in the way when every count of heads is right
     counts = tuple(entry for entry in candidates if entry[2] != "columns")
-    problem = difference(probe, call, replace(found, spec=replace(found.spec, attributes=counts)))
+    problem = difference(probes, replace(found, spec=replace(found.spec, attributes=counts)))
     raise NoSite(f"{found.spec.consumer}: units cannot be removed: {problem}")
 
 
-def difference(probe: LayerProbe, call: Call, found: Units) -> str | None:
+def difference(probes: Sequence[LayerProbe], found: Units) -> str | None:
     """What is not equal when units are removed, or None: the first, the last, some, and all but
     one."""
     for keep in kept_sets(found.columns.shape[0]):
-        smaller = without(probe.layer, found, keep)
-        problem = same_columns(probe, LayerProbe(smaller, call), found, keep)
-        if problem is not None:
-            return problem
+        for probe in probes:
+            smaller = LayerProbe(without(probe.layer, found, keep), probe.call)
+            problem = same_columns(probe, smaller, found, keep)
+            if problem is not None:
+                return problem
     return None
 
 

@@ -97,9 +97,11 @@ def full_batch(ids: Tensor) -> Batch:
     return Batch(ids, torch.ones(ids.shape, dtype=torch.bool))
 
 
-def skeleton(config: PretrainedConfig) -> Skeleton:
+def skeleton(config: PretrainedConfig, attention: str | None = None) -> Skeleton:
     """The skeleton of the headless model of a config.
 
+    Args:
+        attention: an implementation of it; None is what transformers takes by default.
     Raises:
         InputError: it has none, no list of equal layers, or parameters that only weights could
             fill.
@@ -107,6 +109,9 @@ def skeleton(config: PretrainedConfig) -> Skeleton:
     mapping = transformers.AutoModel._model_mapping
     if type(config) not in mapping:
         raise InputError("transformers has no headless model for it (AutoModel)")
+    if attention is not None:
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
     model = without_weights(cast("type[PreTrainedModel]", mapping[type(config)]), config)
     path, layers = layer_list(model)
     every = [id(each) for layer in layers for each in linear.linears(layer)]

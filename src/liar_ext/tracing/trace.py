@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from liar_ext.engine.capture import LayerCall
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import ADAPTERS, layout, linear, refusal, text_config
 from liar_ext.models.adapter import Adapter
@@ -134,7 +132,7 @@ def _trace(config: PretrainedConfig) -> Trace:
         raise InputError("no token sees what comes after it, but it has no language-model head")
     found.see(**({"use_cache": False} if causal else {}))
     check_streaming(found)
-    by_layer, refused, residual = _sites(found)
+    by_layer, refused, residual = _sites(found, _eager(found, config))
     first = by_layer[0]
     check_pruned(found, by_layer)
     specs: list[SiteSpec] = []
@@ -176,7 +174,9 @@ def _trace(config: PretrainedConfig) -> Trace:
     )
 
 
-def _sites(found: Skeleton) -> tuple[list[dict[str, Units]], dict[str, str], bool]:
+def _sites(
+    found: Skeleton, eager: Skeleton | None
+) -> tuple[list[dict[str, Units]], dict[str, str], bool]:
     """Of every layer the units by consumer; why other consumers have none; whether all layers are
     sums of their input and their Sites' outputs.
 
@@ -190,7 +190,7 @@ def _sites(found: Skeleton) -> tuple[list[dict[str, Units]], dict[str, str], boo
     for index, layer in enumerate(found.layers):
         own = _signature(layer)
         if own not in known:
-            known[own] = _layer_sites(found, index)
+            known[own] = _layer_sites(found, eager, index)
         by_layer.append(known[own][0])
     sites, refused, _ = known[_signature(found.layers[0])]
     for other, _, _ in known.values():
@@ -202,15 +202,19 @@ def _sites(found: Skeleton) -> tuple[list[dict[str, Units]], dict[str, str], boo
     return by_layer, refused, all(residual for _, _, residual in known.values())
 
 
-def _layer_sites(found: Skeleton, index: int) -> tuple[dict[str, Units], dict[str, str], bool]:
+def _layer_sites(
+    found: Skeleton, eager: Skeleton | None, index: int
+) -> tuple[dict[str, Units], dict[str, str], bool]:
     probe = _probe(found, index)
+    # what a module keeps of its width may be used by one implementation of attention only
+    probes = [probe, *([] if eager is None else [_probe(eager, index)])]
     reach = graph(probe)
     sites: dict[str, Units] = {}
     refused = {path: f"{path}: {how}" for path, how in reach.odd.items()}
     for consumer in reach.inner:
         try:
             own = units(probe, reach, consumer)
-            spec = with_attributes(probe, _caller(found, index), own)
+            spec = with_attributes(probes, own)
             sites[consumer] = replace(own, spec=spec)
         except NoSite as reason:
             refused[consumer] = str(reason)
@@ -224,12 +228,19 @@ def _layer_sites(found: Skeleton, index: int) -> tuple[dict[str, Units], dict[st
     return sites, refused, sums
 
 
+def _eager(found: Skeleton, config: PretrainedConfig) -> Skeleton | None:
+    """The same model with attention written out, where it has that."""
+    try:
+        eager = skeleton(config, "eager")
+        eager.see(**found.options)
+        eager.call(1, 0)
+    except REFUSALS:
+        return None
+    return eager
+
+
 def _probe(found: Skeleton, index: int) -> LayerProbe:
-    return LayerProbe(found.layers[index], _caller(found, index))
-
-
-def _caller(found: Skeleton, index: int) -> Callable[[int], tuple[Tensor, LayerCall]]:
-    return lambda count: found.call(count, index)
+    return LayerProbe(found.layers[index], lambda count: found.call(count, index))
 
 
 def _signature(layer: nn.Module) -> str:
