@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from liar_families import (
+    FAMILIES,
     UNLISTED,
     WITHOUT_HEADS,
     batches_of,
@@ -85,6 +86,9 @@ def test_prune_save_load_gives_the_same_function(name, target, allocation, tmp_p
     expected = outputs(in_memory)
     loaded = liar_ext.load(tmp_path / "small")
     _close(outputs(loaded), expected)
+    # other code of the same modules: attention written out
+    loaded.set_attn_implementation("eager")
+    _close(outputs(loaded), expected)
     gone = report.totals["site_parameters_before"] - report.totals["site_parameters_after"]
     assert gone > 0
     assert loaded.num_parameters() == family.build().num_parameters() - gone
@@ -99,6 +103,23 @@ def test_prune_save_load_gives_the_same_function(name, target, allocation, tmp_p
     # a trace of earlier is not taken for one of now
     with pytest.raises(InputError):
         liar_ext.compress(tmp_path / "small", tmp_path / "smaller", recipe)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_traced_text_model_inside_another_is_pruned_there(allocation, tmp_path):
+    def build() -> Any:
+        config = FAMILIES["llava"].build().config
+        config.text_config = UNLISTED["olmo"].build().config
+        return randomise(transformers.LlavaForConditionalGeneration(config))
+
+    build().save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn", "heads"), allocation=allocation)
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe, trace=True)
+    model = build()
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe, trace=True)
+    loaded = liar_ext.load(tmp_path / "small")
+    assert type(loaded.config.text_config).__name__ == "OlmoConfig"
+    _close(outputs(loaded), outputs(model))
 
 
 @pytest.mark.parametrize("name", [n for n, f in UNLISTED.items() if f.decoder])
@@ -166,8 +187,6 @@ def test_an_encoders_post_norm_has_no_stream_target(tmp_path):
 
 
 def test_a_listed_family_keeps_its_adapter(tmp_path):
-    from liar_families import FAMILIES
-
     FAMILIES["llama-mha"].build().save_pretrained(tmp_path / "dense")
     recipe = _recipe(tmp_path)
     liar_ext.compress(tmp_path / "dense", tmp_path / "plain", recipe)
