@@ -87,6 +87,7 @@ class Searcher:
             list(grids.values()),
             self.recipe.search_evaluations,
             self.recipe.seed,
+            windows=sum(len(batch.input_ids) for batch in windows),
         )
         self.progress.begin(self.recipe.search_evaluations, f"searching ({allocation.name})")
         oracle = ModelOracle(
