@@ -41,7 +41,7 @@ from liar_ext.costs import (
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
-from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
+from liar_ext.engine.inputs import compute_dtype, dense_config, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
@@ -79,6 +79,7 @@ def plan(
     out: Path | None = None,
     device_memory: int | None = None,
     rates: Mapping[str, float] | None = None,
+    trace: bool = False,
 ) -> dict[str, Any]:
     """Shapes, sizes, costs and the loader of one compression.
 
@@ -88,6 +89,7 @@ def plan(
         ranks: of how many processes; memory is then that of one of them.
         out: the folder to be made, whose disk has to have room; None is the working directory.
         device_memory: bytes of a GPU that need not be here; times are then not predicted.
+        trace: as `compress` will get it.
         rates: FLOP/s of `forward`, `gram`, `solve` and `residual`, instead of measuring them.
     Returns:
         JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `latency` (of a budget in
@@ -101,7 +103,7 @@ def plan(
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
-    dense = dense_config(folder)
+    dense = dense_config(source_config(folder), recipe.target if trace else None)
     hypothetical = device_memory is not None
     device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
@@ -206,7 +208,7 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
-def dense_config(folder: Path) -> dict[str, Any]:
+def source_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a model that can be pruned; InputError where it is no such thing."""
     dense = read_json(folder / "config.json")
     if "model_type" not in dense:

@@ -11,6 +11,7 @@ from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.costs import SitePlan, Tokens, head_flops, layer_flops, producer_rows, solve_flops
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.level_store import Key
+from liar_ext.engine.loss import predicts
 from liar_ext.engine.oracle import TOGETHER
 from liar_ext.engine.search import level_bytes, level_grid
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
@@ -113,7 +114,7 @@ def search_sizes(
         + sum(by_layer[stop:])
         + 2 * head_flops(model)
     )
-    head = model.get_output_embeddings() if adapter.decoder else None
+    head = model.get_output_embeddings() if predicts(model, adapter) else None
     return SearchSizes(
         {
             "forward": tokens.positions * sum(by_layer[:stop]),

@@ -185,13 +185,17 @@ def test_evaluations_count_by_their_share_and_end():
         Trials(Space(dataclasses.replace(given, evaluations=0)), losses)
 
 
-def test_offspring_of_level_swaps_go_through_the_stages():
-    """Of 128, 16 survive 1/64 of the windows, and 4 of them 1/8."""
+@pytest.mark.parametrize(
+    ("windows", "first", "offspring"), [(None, 1 / 64, 128), (128, 1 / 64, 128), (16, 1 / 16, 32)]
+)
+def test_offspring_of_level_swaps_go_through_the_stages(windows, first, offspring):
+    """16 survive the first stage, 4 the second. One window of 16 costs more than 1/64."""
     given, losses = problem(0, 12, 20, evaluations=2 + 8)
-    run("level-swaps", given, losses)
-    counts = {share: sum(s == share for _, s in losses.asked) for share in (1 / 64, 1 / 8, 1.0)}
-    assert counts == {1 / 64: 128, 1 / 8: 16, 1.0: 2 + 4}
-    for share, following in ((1 / 64, 1 / 8), (1 / 8, 1.0)):
+    run("level-swaps", dataclasses.replace(given, windows=windows), losses)
+    counts = {share: sum(s == share for _, s in losses.asked) for share in (first, 1 / 8, 1.0)}
+    assert counts == {first: offspring, 1 / 8: 16, 1.0: 2 + 4}
+    assert sum(counts.values()) == len(losses.asked)
+    for share, following in ((first, 1 / 8), (1 / 8, 1.0)):
         judged = [candidate for candidate, own in losses.asked if own == share]
         again = dict(zip(judged, Losses(given, 0).losses(judged, share), strict=True))
         best = sorted(judged, key=again.__getitem__)
@@ -200,6 +204,16 @@ def test_offspring_of_level_swaps_go_through_the_stages():
             2 if following == 1 else 0 :
         ]
         assert survivors == best[: len(survivors)]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5, 8])
+def test_a_share_is_rounded_up_to_whole_windows_and_paid_for_like_that(windows):
+    given, losses = problem(0, 6, 8, sparsity=0.4, evaluations=30)
+    run("level-swaps", dataclasses.replace(given, windows=windows), losses)
+    assert 24 < losses.spent <= 30 * SLACK
+    shares = {share * windows for _, share in losses.asked}
+    assert all(share == pytest.approx(round(share)) for share in shares)
+    assert len(losses.asked) == len(set(losses.asked))
 
 
 def test_a_swap_raises_one_site_by_its_stride_and_lowers_others():

@@ -218,6 +218,66 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# families without an adapter, for `--trace`
+_PLAIN = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_PLAIN_GQA = {**_PLAIN, "num_attention_heads": 8, "num_key_value_heads": 4}
+_WORDS = {**_ENCODER, "pad_token_id": 1}
+_FALCON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_kv_heads": 4,
+    "new_decoder_architecture": True,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_GPTJ = {**_GPT2, "rotary_dim": 4, "n_inner": 48}
+_BLOOM = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_MASKED = transformers.AutoModelForMaskedLM
+
+UNLISTED: dict[str, Family] = {
+    family.name: family
+    for family in (
+        _family("gpt_neox", "GPTNeoXForCausalLM", _CAUSAL, True, _PLAIN),
+        _family("phi", "PhiForCausalLM", _CAUSAL, True, _PLAIN),
+        _family("stablelm", "StableLmForCausalLM", _CAUSAL, True, _PLAIN_GQA),
+        _family("starcoder2", "Starcoder2ForCausalLM", _CAUSAL, True, _PLAIN_GQA),
+        _family("olmo", "OlmoForCausalLM", _CAUSAL, True, _PLAIN_GQA),
+        _family("cohere", "CohereForCausalLM", _CAUSAL, True, _PLAIN_GQA),
+        _family("glm", "GlmForCausalLM", _CAUSAL, True, _PLAIN_GQA, head_dim=8),
+        _family("gptj", "GPTJForCausalLM", _CAUSAL, True, _GPTJ),
+        # q, k and v of a group beside each other
+        _family("falcon", "FalconForCausalLM", _CAUSAL, True, _FALCON),
+        _family("electra", "ElectraForMaskedLM", _MASKED, False, _ENCODER, embedding_size=16),
+        _family("xlm-roberta", "XLMRobertaForMaskedLM", _MASKED, False, _WORDS),
+        _family("modernbert", "ModernBertForMaskedLM", _MASKED, False, _WORDS),
+        # only their FFN can be pruned
+        _family("olmo2", "Olmo2ForCausalLM", _CAUSAL, True, _PLAIN),
+        _family("bloom", "BloomForCausalLM", _CAUSAL, True, _BLOOM),
+        _family("mpnet", "MPNetForMaskedLM", _MASKED, False, _WORDS),
+    )
+}
+WITHOUT_HEADS = ("olmo2", "bloom", "mpnet")
+
+
 def write_tokens(path: Path, *, samples: int = 24, length: int = LENGTH, seed: int = 1) -> Path:
     """A token file of `samples` windows, as `--calibration` takes it."""
     # the last id is the image token of the nested model, 0 and 1 are special

@@ -98,7 +98,8 @@ def problem(
             kind, units, cost = "ffn", 4 * steps, 7
         if stairs:
             step = 1 if heads else drawn.choice([2, 4, 7])
-            budgets.append(Stairs(kind, units, cost, None, 3.7 * drawn.random(), step))
+            base = 3.7 * drawn.random()
+            budgets.append(Stairs(kind, units, cost, base=base, step=step))
         else:
             budgets.append(Budget(kind, units, cost))
         grids.append(tuple(units * place // steps for place in range(1, steps + 1)))

@@ -16,11 +16,12 @@ from liar_ext.allocation.search import Candidate, Oracle, Problem
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
-# share of the windows on which offspring are judged, and how many of them survive that; Tyr's 128
-# on 2,048 tokens, 16 on 16,384 and 4 on 131,072. Half of a generation's cost is the last stage.
-STAGES = ((1 / 64, 16), (1 / 8, 4))
-OFFSPRING = 128
-LAST = STAGES[-1][1]
+# share of the windows on which a stage judges; Tyr's 2,048, 16,384 and 131,072 tokens
+SHARES = (1 / 64, 1 / 8)
+# evaluations that each of these stages costs: of Tyr's 128 and 16 offspring
+EACH = 2
+# how many are judged on all windows
+LAST = 4
 PARENTS = 2
 SWAPS = 4
 # part of a Site's levels that a swap goes up, and how often that is halved; Tyr's 12.5 to 1.56 %
@@ -45,12 +46,15 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
             return mutated(space, parents[int(generator.integers(len(parents)))], stride, generator)
 
         # what is left may not pay for a whole generation
-        last = min(LAST, max(1, int(trials.left / 2)))
-        offspring = trials.fresh(drawn, OFFSPRING * last // LAST if trials.left >= 2 else 1)
+        part = min(1.0, trials.left / (LAST + EACH * len(SHARES)))
+        last = max(1, int(part * LAST))
+        stages = [trials.rounded(share) for share in SHARES]
+        # fewer offspring where a window is a larger share than the stage wants
+        counts = [max(last, int(part * EACH / share)) for share in stages] + [last]
+        offspring = trials.fresh(drawn, counts[0] if trials.left >= 2 else 1)
         if not offspring:
             break
-        for share, survivors in STAGES:
-            kept = survivors * last // LAST
+        for share, kept in zip(stages, counts[1:], strict=True):
             if len(offspring) > kept:
                 losses = trials.losses(offspring, share)
                 order = sorted(range(len(offspring)), key=losses.__getitem__)
@@ -96,4 +100,6 @@ def _swapped(space: Space, positions: Positions, stride: float, generator: Gener
     return positions
 
 
-LEVEL_SWAPS = Allocation("level-swaps", levels.wanted, survey="levels", equal=False, search=search)
+LEVEL_SWAPS = Allocation(
+    "level-swaps", levels.wanted, survey="levels", equal=False, search=search, prices=True
+)

@@ -38,6 +38,7 @@ class Problem:
             as that share.
         seed: of every random choice.
         tied: groups of Sites that must get the same width, each with the same levels.
+        windows: that models are compared on, where a `share` of them is rounded up to whole ones.
     """
 
     budgets: Sequence[Budget]
@@ -46,6 +47,7 @@ class Problem:
     evaluations: int
     seed: int
     tied: Sequence[tuple[int, ...]] = ()
+    windows: int | None = None
 
     @property
     def most(self) -> float:

@@ -61,4 +61,4 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     return trials.best()
 
 
-SPDY = Allocation("spdy", levels.wanted, survey="levels", equal=False, search=search)
+SPDY = Allocation("spdy", levels.wanted, survey="levels", equal=False, search=search, prices=True)

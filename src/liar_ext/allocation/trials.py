@@ -31,6 +31,7 @@ class Trials:
 
     def losses(self, tried: Sequence[Positions], share: float = 1.0) -> list[float]:
         """Loss of each; infinite where it is not finite, or no evaluations are left for it."""
+        share = self.rounded(share)
         known = self._known.setdefault(share, {})
         fresh = [p for p in dict.fromkeys(tried) if p not in known]
         # shares such as 1/3 do not add up to whole numbers
@@ -41,6 +42,11 @@ class Trials:
             for positions, loss in zip(fresh, self._oracle.losses(asked, share), strict=True):
                 known[positions] = loss if math.isfinite(loss) else math.inf
         return [known.get(positions, math.inf) for positions in tried]
+
+    def rounded(self, share: float) -> float:
+        """The share that the windows of the problem allow, `share` or more."""
+        windows = self._space.problem.windows
+        return share if windows is None else math.ceil(share * windows - 1e-9) / windows
 
     def fresh(self, draw: Callable[[], Positions], count: int) -> list[Positions]:
         """Up to `count` different candidates that were not tried with all windows yet.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.cli.options import add_recipe_options, recipe_of
-from liar_ext.cli.prune import add_waiting
+from liar_ext.cli.prune import add_trace, add_waiting
 from liar_ext.errors import InputError, LiarError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--keep-moments", action="store_true", help="leave DIR/moments for `liar prune --moments`"
     )
+    add_trace(parser)
     parser.add_argument("--resume", action="store_true", help="go on with what is in DIR")
     parser.add_argument("--overwrite", action="store_true", help="start again in DIR")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         overwrite=arguments.overwrite,
         keep_moments=arguments.keep_moments,
         execution=Execution(hidden_states=arguments.hidden_states, scratch=arguments.scratch),
+        trace=arguments.trace,
     )
     if not arguments.json:
         print_table(summary(result))

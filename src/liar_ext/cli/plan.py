@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.cli.options import add_recipe_options, recipe_of
-from liar_ext.cli.prune import add_places
+from liar_ext.cli.prune import add_places, add_trace
 from liar_ext.errors import InputError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -35,6 +35,7 @@ def add_parser(commands: Any) -> None:
         metavar="SIZE",
         help="plan for a GPU of this size that is not here, such as 80GiB",
     )
+    add_trace(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         as_json=arguments.json,
         out=arguments.out,
         ranks=arguments.ranks,
+        trace=arguments.trace,
         device_memory=None if memory is None else bytes_of(memory),
     )
 

@@ -20,6 +20,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     add_recipe_options(parser)
     add_execution_options(parser)
+    add_trace(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, and stop")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -34,6 +35,15 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     )
     add_journal(group)
     add_places(group)
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    """`liar plan` and `liar compare` have this, too."""
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="of a family without an adapter, find the Sites by running its layers (liar trace)",
+    )
 
 
 def add_waiting(group: Any) -> None:
@@ -97,7 +107,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         source = resolve(arguments.source, config_only=True)
         check_output(Path(arguments.out), source, overwrite=arguments.overwrite)
         return plan.show(
-            arguments.source, recipe, execution, as_json=arguments.json, out=Path(arguments.out)
+            arguments.source,
+            recipe,
+            execution,
+            as_json=arguments.json,
+            out=Path(arguments.out),
+            trace=arguments.trace,
         )
     from liar_ext.cli.output import Watcher, print_table, summary
     from liar_ext.engine.allocator import steady_allocator
@@ -118,6 +133,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
                 progress=watcher,
                 execution=execution,
                 ranks=ranks,
+                trace=arguments.trace,
             )
     if not first:
         # one report, from one rank

@@ -78,6 +78,10 @@ class Grid:
     cells: tuple[Cell, ...]
     skipped: tuple[tuple[dict[str, Any], str], ...]
 
+    def targets(self) -> tuple[str, ...]:
+        """All kinds of Site that some cell prunes."""
+        return tuple(dict.fromkeys(kind for cell in self.cells for kind in cell.recipe.target))
+
     def fixed(self) -> dict[str, Any]:
         """What all recipes have in common, as JSON data."""
         data = self.base.to_json()

@@ -45,6 +45,7 @@ def compare(
     keep_moments: bool = False,
     execution: Execution | None = None,
     say: Say | None = None,
+    trace: bool = False,
 ) -> dict[str, Any]:
     """Prune and evaluate one model in every way that a grid names.
 
@@ -59,6 +60,7 @@ def compare(
         keep_moments: leave `out/moments`, for `liar prune --moments`.
         execution: where hidden states wait.
         say: takes each line for the user.
+        trace: of a family without an adapter, find the Sites by running its layers.
     Returns:
         what is in `out/comparison.json`; cells that failed have a status that says so.
     Raises:
@@ -73,7 +75,7 @@ def compare(
     check_folder(out, folder, resume=resume, overwrite=overwrite)
     for evaluation in evaluations:
         evaluation.identity()  # a file that cannot be read is refused before anything is
-    subject = Subject(folder, grid, evaluations, execution or Execution())
+    subject = Subject(folder, grid, evaluations, execution or Execution(), trace)
     grid = subject.grid
     identity = subject.identity()
     with open_ledger(out, folder, identity, resume=resume, overwrite=overwrite) as ledger:

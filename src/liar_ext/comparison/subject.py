@@ -48,6 +48,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
 from liar_ext.evaluation.task import Evaluation
 from liar_ext.models import adapter_for, text_config
+from liar_ext.models.traced import KEY as TRACE
 from liar_ext.recipe import DEFAULT_RIDGE, Recipe
 from liar_ext.report import Report
 
@@ -67,14 +68,21 @@ class Subject:
     """
 
     def __init__(
-        self, folder: Path, grid: Grid, evaluations: Sequence[Evaluation], execution: Execution
+        self,
+        folder: Path,
+        grid: Grid,
+        evaluations: Sequence[Evaluation],
+        execution: Execution,
+        trace: bool = False,
     ) -> None:
         base = grid.base
         self.folder, self._execution = folder, execution
         self._judgements = Judgements()
         self.device = resolve_device(base.device)
         check_backends(self.device)
-        self._reader, empty, self.left_over = dense_checkpoint(folder)
+        self._reader, empty, self.left_over = dense_checkpoint(
+            folder, grid.targets() if trace else None
+        )
         self._adapter = adapter_for(empty.config)
         targeted_layers(InMemory(empty), base)  # refuses layers that the model has not
         limit = self._adapter.max_positions(text_config(empty.config))
@@ -119,7 +127,10 @@ class Subject:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The dense model, in the compute dtype, on the device."""
-        return load(self.folder, dtype=self.dtype, device=self.device)
+        model = load(self.folder, dtype=self.dtype, device=self.device)
+        if TRACE in self._reader.config:
+            setattr(model.config, TRACE, self._reader.config[TRACE])
+        return model
 
     @cached_property
     def _measures(self) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import output_folder
 from liar_ext.engine.compression import Compression, write_records
-from liar_ext.engine.inputs import check_backends, chosen_backends, fit_to
+from liar_ext.engine.inputs import check_backends, chosen_backends, dense_config, fit_to
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models.traced import KEY as TRACE
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 
@@ -30,6 +31,7 @@ def prune(
     recipe: Recipe,
     *,
     progress: Progress | None = None,
+    trace: bool = False,
 ) -> Report:
     """Prune a model in memory, in place.
 
@@ -38,6 +40,7 @@ def prune(
         batches: calibration tokens: `Batch`, a mapping with `input_ids` and optionally
             `attention_mask`, or a (b, t) tensor of ids.
         recipe: what to do; its calibration, device and dtype fields are not used.
+        trace: of a family without an adapter, find the Sites by running its layers.
     Returns:
         the Report. `model.config` is updated; write the model with `liar_ext.save`.
     Raises:
@@ -48,6 +51,7 @@ def prune(
         raise InputError(f"a {type(model).__name__} is no transformers model")
     if hasattr(model.config, layout.KEY):
         raise InputError("this model has shapes of its own already; prune the dense model instead")
+    _adopt(model, recipe, trace)
     adapter_for(model.config)
     vocabulary = text_config(model.config).vocab_size
     prepared = tuple(_batch(batch, vocabulary) for batch in batches)
@@ -89,6 +93,16 @@ def save(
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
         write_records(temporary, report)
+
+
+def _adopt(model: PreTrainedModel, recipe: Recipe, trace: bool) -> None:
+    """Put what a trace says into the model's config, or refuse one of earlier."""
+    if not trace and hasattr(model.config, TRACE):
+        raise InputError("this model's Sites were traced; give trace=True to trace them again")
+    if trace:
+        data = dense_config(model.config.to_dict(), recipe.target)
+        if TRACE in data:
+            setattr(model.config, TRACE, data[TRACE])
 
 
 def _batch(batch: Batch | Mapping[str, Tensor] | Tensor, vocabulary: int) -> Batch:

@@ -50,20 +50,23 @@ def record_calls(
     batch: Batch,
     device: torch.device,
     options: dict[str, Any],
+    returns: int = 0,
 ) -> tuple[Tensor, list[LayerCall]]:
     """Embed one batch and record how the model calls each of its layers, without running them.
 
     Every layer has its own arguments (masks and rotary tables differ by layer type), and they
-    come from the model itself: no attention mask or position is built here. `options` are further
-    arguments of the model (`use_cache=False` for decoders).
+    come from the model itself: no attention mask or position is built here.
 
+    Args:
+        options: further arguments of the model (`use_cache=False` for decoders).
+        returns: entries of the tuple that a layer gives back, see `Adapter`.
     Returns:
         the hidden states that enter layer 0 (b, t, d), and one call for each layer.
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
 
-    def stub(*args: Any, **kwargs: Any) -> Tensor:
+    def stub(*args: Any, **kwargs: Any) -> Any:
         if "hidden_states" in kwargs:
             hidden = kwargs.pop("hidden_states")
         else:
@@ -72,7 +75,7 @@ def record_calls(
         calls.append(LayerCall(args, kwargs))
         if len(calls) == len(layers):
             raise _Stop
-        return hidden
+        return _given_back(hidden, returns)
 
     mask = batch.mask_on(device)
     with _replaced(layers, stub), suppress(_Stop):
@@ -87,6 +90,7 @@ def last_hidden(
     device: torch.device,
     options: dict[str, Any],
     final: Tensor,
+    returns: int = 0,
 ) -> Tensor:
     """What the model makes of the output of its last layer, by its own code: its final norm.
 
@@ -95,11 +99,11 @@ def last_hidden(
     """
     calls = 0
 
-    def stub(*args: Any, **kwargs: Any) -> Tensor:
+    def stub(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         passed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return final if calls == len(layers) else passed
+        return _given_back(final if calls == len(layers) else passed, returns)
 
     mask = batch.mask_on(device)
     with _replaced(layers, stub):
@@ -107,8 +111,13 @@ def last_hidden(
     return found[0]
 
 
+def _given_back(states: Tensor, returns: int) -> Any:
+    """Hidden states as a layer gives them back."""
+    return (states, *[None] * (returns - 1)) if returns else states
+
+
 @contextmanager
-def _replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     """Layers that do something else when they are called."""
     # accelerate and others put a forward of their own on the instance: it is put back
     own = [vars(layer).get("forward") for layer in layers]

@@ -30,6 +30,7 @@ from liar_ext.engine.inputs import (
     check_backends,
     chosen_backends,
     compute_dtype,
+    dense_config,
     load_calibration,
     resolve_device,
 )
@@ -60,6 +61,7 @@ def compress(
     progress: Progress | None = None,
     execution: Execution | None = None,
     ranks: Ranks | None = None,
+    trace: bool = False,
 ) -> Report:
     """Prune a checkpoint into a new folder, layer by layer; the source is only read.
 
@@ -69,6 +71,7 @@ def compress(
         execution: where hidden states wait, how often the journal is written, resuming.
         ranks: the processes that share the work; None is this one alone. All call this with the
             same arguments; `out` is on a file system that all of them see.
+        trace: of a family without an adapter, find the Sites by running its layers.
     Returns:
         the Report, as in `out/liar_report.json`.
     Raises:
@@ -81,7 +84,7 @@ def compress(
     check_output(Path(out), folder, overwrite=overwrite or execution.resume)
     device = resolve_device(recipe.device) if ranks.size == 1 else ranks.device
     check_backends(device)
-    reader, model, left_over = dense_checkpoint(folder)
+    reader, model, left_over = dense_checkpoint(folder, recipe.target if trace else None)
     adapter = adapter_for(model.config)
     paths_for(recipe.target_signal, adapter, model.config)  # refuses by name
     calibration = load_calibration(folder, model, recipe)
@@ -158,10 +161,14 @@ def compress(
     return report
 
 
-def dense_checkpoint(folder: Path) -> tuple[CheckpointReader, PreTrainedModel, list[str]]:
+def dense_checkpoint(
+    folder: Path, traced: tuple[str, ...] | None = None
+) -> tuple[CheckpointReader, PreTrainedModel, list[str]]:
     """The reader of a checkpoint that can be pruned, its model on `meta`, and the names of tensors
     that are no part of the model.
 
+    Args:
+        traced: kinds of Site to find by a trace where the family has no adapter; None is no trace.
     Raises:
         InputError: it is pruned already, of an unsupported model, incomplete, or has more layers
             than its config says.
@@ -171,6 +178,7 @@ def dense_checkpoint(folder: Path) -> tuple[CheckpointReader, PreTrainedModel, l
         raise InputError(
             f"{folder}: pruned already, to shapes of its own; start from the dense one"
         )
+    reader.config = dense_config(reader.config, traced)
     config = layout.config_object(reader.config)
     adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
     model = layout.empty_model(config)

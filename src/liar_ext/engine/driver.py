@@ -229,7 +229,8 @@ class Driver:
         with self.clock.phase("load"):
             self.store.open_outside()
         options = {"use_cache": False} if self.adapter.decoder else {}
-        self._stream.embed(self.adapter.backbone(self.store.model)[1], options)
+        backbone = self.adapter.backbone(self.store.model)[1]
+        self._stream.embed(backbone, options, self.adapter.returns)
         self.store.close_outside()
         if position.layer and self.keeper is not None:
             with self.clock.phase("hold"):

@@ -23,14 +23,14 @@ from liar_ext.criteria import CRITERIA
 from liar_ext.engine.capture import last_hidden, layer_output
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.frozen import frozen
-from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
+from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens, predicts
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, Shelf
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Stream
 from liar_ext.errors import InputError
-from liar_ext.models import Site, adapter_for, linear
+from liar_ext.models import Adapter, Site, adapter_for, linear
 from liar_ext.ops.saliency import UnitGradients, WeightGradients, gate_gradients, taylor_sums
 from liar_ext.recipe import Recipe
 
@@ -72,7 +72,7 @@ class GradientPass:
     def __post_init__(self) -> None:
         model = self.store.model
         self._adapter = adapter_for(model.config)
-        _refuse_without_loss(model, self._adapter.decoder, self.recipe.criterion)
+        _refuse_without_loss(model, self._adapter, self.recipe.criterion)
         self._weights = CRITERIA[self.recipe.criterion].needs == "weight_gradients"
         self._backbone = self._adapter.backbone(model)[1]
         self._layers = self._adapter.layer_list(model)[1]
@@ -126,7 +126,7 @@ class GradientPass:
         hidden states."""
         with self.clock.phase("load"):
             self.store.open_outside()
-        self._stream.embed(self._backbone, _OPTIONS)
+        self._stream.embed(self._backbone, _OPTIONS, self._adapter.returns)
         self.store.close_outside()
         layers = len(self._layers)
         self.progress.begin(2 * layers - self.targets.start, "gradients")
@@ -161,7 +161,13 @@ class GradientPass:
                 final = item.fetch().detach().requires_grad_()
                 with torch.enable_grad():
                     last = last_hidden(
-                        self._backbone, self._layers, batch, self.device, _OPTIONS, final
+                        self._backbone,
+                        self._layers,
+                        batch,
+                        self.device,
+                        _OPTIONS,
+                        final,
+                        self._adapter.returns,
                     )
                 gradient, loss = loss_gradient(head, last.detach(), targets.to(self.device))
                 (own,) = torch.autograd.grad(last, final, gradient)
@@ -341,10 +347,12 @@ def _by_example(tensor: Tensor, examples: int) -> Tensor:
     return tensor.detach().reshape(examples, -1, tensor.shape[-1])
 
 
-def _refuse_without_loss(model: PreTrainedModel, decoder: bool, criterion: str) -> None:
-    if decoder and model.get_output_embeddings() is not None:
+def _refuse_without_loss(model: PreTrainedModel, adapter: Adapter, criterion: str) -> None:
+    if predicts(model, adapter):
         return
-    reason = "has no language-model head" if decoder else "is an encoder, which predicts none"
+    reason = "has no language-model head" if adapter.plain_head else "scales or bounds its logits"
+    if not adapter.decoder:
+        reason = "is an encoder, which predicts none"
     others = ", ".join(name for name, other in CRITERIA.items() if not other.differentiates)
     raise InputError(
         f"--criterion {criterion}: needs the loss of the next token, and {type(model).__name__} "

@@ -5,14 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
-from liar_ext.models import linear
+from liar_ext.models import Adapter, linear
 
 # float32 logits of one chunk: 128 MiB, and about three times that with their gradient
 CHUNK_LOGITS = 1 << 25
 # what `cross_entropy` leaves out
 NO_TARGET = -100
+
+
+def predicts(model: PreTrainedModel, adapter: Adapter) -> bool:
+    """Whether the model's head makes the logits of the next token of its last hidden states."""
+    head = model.get_output_embeddings()
+    return adapter.decoder and adapter.plain_head and head is not None
 
 
 def loss_gradient(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from liar_ext.engine.capture import last_hidden
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import Key, Levels
+from liar_ext.engine.loss import predicts
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, Shelf
@@ -177,7 +178,7 @@ class ModelOracle:
             )
             with self.clock.phase("load"):
                 self.store.open_outside()
-            stream.embed(self._backbone, self._options)
+            stream.embed(self._backbone, self._options, self._adapter.returns)
             self.store.close_outside()
             entering = stream.hidden
             for index in range(len(self._layers)):
@@ -200,7 +201,8 @@ class ModelOracle:
         """The loss of each; what they left behind is freed."""
         with self.clock.phase("load"):
             self.store.open_head()
-        head = self.store.model.get_output_embeddings() if self._adapter.decoder else None
+        model = self.store.model
+        head = model.get_output_embeddings() if predicts(model, self._adapter) else None
         found: dict[_Prefix, float] = {}
         for prefix, own in states.items():
             sums = {n: self._batch(stream, n, dense[n], own[n], head) for n in own}
@@ -230,7 +232,13 @@ class ModelOracle:
         """The backbone's output at the valid tokens, (tokens, d)."""
         with self.clock.phase("forward"):
             states = last_hidden(
-                self._backbone, self._layers, batch, self.device, self._options, item.fetch()
+                self._backbone,
+                self._layers,
+                batch,
+                self.device,
+                self._options,
+                item.fetch(),
+                self._adapter.returns,
             )
             return valid_rows(states, valid)
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.criteria import CRITERIA, Evidence, unit_scores
@@ -23,7 +22,7 @@ from liar_ext.engine.capture import last_hidden, layer_output
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.gates import gated
 from liar_ext.engine.keeper import Position
-from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
+from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens, predicts
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, Shelf
@@ -31,7 +30,7 @@ from liar_ext.engine.statistics import SiteColumns, valid_rows
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Stream
 from liar_ext.errors import InputError
-from liar_ext.models import Adapter, Site, adapter_for
+from liar_ext.models import Site, adapter_for
 from liar_ext.ops.policy import Policy, initial
 from liar_ext.recipe import Recipe
 
@@ -128,7 +127,7 @@ class PolicyPass:
         with."""
         with self.clock.phase("load"):
             self.store.open_outside()
-        self._stream.embed(self._backbone, self._options)
+        self._stream.embed(self._backbone, self._options, self._adapter.returns)
         self.store.close_outside()
         layers = len(self._layers)
         self.progress.begin(layers, "measuring the dense model")
@@ -273,7 +272,13 @@ class PolicyPass:
             final = item.fetch()
         with self.clock.phase("forward"):
             last = last_hidden(
-                self._backbone, self._layers, batch, self.device, self._options, final
+                self._backbone,
+                self._layers,
+                batch,
+                self.device,
+                self._options,
+                final,
+                self._adapter.returns,
             )
             head = self.store.model.get_output_embeddings()
             return float(loss_sum(head, last, targets.to(self.device))) / predicted
@@ -317,11 +322,6 @@ class PolicyPass:
             "first": float(found[:part][found[:part].isfinite()].mean()),
             "last": float(found[-part:][found[-part:].isfinite()].mean()),
         }
-
-
-def predicts(model: PreTrainedModel, adapter: Adapter) -> bool:
-    """Whether the loss is that of the next token; else it is an error of hidden states."""
-    return adapter.decoder and model.get_output_embeddings() is not None
 
 
 def _standardised(scores: Tensor) -> Tensor:

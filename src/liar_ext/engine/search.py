@@ -124,6 +124,7 @@ class Searcher:
             list(grids.values()),
             self.recipe.search_evaluations,
             self.recipe.seed,
+            windows=sum(len(batch.input_ids) for batch in windows),
         )
 
         @cache

@@ -100,12 +100,14 @@ class Stream:
         """Where valid tokens are in a batch (`Batch.valid_on`)."""
         return self._valid[number]
 
-    def embed(self, backbone: nn.Module, options: dict[str, Any]) -> None:
-        """Enter the first layer: embeddings, and every layer's own arguments."""
+    def embed(self, backbone: nn.Module, options: dict[str, Any], returns: int = 0) -> None:
+        """Enter the first layer: embeddings, and every layer's own arguments (`record_calls`)."""
         known: dict[tuple[Any, ...], list[Tensor]] = {}
         for number, batch in self._batches.items():
             with self._clock.phase("forward"):
-                states, calls = record_calls(backbone, self._layers, batch, self._device, options)
+                states, calls = record_calls(
+                    backbone, self._layers, batch, self._device, options, returns
+                )
                 self._calls[number] = shared(calls, known)
             with self._clock.phase("hold"):
                 self.hidden[number] = self._shelf.put(states)

@@ -20,6 +20,7 @@ from liar_ext.models.qwen2 import QWEN2
 from liar_ext.models.qwen3 import QWEN3
 from liar_ext.models.roberta import ROBERTA
 from liar_ext.models.site import Producer, Site, SiteSpec
+from liar_ext.models.traced import traced_family
 
 ADAPTERS: dict[str, Adapter] = {
     adapter.model_type: adapter
@@ -29,16 +30,18 @@ EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_nu
 
 
 def adapter_for(config: PretrainedConfig) -> Adapter:
-    """The Adapter of a config, or of its nested text config.
+    """The Adapter of a config, or of its nested text config: what a trace has put into the config,
+    else its family's.
 
     Raises:
         UnsupportedModelError: the model cannot be pruned safely; says why and what can.
     """
     text = text_config(config)
-    reason = _refusal(config, text)
-    adapter = ADAPTERS.get(text.model_type)
+    reason = refusal(config)
+    family = traced_family(config)
+    adapter = ADAPTERS.get(text.model_type) if family is None else family.adapter()
     if reason is None and adapter is None:
-        reason = "it is not a family this version knows"
+        reason = "it is not a family this version knows (`liar trace` may find its Sites)"
     if reason is None and adapter is not None:
         reason = adapter.refuse(text)
     if reason is not None or adapter is None:
@@ -49,7 +52,9 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     return adapter
 
 
-def _refusal(config: PretrainedConfig, text: PretrainedConfig) -> str | None:
+def refusal(config: PretrainedConfig) -> str | None:
+    """Why a model cannot be pruned, whatever its family, or None."""
+    text = text_config(config)
     for part in (config, text):
         if getattr(part, "quantization_config", None):
             return "its weights are quantised; prune the original first, then quantise"
@@ -63,4 +68,13 @@ def _refusal(config: PretrainedConfig, text: PretrainedConfig) -> str | None:
     return None
 
 
-__all__ = ["ADAPTERS", "Adapter", "Producer", "Site", "SiteSpec", "adapter_for", "text_config"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Producer",
+    "Site",
+    "SiteSpec",
+    "adapter_for",
+    "refusal",
+    "text_config",
+]

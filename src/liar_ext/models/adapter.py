@@ -35,6 +35,10 @@ class Adapter:
         residual: config -> whether a layer's output is the sum of its input and its consumers'
             outputs: the norms are in front (pre-norm).
         refuse: config -> reason why this variant cannot be pruned, or None.
+        returns: entries of the tuple that a layer gives back, hidden states first; 0 where it gives
+            back hidden states alone.
+        plain_head: logits are what the output embedding makes of the last hidden states.
+        traced: its Sites were found by running layers, see `liar_ext.tracing`.
         alias: another model_type with the same modules and weight names, for head counts that
             this family's own config validation rejects.
     """
@@ -48,6 +52,9 @@ class Adapter:
     explicit: Callable[[PretrainedConfig], dict[str, Any]] = lambda config: {}
     residual: Callable[[PretrainedConfig], bool] = lambda config: False
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
+    returns: int = 0
+    plain_head: bool = True
+    traced: bool = False
     alias: str | None = None
 
     def backbone(self, model: PreTrainedModel) -> tuple[str, nn.Module]:

@@ -18,18 +18,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from liar_ext.errors import InputError
-from liar_ext.models import ADAPTERS, adapter_for
+from liar_ext.models import ADAPTERS, adapter_for, traced
 from liar_ext.models.adapter import Adapter, text_config
 
 KEY = "liar_ext"
 VERSION = 1
-# what `describe` may change in the config of the layers
-_WIDTH_NAMES = {"head_dim"} | {
-    name
-    for adapter in ADAPTERS.values()
-    for spec in adapter.sites
-    for name in (*(spec.config_fields or {}), *([spec.bias_flag] if spec.bias_flag else []))
-}
 
 
 def config_object(data: dict[str, Any]) -> PretrainedConfig:
@@ -134,7 +127,7 @@ def describe(
         text = _text(stock)
         text.update(adapter.explicit(text_config(config_object(dense))))
         text.update(values)
-        if _accepted(stock):
+        if _accepted(stock) and (not adapter.traced or _builds(stock, dense, layers)):
             return stock
         renamed = _aliased(stock, dense, adapter)
         if renamed is not None and not added_biases and _accepted(renamed):
@@ -187,8 +180,13 @@ def update(config: PretrainedConfig, data: dict[str, Any]) -> None:
     if KEY in data:
         setattr(config, KEY, data[KEY])
     text, values = text_config(config), _text(data)
+    adapter = adapter_for(config)
+    # what `describe` may change in the config of the layers
+    widths = {"head_dim", *adapter.explicit(text)}
+    for spec in adapter.sites:
+        widths |= {*(spec.config_fields or {}), *([spec.bias_flag] if spec.bias_flag else [])}
     for name, value in values.items():
-        if name in _WIDTH_NAMES and getattr(text, name, None) != value:
+        if name in widths and getattr(text, name, None) != value:
             setattr(text, name, value)
 
 
@@ -205,6 +203,7 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not all(isinstance(layout.get(k), list) for k in ("layers", "added_biases")):
         raise InputError(f"config.json: {KEY} has no lists of layers and added_biases")
     config = config_object(base_data(data))
+    _trace_holds(config)
     model = empty_model(config)
     adapter = adapter_for(config)
     count = len(adapter.layer_list(model)[1])
@@ -227,9 +226,34 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def _trace_holds(config: PretrainedConfig) -> None:
+    """Raises InputError if a model was traced under another release, where its Sites differ."""
+    family = traced.traced_family(config)
+    if family is None or family.transformers == transformers.__version__:
+        return
+    from liar_ext.tracing import trace
+
+    now = trace(config).family
+    if (now.sites, now.head_dim, now.layers) != (family.sites, family.head_dim, family.layers):
+        raise InputError(
+            f"config.json: {traced.KEY} is of transformers {family.transformers}; in "
+            f"{transformers.__version__} the layers of {family.model_type!r} have other Sites. "
+            "Install that release"
+        )
+
+
 def _text(data: dict[str, Any]) -> dict[str, Any]:
     nested = data.get("text_config")
-    return nested if isinstance(nested, dict) and nested.get("model_type") in ADAPTERS else data
+    family = data[traced.KEY]["model_type"] if traced.KEY in data else None
+    known = (*ADAPTERS, family)
+    return nested if isinstance(nested, dict) and nested.get("model_type") in known else data
+
+
+def _builds(stock: dict[str, Any], dense: dict[str, Any], layers: list[dict[str, int]]) -> bool:
+    """Whether stock transformers makes exactly the tensors of the pruned model from a config."""
+    built = empty_model(config_object(stock)).state_dict()
+    found = {name: tuple(tensor.shape) for name, tensor in built.items()}
+    return found == shapes(config_object(dense), layers, [])
 
 
 def _accepted(data: dict[str, Any]) -> bool:

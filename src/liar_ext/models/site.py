@@ -21,11 +21,15 @@ class Producer:
         path: module path inside the layer.
         segment, segments: which of `segments` equal runs of rows it is, for fused projections
             (GPT-2's `c_attn` holds q, k and v as segments 0, 1 and 2 of 3).
+        length: how many of these runs it is, from `segment` on: with grouped-query attention a
+            fused projection has more rows of q than of k. Units are equal runs of these rows, in
+            order; what is fused head by head (GPT-NeoX) is one run with q, k and v of a head in it.
     """
 
     path: str
     segment: int = 0
     segments: int = 1
+    length: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class SiteSpec:
         consumer: path of the linear whose input columns are removed.
         producers: the linears whose rows make those columns.
         attributes: integers that a module keeps of its own width: (path, attribute, what), where
-            what is `units` or `columns`.
+            what is `units`, `columns` or `query_heads` (columns / head_dim).
         config_fields: config fields that state the width: name -> `units`, `columns` or
             `query_heads` (columns / head_dim). None when stock transformers cannot express
             another width than the dense one.
         bias_flag: config flag that gives the consumer a bias, or None.
         bias_filler: paths of the linears that the same flag gives a bias, too.
+        columns_per_unit: of the consumer; None where the narrowest producer has one head of rows
+            for each unit.
     """
 
     kind: Kind
@@ -53,6 +59,7 @@ class SiteSpec:
     config_fields: dict[str, str] | None = None
     bias_flag: str | None = None
     bias_filler: tuple[str, ...] = ()
+    columns_per_unit: int | None = None
 
 
 @dataclass
@@ -80,6 +87,8 @@ class Site:
     @property
     def units(self) -> int:
         """Columns for an FFN; the rows of the narrowest producer in heads for attention."""
+        if self.spec.columns_per_unit is not None:
+            return self.columns // self.spec.columns_per_unit
         if self.kind == "ffn":
             return self.columns
         return min(self._rows(p) for p in self.spec.producers) // self.head_dim
@@ -128,8 +137,8 @@ class Site:
         Returns:
             (units, rows of a unit, ...).
         """
-        rows = self._rows(producer)
-        own = whole[producer.segment * rows : (producer.segment + 1) * rows]
+        first = self._first_row(producer)
+        own = whole[first : first + self._rows(producer)]
         return own.reshape(self.units, -1, *whole.shape[1:])
 
     def unit_columns(self, units: Tensor) -> Tensor:
@@ -153,7 +162,7 @@ class Site:
         kept_rows: dict[str, list[Tensor]] = {}
         for producer in self.spec.producers:
             rows = self._rows(producer)
-            chosen = _expand(keep, rows // self.units) + producer.segment * rows
+            chosen = _expand(keep, rows // self.units) + self._first_row(producer)
             kept_rows.setdefault(producer.path, []).append(chosen)
         if weight is None:
             weight = self.weight().index_select(1, columns.to(self.weight().device))
@@ -162,7 +171,7 @@ class Site:
         linear.set_weight(self.consumer, weight)
         if bias is not None:
             linear.set_bias(self.consumer, bias)
-        widths = {"units": keep.numel(), "columns": columns.numel()}
+        widths = self._widths()
         for path, attribute, what in self.spec.attributes:
             setattr(self.module.get_submodule(path), attribute, widths[what])
 
@@ -174,14 +183,23 @@ class Site:
 
     def config_values(self) -> dict[str, Any]:
         """Values of `config_fields` for the present widths."""
-        widths = {
+        widths = self._widths()
+        return {name: widths[what] for name, what in (self.spec.config_fields or {}).items()}
+
+    def _widths(self) -> dict[str, int]:
+        return {
             "units": self.units,
             "columns": self.columns,
             "query_heads": self.columns // self.head_dim,
         }
-        return {name: widths[what] for name, what in (self.spec.config_fields or {}).items()}
 
     def _rows(self, producer: Producer) -> int:
+        return self._run_of_rows(producer) * producer.length
+
+    def _first_row(self, producer: Producer) -> int:
+        return self._run_of_rows(producer) * producer.segment
+
+    def _run_of_rows(self, producer: Producer) -> int:
         module = self.module.get_submodule(producer.path)
         return linear.weight(module).shape[0] // producer.segments
 

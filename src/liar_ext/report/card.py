@@ -67,6 +67,7 @@ def auto_class(config: Mapping[str, Any]) -> str:
     from transformers.models.auto import modeling_auto
 
     from liar_ext.models import ADAPTERS
+    from liar_ext.models.traced import KEY
 
     names = set(config.get("architectures") or ())
     for auto, mapping_name in AUTO_CLASSES:
@@ -76,7 +77,10 @@ def auto_class(config: Mapping[str, Any]) -> str:
         if names & known:
             return auto
     adapter = ADAPTERS.get(config.get("model_type", ""))
-    return "AutoModelForCausalLM" if adapter is not None and adapter.decoder else "AutoModel"
+    decoder = adapter is not None and adapter.decoder
+    if KEY in config:
+        decoder = bool(config[KEY]["decoder"])
+    return "AutoModelForCausalLM" if decoder else "AutoModel"
 
 
 def base_model_type(report: Report) -> str:
@@ -270,6 +274,9 @@ def _warnings(report: Report) -> str:
 
 
 def _repeat(report: Report) -> str:
+    from liar_ext.models.traced import KEY
+
+    trace = " --trace" if KEY in report.config else ""
     skipped = ("device", "threads", "platform")
     versions = [
         f"{name} {value}"
@@ -280,7 +287,7 @@ def _repeat(report: Report) -> str:
         "## Repeat\n\n"
         "`recipe.json` holds every option and `liar_report.json` every number behind this card; "
         "`liar report DIR` draws them.\n\n"
-        "```sh\nliar prune SOURCE --out DIR --recipe recipe.json\n```\n\n"
+        f"```sh\nliar prune SOURCE --out DIR --recipe recipe.json{trace}\n```\n\n"
         f"Versions: {_code(', '.join(versions))}.\n"
     )
 
