@@ -31,8 +31,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "allocation": (
         str,
         "NAME",
-        "how many where: uniform, global, ranked, alpha, influence, levels, besa, kwon, spdy, "
-        "level-swaps, evolution, rl-pruner",
+        "how many where: uniform, global, ranked, alpha, influence, levels, besa, kwon, or by "
+        "trying models: spdy, level-swaps, evolution, rl-pruner",
     ),
     "reconstruct": (
         str,
