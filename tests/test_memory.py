@@ -77,6 +77,16 @@ MEASURED = {
         8,
         {"--criterion": "taylor-mixed", "--reconstruct": "none", "--statistics": "oneshot"},
     ),
+    "with a search for masks": (
+        (768, 3072, 2, "float32"),
+        8,
+        {
+            "--criterion": "policy",
+            "--policy-steps": "2",
+            "--target": "heads",
+            "--reconstruct": "none",
+        },
+    ),
     "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),
 }
 # half a minute each, and minutes
@@ -90,6 +100,11 @@ WIDE = {
         (768, 3072, 2, "float32"),
         10,
         {"--allocation": "global", "--reconstruct": "none"},
+    ),
+    "with learned rates": (
+        (768, 3072, 2, "float32"),
+        2,
+        {"--allocation": "besa", "--reconstruct": "none", "--statistics": "oneshot"},
     ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
     "stream target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "stream"}),

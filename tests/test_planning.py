@@ -211,6 +211,8 @@ def test_a_global_allocation_is_an_estimate_and_says_so(checkpoint):
         ("kwon", "wanda", 2, 1, "decides after a forward pass"),
         ("kwon", "obs", 2, 2, "decides after a forward pass"),
         ("levels", "wanda", 2, 2, "decides after a forward pass"),
+        ("ranked", "wanda", 2, 1, "decides after a forward pass"),
+        ("besa", "wanda", 2, 1, "decides after a forward pass"),
     ],
 )
 def test_a_survey_costs_what_it_reads(checkpoint, allocation, criterion, passes, grams, says):
@@ -290,6 +292,38 @@ def test_gradients_cost_a_few_forwards_of_their_windows(checkpoint, criterion, l
     assert found["seconds"]["gradients"] == expected / RATES["forward"]
     names = [phase["name"] for phase in found["phases"]["all"]]
     assert ("gradients of a layer" in names) == (criterion != "wanda")
+
+
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+@pytest.mark.parametrize("target", [("ffn",), ("ffn", "heads")], ids=["alone", "both"])
+def test_learned_rates_cost_forwards_of_layers(checkpoint, target, layers):
+    wanted = recipe(target=target, allocation="besa", layers=layers)
+    found = planning.plan(checkpoint("llama"), wanted, rates=RATES)
+    layer = 2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 88) + 4 * 32 * 33 // 2
+    # 15 even rates, one unit, and 7 learned ones; 32 steps of each, there and back
+    every, one = (16, 0) if target == ("ffn",) else (23, 3 * 32 * 7)
+    batch = min(SAMPLES, wanted.batch_size) * SEQUENCE
+    expected = (3 if layers is None else 2) * layer * (every * SAMPLES * SEQUENCE + one * batch)
+    assert found["flops"]["learning"] == expected
+    assert found["seconds"]["learning"] == expected / RATES["forward"]
+    assert "learning rates of a layer" in [p["name"] for p in found["phases"]["all"]]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(planning_table.render(found))
+    assert "learning" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_a_search_for_masks_costs_forwards_of_batches(checkpoint, layers):
+    wanted = recipe(target=("ffn",), criterion="policy", policy_steps=7, layers=layers)
+    found = planning.plan(checkpoint("llama"), wanted, rates=RATES)
+    layer = 2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 88) + 4 * 32 * 33 // 2
+    head = 2 * 32 * VOCABULARY
+    batch = min(SAMPLES, wanted.batch_size) * SEQUENCE
+    masked = 7 * 8 * batch * ((3 if layers is None else 2) * layer + head)
+    assert found["flops"]["learning"] == SAMPLES * SEQUENCE * (3 * layer + head) + masked
+    assert found["flops"]["gradients"] == 0
+    names = [phase["name"] for phase in found["phases"]["all"]]
+    assert {"measuring the dense model", "learning masks", "loss of masked models"} <= set(names)
 
 
 @pytest.mark.parametrize("aim", ["dense", "stream"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from liar_ext.engine.compress import compress
     from liar_ext.engine.execution import Execution
     from liar_ext.errors import InputError, LiarError, NumericalError, UnsupportedModelError
+    from liar_ext.presets import preset
     from liar_ext.recipe import Recipe
     from liar_ext.report.schema import Report
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Execution": "liar_ext.engine.execution",
     "prune": "liar_ext.engine.api",
     "save": "liar_ext.engine.api",
+    "preset": "liar_ext.presets",
     "InputError": "liar_ext.errors",
     "LiarError": "liar_ext.errors",
     "NumericalError": "liar_ext.errors",
@@ -60,6 +62,7 @@ __all__ = [
     "compress",
     "load",
     "ops",
+    "preset",
     "prune",
     "save",
 ]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from liar_ext.allocation import Budget
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS
+from liar_ext.latency import LatencyTable
 from liar_ext.models import Site, linear
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.gram import gram
@@ -86,6 +88,27 @@ def unit_costs(site: Site, decoder: bool, length: int) -> dict[str, int]:
     if site.kind == "heads":
         flops += site.columns_per_unit * _attention_flops(decoder, length)
     return {"parameters": site.unit_parameters, "flops": flops}
+
+
+def pricing(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, length: int, counts: str
+) -> Callable[[Site], Budget]:
+    """What a budget makes of a Site of the dense model, which may be on `meta`.
+
+    Args:
+        length: of the longest calibration sequence.
+        counts: a key of `unit_costs`, or `latency`.
+    Raises:
+        InputError: the recipe's latency table cannot be read; and from what is returned, it does
+            not know the Site.
+    """
+    if counts == "latency":
+        assert recipe.latency is not None, "the recipe has seen to that"
+        table = LatencyTable.read(recipe.latency)
+        return lambda site: table.budget(site, model.config)
+    return lambda site: Budget(
+        site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts]
+    )
 
 
 def _attention_flops(decoder: bool, length: int) -> int:

@@ -14,6 +14,7 @@ from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
 from liar_ext.recipe import Recipe
+from liar_ext.survey import survey_of
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,14 @@ def gradient_sizes(
         return None
     windows = gradient_tokens(tokens, recipe)
     first = (recipe.layers or (0,))[0]
-    sites = adapter.sites_of(model, first, tuple(spec.kind for spec in adapter.sites))
-    targeted = [site for site in sites if site.kind in recipe.target]
+    targeted = adapter.sites_of(model, first, recipe.target)
     asked = criterion.needs == "weight_gradients"
-    hidden = max(site.weight().shape[0] for site in sites)
-    # the two sums of the residual stream; queries, keys and values as attention gets them, and what
-    # it gives; what goes into an FFN's activation and comes out, its other factor, the product
-    graph = 2 * hidden
-    for site in sites:
-        rows = producer_rows(site)
-        graph += rows + site.columns + (site.columns if site.kind == "ffn" else 0)
-        if asked and site.kind in recipe.target:
+    hidden = max(site.weight().shape[0] for site in targeted)
+    graph, wide = layer_graph(model, adapter, first)
+    if asked:
+        for site in targeted:
             # what the linears are given and give, unless it is there already
-            graph += 2 * hidden + (rows if site.kind == "heads" else 0)
+            graph += 2 * hidden + (producer_rows(site) if site.kind == "heads" else 0)
     vocabulary, width = linear.weight(head).shape
     return GradientSizes(
         kept=kept_states(model, adapter, recipe),
@@ -80,13 +76,37 @@ def gradient_sizes(
         head=0 if tied_names(model) else vocabulary * width,
         vocabulary=vocabulary,
         graph=graph,
-        # a norm's input and what it is divided by, of two norms
-        wide=4 * hidden,
+        wide=wide,
         widest=max(site.columns for site in targeted),
         weights=site_weights(model, adapter, recipe, first) if asked else 0,
         largest=max(site.weight().numel() for site in targeted) if asked else 0,
         alone=windows.segments <= 1,
     )
+
+
+def layer_graph(model: PreTrainedModel, adapter: Adapter, layer: int) -> tuple[int, int]:
+    """Numbers that autograd keeps for a token of a layer: in the compute dtype, and in float32."""
+    sites = adapter.sites_of(model, layer, tuple(spec.kind for spec in adapter.sites))
+    hidden = max(site.weight().shape[0] for site in sites)
+    # the two sums of the residual stream; queries, keys and values as attention gets them, and what
+    # it gives; what goes into an FFN's activation and comes out, its other factor, the product
+    graph = 2 * hidden
+    for site in sites:
+        graph += producer_rows(site) + site.columns + (site.columns if site.kind == "ffn" else 0)
+    # a norm's input and what it is divided by, of two norms
+    return graph, 4 * hidden
+
+
+def learning_graph(
+    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, layer: int
+) -> tuple[int, int] | None:
+    """`layer_graph` where a survey learns with gradients; zeros where it only measures, None where
+    it does not learn."""
+    survey = survey_of(recipe)
+    if survey is None or survey.learn is None:
+        return None
+    slopes, _ = survey.passes(len(recipe.target))
+    return layer_graph(model, adapter, layer) if slopes else (0, 0)
 
 
 def gradient_phases(sizes: Sizes, own: GradientSizes) -> list[Phase]:

@@ -15,10 +15,12 @@ from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.job import job_folder
 from liar_ext.checkpoint.writer import check_output
 from liar_ext.errors import InputError
+from liar_ext.latency import LatencyTable
+from liar_ext.presets import fields_for
 from liar_ext.recipe import Recipe
 from liar_ext.report.schema import Report
 
-OWN_KEYS = {"source": str, "out": str, "name": str, "overwrite": bool}
+OWN_KEYS = {"source": str, "out": str, "name": str, "overwrite": bool, "preset": str}
 # what the Moments of the dense path depend on, beside the source
 SHARED = ("calibration", "samples", "seq_len", "batch_size", "seed", "dtype", "device")
 
@@ -68,12 +70,18 @@ class BatchJob:
 
 
 def read_jobs(
-    file: Path, defaults: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
+    file: Path,
+    defaults: Mapping[str, Any],
+    *,
+    preset: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> list[BatchJob]:
     """All jobs of a file, in its order; blank lines do not count. Touches nothing.
 
     Args:
         defaults: Recipe fields under those of the lines.
+        preset: under both, for jobs that name no other; of `presets.PRESETS`.
         overwrite: for jobs that say nothing about it; resume: a result of the same source and
             recipe is no obstacle but makes its job `finished`.
     Raises:
@@ -93,7 +101,7 @@ def read_jobs(
     for number, text in enumerate(lines, 1):
         if text.strip():
             try:
-                jobs.append(_parse(number, text, defaults, overwrite))
+                jobs.append(_parse(number, text, defaults, preset, overwrite))
             except InputError as error:
                 problems[number] = str(error)
     checked: list[BatchJob] = []
@@ -162,7 +170,9 @@ def _members(
     return [job for job in jobs if groups[job.line] == group]
 
 
-def _parse(number: int, text: str, defaults: Mapping[str, Any], overwrite: bool) -> BatchJob:
+def _parse(
+    number: int, text: str, defaults: Mapping[str, Any], preset: str | None, overwrite: bool
+) -> BatchJob:
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -178,12 +188,16 @@ def _parse(number: int, text: str, defaults: Mapping[str, Any], overwrite: bool)
     for key, value in own.items():
         if not isinstance(value, OWN_KEYS[key]) or value == "":
             raise InputError(f"{key} {json.dumps(value)}: must be a {OWN_KEYS[key].__name__}")
-    recipe = Recipe.from_json({**defaults, **data})
+    # no shell has seen these
+    source, out = (os.path.expanduser(own[key]) for key in ("source", "out"))
+    start = own.get("preset", preset)
+    under = {} if start is None else fields_for(start, source)
+    recipe = Recipe.from_json({**under, **defaults, **data})
     if recipe.calibration is None:
         raise InputError("calibration is missing; give it in the line or as --calibration")
     refuse_missing_path(recipe.calibration)
-    # no shell has seen these
-    source, out = (os.path.expanduser(own[key]) for key in ("source", "out"))
+    if recipe.latency is not None:
+        LatencyTable.read(recipe.latency)
     name = own.get("name", os.path.basename(os.path.abspath(out)))
     return BatchJob(number, name, source, out, recipe, own.get("overwrite", overwrite))
 
@@ -216,6 +230,8 @@ def _finished(job: BatchJob) -> bool:
     except InputError:
         return False
     same = report.source == job.source or os.path.realpath(report.source) == job.reads
+    table = None if job.recipe.latency is None else LatencyTable.read(job.recipe.latency).sha256
+    same = same and report.latency.get("sha256") == table
     return same and report.recipe == job.recipe.to_json()
 
 

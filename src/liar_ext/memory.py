@@ -35,6 +35,8 @@ class Phases:
         sequential: forwards stand at one Site; else the Moments of a layer are made in one pass.
         survey: what a survey before anything is pruned reads, None for no survey;
             survey_bytes: what it makes of that, at most.
+        learning: numbers that autograd keeps for a token where a survey learns, in the compute
+            dtype and in float32; zeros where it only measures, None where it does not learn.
         library: Moments are kept on disk.
         reconstruction: what repairs.
         chooses: tokens are held out to choose its ridge.
@@ -50,6 +52,7 @@ class Phases:
         sequential: bool,
         survey: Reads | None,
         survey_bytes: int,
+        learning: tuple[int, int] | None,
         library: bool,
         reconstruction: Reconstruction,
         chooses: bool,
@@ -60,7 +63,7 @@ class Phases:
         self._reconstruction, self._chooses = reconstruction, chooses
         self._judging = judging
         self._sequential, self._library = sequential, library
-        self._survey, self._survey_bytes = survey, survey_bytes
+        self._survey, self._survey_bytes, self._learning = survey, survey_bytes, learning
 
     def all(self) -> list[Phase]:
         """In the order in which they come first."""
@@ -87,7 +90,21 @@ class Phases:
             )
         elif self._survey == "states":
             found.append(self._comparing())
+        if self._learning is not None:
+            found.append(self._adjusting(*self._learning))
         return found
+
+    def making_levels(self, levels: Sequence[SitePlan]) -> list[Phase]:
+        """A search's repairs of dense Sites, one after the other.
+
+        Args:
+            levels: of the layer that needs most, Sites in the order of its forward.
+        """
+        most = [
+            max(self._repair(own) for own in levels if own.kind == site.kind)
+            for site in self._sites
+        ]
+        return self._forwards(written=False, when=" for levels") + self._made("level", *most)
 
     def _phase(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
         return phase(self._sizes, name, device, host)
@@ -121,6 +138,23 @@ class Phases:
         widest = max(self._frame(site, s.batch) + self._passing(site) for site in self._sites)
         device["passing_batch"] = max(widest, 12 * s.batch * s.hidden)
         return self._phase("comparing hidden states", device, host)
+
+    def _adjusting(self, numbers: int, wide: int) -> Phase:
+        """A layer with gates between what enters it and what leaves it; with autograd, if numbers
+        are kept for it."""
+        s = self._sizes
+        device, host = self._standing(written=False, leaving=True)
+        # the output, its change and its square
+        passing = 12 * s.batch * s.hidden
+        if numbers:
+            device["graph"] = s.batch * (numbers * s.item + wide * 4)
+            # gradients on their way
+            widest = max(site.columns_before for site in self._sites)
+            device["backward"] = passing + 2 * s.batch * widest * s.item
+        else:
+            frames = [self._frame(site, s.batch) + self._passing(site) for site in self._sites]
+            device["passing_batch"] = max(passing, *frames)
+        return self._phase("learning rates of a layer", device, host)
 
     def _scoring(self, site: SitePlan) -> Phase:
         """Column statistics: a float32 copy of a batch, and its squares."""

@@ -11,6 +11,7 @@ FLAGS = {
     "paused_forwards": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "gradient_states": "--hidden-states {elsewhere}, fewer --gradient-samples or a shorter "
     "--seq-len",
+    "policy_states": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "unit_gradients": "fewer --gradient-samples",
     "graph": "a smaller --batch-size or a shorter --seq-len",
     "dense_outputs": "--hidden-states {elsewhere}, fewer --samples or --target-signal local",

@@ -17,7 +17,6 @@ from liar_ext.criteria import CRITERIA
 from liar_ext.engine.execution import HELD_SHARE as SHARE
 from liar_ext.engine.execution import Execution, choose_place, free_bytes
 from liar_ext.engine.moments_store import MomentsStore
-from liar_ext.gradient_memory import GradientSizes, gradient_phases
 from liar_ext.memory import Phases
 from liar_ext.memory_parts import (
     Sizes,
@@ -29,9 +28,11 @@ from liar_ext.memory_parts import (
     with_host_part,
 )
 from liar_ext.models.adapter import Adapter, text_config
+from liar_ext.prior_costs import PriorPlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.text import size
+from liar_ext.search_costs import SearchSizes, search_phases
 from liar_ext.survey import needs_tokens, reads_of
 
 __all__ = ["Weights", "needs", "resident_bytes", "weights_of"]
@@ -92,7 +93,9 @@ def needs(
     output: int,
     held: int,
     survey_bytes: int,
-    gradients: GradientSizes | None,
+    prior: PriorPlan | None,
+    learning: tuple[int, int] | None,
+    search: SearchSizes | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -104,18 +107,23 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
-        gradients: of the gradient pass, None without one.
+        prior: of a pass before pruning, search: of a search; None without one.
+        learning: see `memory.Phases`.
     """
     cuda = device.type == "cuda"
     held_by_one = held // ranks
-    if gradients is not None:
-        states = gradients.states * weights.hidden * weights.item
+    if prior is not None:
         # one after the other
+        held_by_one, held = max(held_by_one, prior.held), max(held, ranks * prior.held)
+    if search is not None:
+        states = search.states * weights.hidden * weights.item
         held_by_one, held = max(held_by_one, states), max(held, ranks * states)
     place, why = _place(execution, held_by_one, ranks, device, device_memory)
     paired = recipe.paired
     snapshots = 2 * (2 if paired else 1) * tokens.positions * weights.hidden * weights.item
-    disk = _disk(sites, recipe, execution, output, snapshots, held if place == "disk" else 0, out)
+    scratch = held if place == "disk" else 0
+    levels = 0 if search is None else search.disk
+    disk = _disk(sites, recipe, execution, output, snapshots, levels, scratch, out)
     library = "moments" in disk
     sizes = Sizes(
         cuda=cuda,
@@ -130,13 +138,14 @@ def needs(
         **asdict(weights),
     )
     widest = {site.kind: site for site in sorted(sites, key=lambda site: site.columns_before)}
-    phases = Phases(
+    made = Phases(
         sizes,
         # in the order of a layer's forward
         [widest[kind] for kind in dict.fromkeys(site.kind for site in sites)],
         sequential=recipe.statistics == "sequential",
         survey=reads_of(recipe),
         survey_bytes=survey_bytes,
+        learning=learning,
         library=library,
         reconstruction=RECONSTRUCTIONS[recipe.reconstruct],
         chooses=recipe.chooses_ridge,
@@ -144,14 +153,15 @@ def needs(
         judging=lambda site: CRITERIA[recipe.criterion].holds(
             site.columns_before, site.outputs, site.columns_before - site.columns_after
         ),
-    ).all()
-    if gradients is not None:
-        # those of all layers, to the end; twice when ranks put theirs together
-        examples = min(recipe.gradient_samples, tokens.samples)
-        gates = 8 * examples * sum(site.units_before for site in sites)
+    )
+    phases = made.all()
+    if search is not None:
+        phases += [*made.making_levels(search.levels), *search_phases(sizes, search)]
+    if prior is not None:
+        # those of all layers, to the end
         phases = [
-            with_host_part(sizes, phase, "unit_gradients", times * gates)
-            for times, some in ((2, gradient_phases(sizes, gradients)), (1, phases))
+            with_host_part(sizes, phase, prior.part, times * prior.kept)
+            for times, some in ((prior.gathered, prior.phases(sizes)), (1, phases))
             for phase in some
         ]
     on_device, on_host = peak(phases)
@@ -226,6 +236,7 @@ def _disk(
     execution: Execution,
     output: int,
     snapshots: int,
+    levels: int,
     scratch: int,
     out: Path | None,
 ) -> dict[str, Any]:
@@ -234,7 +245,7 @@ def _disk(
     Of two snapshots of the hidden states one is removed when the other is complete.
     """
     folder = _existing(Path.cwd() if out is None else out.absolute().parent)
-    parts = {"output": output, "snapshots": snapshots}
+    parts = {"output": output, "snapshots": snapshots, **({"levels": levels} if levels else {})}
     elsewhere: list[tuple[Path, int]] = []
 
     def add(name: str, value: int, own: Path | None) -> None:

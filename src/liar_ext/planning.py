@@ -32,7 +32,6 @@ from liar_ext.costs import (
     SitePlan,
     Tokens,
     compression_flops,
-    gradient_flops,
     head_flops,
     held_bytes,
     layer_flops,
@@ -42,8 +41,9 @@ from liar_ext.costs import (
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
-from liar_ext.engine.inputs import compute_dtype, dense_config, load_calibration, resolve_device
+from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
+from liar_ext.engine.source import with_trace
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
     MOST_SEGMENTS,
@@ -53,14 +53,17 @@ from liar_ext.engine.statistics import (
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
-from liar_ext.gradient_memory import gradient_sizes
+from liar_ext.gradient_memory import learning_graph
+from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.needs import needs, resident_bytes, weights_of
+from liar_ext.planning_loader import loader_of
+from liar_ext.prior_costs import prior_plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
-from liar_ext.report.card import auto_class
-from liar_ext.survey import needs_tokens, reads_of, survey_costs
+from liar_ext.search_costs import search_sizes
+from liar_ext.survey import learning_flops, needs_tokens, reads_of, survey_costs
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = tuple(NAMES.values())
@@ -88,10 +91,10 @@ def plan(
         trace: as `compress` will get it.
         rates: FLOP/s of `forward`, `gram`, `solve` and `residual`, instead of measuring them.
     Returns:
-        JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `flops_per_token`,
-        `calibration`, `flops`, `memory` (bytes, parts of the phase that needs most), `phases`,
-        `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact` is False where the allocation
-        decides only after it has seen the tokens.
+        JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `latency` (of a budget in
+        seconds), `flops_per_token`, `calibration`, `flops`, `memory` (bytes, parts of the phase
+        that needs most), `phases`, `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact`
+        is False where the allocation decides only after it has seen the tokens.
     Raises:
         InputError: as `liar prune` would, before it computes anything.
     """
@@ -99,7 +102,7 @@ def plan(
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
-    dense = dense_config(_dense_config(folder), recipe.target if trace else None)
+    dense = with_trace(dense_config(folder), recipe.target if trace else None)
     hypothetical = device_memory is not None
     device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
@@ -111,7 +114,7 @@ def plan(
     host = torch.device("cpu")
     driver = Driver(InMemory(model), (), recipe, host, Silent(), Clock(host))
     costs = budgets(driver.store, recipe, tokens.seq_len)
-    targeted = sum(budget.units * budget.cost for budget in costs.values())
+    targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
     dtype = compute_dtype(recipe.dtype, device) or _dtype_of(stored)
@@ -119,12 +122,20 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     held = held_bytes(model, adapter, recipe, tokens.positions, weights.item)
-    gradients = gradient_sizes(model, adapter, recipe, tokens, ranks)
-    backward = gradient_flops(model, adapter, recipe, tokens)
+    units = sum(budget.units for budget in costs.values())
+    prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
+    beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
+    beside["learning"] += learning_flops(model, adapter, recipe, by_layer, tokens, driver.targets)
+    graph = learning_graph(model, adapter, recipe, driver.targets.start)
 
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
+    tied = bool(tied_names(model))
+    search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
     sites = _shrink(model, adapter, recipe, driver, costs, notes)
-    removed = sum((s.units_before - s.units_after) * costs[s.layer, s.kind].cost for s in sites)
+    left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
+    table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
+    if table is not None:
+        notes += [f"warning: {text}" for text in table.warnings(recipe.target, recipe.round_to)]
     bytes_after = _written(model, adapter, stored, recipe.dtype)
     found = needs(
         weights,
@@ -137,7 +148,9 @@ def plan(
         output=bytes_after,
         held=held,
         survey_bytes=survey_bytes,
-        gradients=gradients,
+        prior=prior,
+        learning=graph,
+        search=search,
         ranks=ranks,
         out=out,
         device=device,
@@ -154,18 +167,21 @@ def plan(
         survey=survey_flops,
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
-    flops["gradients"] = backward
+    flops |= {**beside, "search": 0}
+    for name, more in ({} if search is None else search.flops).items():
+        flops[name] += more
     return {
         "source": str(source),
         "model_type": adapter.model_type,
         "layers": len(widths),
         "recipe": recipe.to_json(),
         "ranks": ranks,
-        "exact": reads is None,
+        "exact": reads is None and search is None,
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
-        "sparsity": {"asked": recipe.sparsity, "achieved": removed / targeted},
+        "sparsity": {"asked": recipe.sparsity, "achieved": (targeted - left) / targeted},
+        "latency": table and {"before": targeted, "after": left, **table.to_json()},
         "flops_per_token": {
             "context": tokens.seq_len,
             "before": sum(by_layer) + head_flops(model),
@@ -176,7 +192,7 @@ def plan(
         **found,
         "seconds": _seconds(flops, None if hypothetical else rates or measure(device, dtype))
         | {"device": "a GPU that is not here" if hypothetical else device_name(device)},
-        "loader": _loader(model, adapter, recipe, dense, widths, driver.added_biases),
+        "loader": loader_of(model, adapter, recipe, dense, widths, driver.added_biases),
         "notes": notes,
     }
 
@@ -185,12 +201,13 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     """Of one process; None without rates."""
     if rates is None:
         return {**dict.fromkeys((*flops, "total")), "rates": None}
-    # those of a loss are matmuls in the compute dtype, as a forward pass is
-    found = {p: flops[p] / rates["forward" if p == "gradients" else p] for p in flops}
+    # of the others all are matmuls in the compute dtype, as a forward pass is
+    found = {p: flops[p] / rates.get(p, rates["forward"]) for p in flops}
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
-def _dense_config(folder: Path) -> dict[str, Any]:
+def dense_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model that can be pruned; InputError where it is no such thing."""
     dense = read_json(folder / "config.json")
     if "model_type" not in dense:
         raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
@@ -290,9 +307,9 @@ def _shrink(
     """Shrink the model on `meta` as the driver would, biases included."""
     allocation = ALLOCATIONS[recipe.allocation]
     reads = reads_of(recipe)
-    if reads is not None:
-        when = "a forward pass"
-        if reads == "weights":
+    if reads is not None or allocation.search is not None:
+        when = "a forward pass" if allocation.search is None else "it has tried whole models"
+        if reads == "weights" and allocation.search is None:
             when = "it has read the weights, without a forward pass"
         notes.append(
             f"--allocation {recipe.allocation} decides after {when}: equal widths are assumed, so "
@@ -355,41 +372,3 @@ def _written_bytes(
             kept = wanted if wanted and found in FLOATING else found
             sizes[name] = tensor.numel() * DTYPE_BYTES[kept]
     return sizes
-
-
-def _loader(
-    model: PreTrainedModel,
-    adapter: Adapter,
-    recipe: Recipe,
-    dense: dict[str, Any],
-    before: list[dict[str, int]],
-    added_biases: list[str],
-) -> dict[str, Any]:
-    """Who will load the result: `stock`, the layout, the class or the reason why not."""
-    after = layout.read(model)
-    pairs = list(zip(after, before, strict=True))
-    changed = [s for s in adapter.sites if any(a[s.kind] != b[s.kind] for a, b in pairs)]
-    unstated = [s.kind for s in changed if s.config_fields is None]
-    unflagged = [s.kind for s in adapter.sites if s.kind in added_biases and s.bias_flag is None]
-    family = f"a {adapter.model_type} config"
-    reason = None
-    if not ALLOCATIONS[recipe.allocation].equal:
-        reason = f"--allocation {recipe.allocation} gives every layer its own width"
-    elif any(len({widths[s.kind] for widths in after}) > 1 for s in changed):
-        reason = "the widths differ between layers"
-    elif unstated:
-        reason = f"{family} cannot state fewer {' or '.join(unstated)}"
-    elif unflagged:
-        reason = f"{family} cannot state the biases added to {' and '.join(unflagged)}"
-    values = None if reason else layout.equal_values(model, before)
-    config = layout.describe(dense, adapter, after, values, added_biases)
-    name = layout.loader_of(config, dense)
-    stock = name.startswith("stock")
-    if not stock and reason is None:
-        reason = f"{family} rejects these widths"
-    return {
-        "stock": stock,
-        "layout": name,
-        "with": f"transformers.{auto_class(config)}" if stock else "liar_ext.load",
-        "why_not_stock": reason,
-    }

@@ -9,7 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from liar_ext.report.text import budgeted, change, count, duration, parameters, percent, size
+from liar_ext.report.text import (
+    budgeted,
+    change,
+    count,
+    duration,
+    latency,
+    parameters,
+    percent,
+    size,
+    workload,
+)
 
 
 def render(plan: Mapping[str, Any]) -> RenderableType:
@@ -23,6 +33,14 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     ):
         before, after = plan[key]["before"], plan[key]["after"]
         result.add_row(label, show(before), about + show(after), change(before, after))
+    if plan["latency"] is not None:
+        before, after = plan["latency"]["before"], plan["latency"]["after"]
+        result.add_row(
+            "latency of the targeted",
+            latency(before),
+            about + latency(after),
+            change(before, after),
+        )
     for kind in dict.fromkeys(site["kind"] for site in plan["sites"]):
         own = [site for site in plan["sites"] if site["kind"] == kind]
         units = [[site[f"units_{when}"] for site in own] for when in ("before", "after")]
@@ -37,8 +55,12 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     cost.add_row("forward", count(flops["forward"]), duration(seconds["forward"]))
     if flops["gradients"]:
         cost.add_row("gradients", count(flops["gradients"]), duration(seconds["gradients"]))
+    if flops["learning"]:
+        cost.add_row("learning", count(flops["learning"]), duration(seconds["learning"]))
     cost.add_row("Gram", count(flops["gram"]), duration(seconds["gram"]))
     cost.add_row("solve", count(flops["solve"]), duration(seconds["solve"]))
+    if flops["search"]:
+        cost.add_row("search", count(flops["search"]), duration(seconds["search"]))
     cost.add_row("residual", count(flops["residual"]), duration(seconds["residual"]))
     cost.add_row("together, about", "", duration(seconds["total"]))
     own, disk = plan["memory"], plan["disk"]
@@ -48,7 +70,7 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
             memory.add_row(key.replace("_", " "), size(value))
     memory.add_row("together", size(own["peak"]))
     space = _table("disk")
-    for key in ("output", "snapshots", "scratch", "moments", "total"):
+    for key in ("output", "snapshots", "levels", "scratch", "moments", "total"):
         if disk.get(key):
             space.add_row("together" if key == "total" else key, size(disk[key]))
     return Group(
@@ -71,6 +93,7 @@ def _lines(plan: Mapping[str, Any], about: str) -> list[str]:
     why = f", because {loader['why_not_stock']}" if loader["why_not_stock"] else ""
     return [
         f"sparsity: {percent(asked)} of {counted} asked, {about}{reached} reached",
+        *([f"latency: predicted for {workload(plan['latency'])}"] if plan["latency"] else []),
         f"loads with {loader['with']}{why}",
         f"calibration: {data['tokens']:,} tokens; {data['minimum']:,} needed, "
         f"{data['recommended']:,} recommended",

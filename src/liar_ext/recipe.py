@@ -18,8 +18,13 @@ RIDGES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
 DEFAULT_RIDGE = 1e-4
 AUTO = "auto"
 KINDS = ("ffn", "heads")
+# numbers of at least 1
+WHOLE = (
+    *("samples", "seq_len", "batch_size", "gradient_samples", "policy_steps"),
+    *("search_samples", "search_evaluations", "round_to"),
+)
 CHOICES = {
-    "budget": ("parameters", "flops"),
+    "budget": ("parameters", "flops", "latency"),
     "bias": ("auto", "always", "never"),
     "target_signal": ("local", "dense", "stream"),
     "statistics": ("sequential", "oneshot"),
@@ -34,14 +39,19 @@ class Recipe:
 
     Attributes:
         sparsity: fraction of the targeted Sites' budget to remove, in (0, 1).
-        budget: what that counts: `parameters`, or `flops` of one token at the length of the
-            calibration's sequences.
+        budget: what that counts: `parameters`, `flops` of one token at the length of the
+            calibration's sequences, or `latency`, seconds that were measured.
+        latency: the file with them, that `liar bench latency` wrote; for that budget only.
         target: kinds of Site: `ffn`, `heads`.
         criterion, allocation, reconstruct: names in the registries.
         calibration: file, dataset name, or None when batches are handed over in memory.
         samples: windows (decoders) or texts (encoders); seq_len: tokens of each at most.
         batch_size: sequences that go through a layer together.
         gradient_samples: of them, the first that criteria which need a loss take gradients of.
+        policy_steps: steps of the search for masks of criteria that learn a policy.
+        search_samples: of them, the first that searching allocations compare models on.
+        search_evaluations: models that these try at most, on all of those windows; on a part of
+            them they count as that part.
         ridge: λ of the least squares, relative to the mean variance of the Site's columns; `auto`
             chooses from `RIDGES`, Site by Site, by tokens held out of a first fit.
         bias: may the repair add an intercept? `auto`: where the layer has a bias already.
@@ -58,6 +68,7 @@ class Recipe:
 
     sparsity: float = 0.3
     budget: str = "parameters"
+    latency: str | None = None
     target: tuple[str, ...] = ("ffn",)
     criterion: str = "wanda"
     allocation: str = "uniform"
@@ -67,6 +78,9 @@ class Recipe:
     seq_len: int = 2048
     batch_size: int = 8
     gradient_samples: int = 16
+    policy_steps: int = 256
+    search_samples: int = 16
+    search_evaluations: int = 200
     ridge: float | str = DEFAULT_RIDGE
     bias: str = "auto"
     target_signal: str = "local"
@@ -104,17 +118,27 @@ class Recipe:
             _check_choice(name, getattr(self, name), tuple(registry))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
-        for name in ("samples", "seq_len", "batch_size", "gradient_samples", "round_to"):
+        for name in WHOLE:
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: must be a whole number of at least 0")
-        calibration: Any = self.calibration
-        if isinstance(calibration, os.PathLike):
-            object.__setattr__(self, "calibration", os.fspath(calibration))
-        if not (self.calibration is None or isinstance(self.calibration, str)):
-            raise InputError(f"--calibration {self.calibration}: must be a file or a data set name")
+        for name, what in (("calibration", "a file or a data set name"), ("latency", "a file")):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, name, value)
+            if not (value is None or isinstance(value, str)):
+                raise InputError(f"--{name} {value}: must be {what}")
+        if (self.budget == "latency") != (self.latency is not None):
+            raise InputError(
+                f"--latency {self.latency}: is for --budget latency only, and --budget is "
+                f"{self.budget}"
+                if self.latency is not None
+                else "--budget latency needs --latency FILE; make one with: "
+                "liar bench latency SRC --out FILE"
+            )
         number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
         if self.ridge != AUTO and not (number and 0 <= float(self.ridge) < math.inf):
             raise InputError(

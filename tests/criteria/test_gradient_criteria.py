@@ -22,7 +22,7 @@ def evidence(kind: str = "ffn", examples: int = 5, keep: int | None = None) -> E
     gates = torch.randn(examples, site.units, generator=generator, dtype=torch.float64)
     taylor = {form: torch.rand(site.units, generator=generator).double() for form in TAYLOR_FORMS}
     statistics = ColumnMoments.zeros(site.columns)
-    return Evidence(site, statistics, gradients=UnitGradients(gates, taylor), keep=keep)
+    return Evidence(site, statistics, prior=UnitGradients(gates, taylor), keep=keep)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "heads"])
@@ -30,7 +30,7 @@ def evidence(kind: str = "ffn", examples: int = 5, keep: int | None = None) -> E
 def test_scores_are_the_formula_for_each_unit(name, kind):
     found = CRITERIA[name].score(evidence(kind))
     assert CRITERIA[name].needs == "gradients"
-    assert evidence(kind).gradients is not None
+    assert evidence(kind).prior is not None
     gates = evidence(kind).gates.tolist()
     for unit in range(len(gates[0])):
         column = [row[unit] for row in gates]

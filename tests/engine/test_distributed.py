@@ -49,6 +49,12 @@ VARIANTS = {
     "alpha": ("llama", "--allocation alpha --target ffn,heads --budget flops"),
     "influence": ("llama", "--allocation influence"),
     "levels": ("llama", "--allocation levels --target ffn,heads"),
+    "besa": ("llama", "--allocation besa --target ffn,heads --layers 1:3"),
+    "policy": ("llama", "--criterion policy --policy-steps 3 --allocation ranked"),
+    "search": (
+        "llama",
+        "--allocation level-swaps --target ffn,heads --search-samples 100 --search-evaluations 6",
+    ),
     "gradients": ("llama", "--target ffn,heads --criterion fisher --gradient-samples 400"),
     "taylor": ("llama", "--criterion taylor-mixed --gradient-samples 400"),
     "ridge auto": ("llama", "--ridge auto --target ffn,heads"),

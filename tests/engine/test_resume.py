@@ -84,9 +84,36 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             [("journal written", 2), ("moments being saved", 3), ("site half pruned", 2)],
         ),
         (
+            {"allocation": "besa", "layers": (1, 3)},
+            "disk",
+            [("journal written", 2), ("layer computed", 2), ("site half pruned", 1)],
+        ),
+        (
             {"allocation": "levels", "criterion": "obs", "budget": "flops"},
             "device",
             [("journal written", 2), ("hidden states not named", 1), ("journal written", 2)],
+        ),
+        (
+            {"allocation": "spdy", "search_samples": 4, "search_evaluations": 12},
+            "disk",
+            [
+                ("journal written", 2),
+                ("levels not named", 2),
+                ("levels being saved", 2),
+                ("candidates compared", 1),
+                ("answers written", 2),
+                ("layer being written", 2),
+            ],
+        ),
+        (
+            {
+                "allocation": "evolution",
+                "criterion": "random",
+                "search_samples": 4,
+                "search_evaluations": 8,
+            },
+            "device",
+            [("levels being saved", 3), ("answers written", 1), ("journal written", 2)],
         ),
         (
             {"ridge": "auto"},
@@ -123,6 +150,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "alpha",
         "influence",
         "levels",
+        "search-with-survey",
+        "search",
         "ridge-auto",
         "some-layers",
         "dense-target",

@@ -162,8 +162,9 @@ def test_a_survey_without_tokens_costs_no_forward(allocation, statistics, passes
 
 
 @pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
-@pytest.mark.parametrize("allocation", ["alpha", "influence", "levels", "kwon"])
-def test_the_budget_is_met_in_some_layers(allocation, statistics, tmp_path):
+@pytest.mark.parametrize("allocation", ["alpha", "influence", "levels", "kwon", "ranked", "besa"])
+def test_the_budget_is_met_in_some_layers(allocation, statistics, tmp_path, monkeypatch):
+    monkeypatch.setattr("liar_ext.survey.besa.STEPS", 2)
     recipe, batches = setting(tmp_path, allocation=allocation, statistics=statistics, layers=(1, 2))
     report = liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
     assert {site.layer for site in report.sites} == {1}
@@ -212,8 +213,9 @@ def test_a_unit_costs_what_the_layers_flops_fall_by(name):
         assert layer_flops(model, adapter, 23)[0] == before - 2 * cost
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "kwon", "levels"])
-def test_a_budget_in_flops_is_met_and_reported(allocation, tmp_path):
+@pytest.mark.parametrize("allocation", ["uniform", "global", "kwon", "levels", "ranked", "besa"])
+def test_a_budget_in_flops_is_met_and_reported(allocation, tmp_path, monkeypatch):
+    monkeypatch.setattr("liar_ext.survey.besa.STEPS", 2)
     recipe, batches = setting(tmp_path, budget="flops", allocation=allocation, sparsity=0.45)
     model = FAMILIES["llama-gqa-biases"].build()
     adapter = adapter_for(model.config)

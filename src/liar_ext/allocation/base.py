@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from liar_ext.allocation.priced import asked
+from liar_ext.allocation.prices import Hinge, Prices
 from liar_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,18 +24,33 @@ class Budget:
 
     Attributes:
         kind: `ffn` or `heads`; units: how many there are.
-        cost: of one unit, in what the budget counts: parameters, or FLOPs of a token.
+        cost: of one unit, in what the budget counts: parameters, FLOPs of a token, or the mean
+            of what `prices` says.
         finding: of the allocation's survey, float64 on the CPU; None when it asks for none.
+        prices: where units do not all cost the same, of any number of them: seconds.
     """
 
     kind: str
     units: int
-    cost: int
+    cost: float
     finding: Tensor | None = None
+    prices: Prices | None = None
 
-    def price(self, units: int) -> float:
+    def price(self, units: float) -> float:
         """What this many kept units cost."""
-        return float(self.cost * units)
+        return float(self.cost * units) if self.prices is None else self.prices.at(units)
+
+    @property
+    def like(self) -> tuple[object, ...]:
+        """The same for Sites of one kind, size and price."""
+        return self.kind, self.units, self.cost, self.prices
+
+    @property
+    def hinge(self) -> Hinge:
+        """The price as a constant and a line."""
+        if self.prices is None:
+            return Hinge(1, float(self.cost), float(self.cost))
+        return self.prices.hinge
 
     @property
     def known(self) -> Tensor:
@@ -49,6 +67,8 @@ class Allocation:
     survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
     search: tries whole models; what it finds takes the place of `wanted`.
+    prices: `wanted` meets the budget in prices, whatever they are. The others count units, and are
+        asked for the sparsity of theirs that meets it (`priced`).
     """
 
     name: str
@@ -56,53 +76,73 @@ class Allocation:
     survey: str | None
     equal: bool
     search: Search | None = None
+    prices: bool = False
 
-    def widths(self, budgets: Sequence[Budget], sparsity: float, round_to: int = 1) -> list[int]:
+    def widths(
+        self,
+        budgets: Sequence[Budget],
+        sparsity: float,
+        round_to: int = 1,
+        wanted: Sequence[float] | None = None,
+    ) -> list[int]:
         """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
-        cost removed as close to the budget as the grid allows.
+        price removed as close to the budget as the grid allows.
 
         Rounding each Site alone drifts from the budget (4 KV groups cannot lose 30 %), so after
-        rounding the cheapest distortions are taken, one grid step at a time, while they bring the
-        total closer.
+        rounding the cheapest distortions are taken, one step at a time, while they bring the
+        total closer. A step goes to the next width on the grid that has another price.
 
+        Args:
+            wanted: what a search has found in the place of `self.wanted`.
         Raises:
             InputError: the least widths of all Sites are more than the budget.
         """
         check_reachable(budgets, sparsity, round_to)
-        wanted = self.wanted(budgets, sparsity)
+        if wanted is None:
+            linear = all(budget.prices is None for budget in budgets)
+            wanted = (
+                self.wanted(budgets, sparsity)
+                if self.prices or linear
+                else asked(self.wanted, budgets, sparsity)
+            )
         groups: dict[object, list[int]] = {}
         for index, budget in enumerate(budgets):
-            key = (budget.kind, budget.units, budget.cost) if self.equal else index
-            groups.setdefault(key, []).append(index)
+            groups.setdefault(budget.like if self.equal else index, []).append(index)
         members = list(groups.values())
-        grids = [_grid(budgets[m[0]], round_to) for m in members]
+        grids = [width_grid(budgets[m[0]], round_to) for m in members]
         aims = [sum(wanted[i] for i in m) / len(m) for m in members]
-        costs = [sum(budgets[i].cost for i in m) for m in members]
-        target = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+        target = sum(b.price(b.units) for b in budgets) * (1 - sparsity)
         chosen = [_nearest(grid, aim) for grid, aim in zip(grids, aims, strict=True)]
-        kept = sum(grid[c] * cost for grid, c, cost in zip(grids, chosen, costs, strict=True))
+        prices = _prices([budgets[m[0]] for m in members], grids)
+
+        def price(group: int, position: int) -> float:
+            return len(members[group]) * prices[group][position]
+
+        def after(group: int, step: int) -> int:
+            own, now = prices[group], prices[group][chosen[group]]
+            return bisect_left(own, now) - 1 if step < 0 else bisect_right(own, now)
+
+        kept = sum(price(group, position) for group, position in enumerate(chosen))
         while True:
             best: tuple[float, float, int, int] | None = None
             for group, grid in enumerate(grids):
                 for step in (-1, 1):
-                    position = chosen[group] + step
+                    position = after(group, step)
                     if not 0 <= position < len(grid):
                         continue
-                    change = (grid[position] - grid[chosen[group]]) * costs[group]
+                    change = price(group, position) - price(group, chosen[group])
                     error = abs(kept + change - target)
                     distortion = abs(grid[position] - aims[group]) / grid[-1]
                     if error < abs(kept - target):
                         best = min(
-                            best or (error, distortion, group, step),
-                            (error, distortion, group, step),
+                            best or (error, distortion, group, position),
+                            (error, distortion, group, position),
                         )
             if best is None:
                 break
-            _, _, group, step = best
-            kept += (grids[group][chosen[group] + step] - grids[group][chosen[group]]) * costs[
-                group
-            ]
-            chosen[group] += step
+            _, _, group, position = best
+            kept += price(group, position) - price(group, chosen[group])
+            chosen[group] = position
         widths = [0] * len(budgets)
         for group, indices in enumerate(members):
             for index in indices:
@@ -116,25 +156,44 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
     Raises:
         InputError: with the largest sparsity that there is.
     """
-    total = sum(b.units * b.cost for b in budgets)
-    least = sum(_grid(b, round_to)[0] * b.cost for b in budgets)
+    total = sum(b.price(b.units) for b in budgets)
+    least = sum(b.price(width_grid(b, round_to)[0]) for b in budgets)
+    measured = any(b.prices is not None for b in budgets)
+    if measured and least >= total * (1 - 1e-4):
+        raise InputError(
+            f"--sparsity {sparsity}: in the --latency table no time goes with any unit; measure a "
+            "larger --batch or --seq-len, or give another --budget"
+        )
     # where nothing at all can go, that is said after the widths
     if total > least > total * (1 - sparsity) * (1 + 1e-9):
         # rounded down: it has to be one that is accepted
         most = math.floor(1e4 * (1 - least / total)) / 1e4
         grid = f" and FFN widths are multiples of {round_to}" if round_to > 1 else ""
+        what = " of the measured time" if measured else ""
         raise InputError(
             f"--sparsity {sparsity}: every layer keeps at least one targeted unit{grid}, so "
-            f"that at most {most:.4g} can be removed; lower --sparsity"
+            f"that at most {most:.4g}{what} can be removed; lower --sparsity"
         )
 
 
-def _grid(budget: Budget, round_to: int) -> list[int]:
+def width_grid(budget: Budget, round_to: int) -> list[int]:
+    """Widths that a Site may have, ascending."""
     step = round_to if budget.kind == "ffn" else 1
     grid = list(range(step, budget.units + 1, step))
     if not grid or grid[-1] != budget.units:
         grid.append(budget.units)  # the dense width is always allowed
     return grid
+
+
+def _prices(budgets: Sequence[Budget], grids: Sequence[list[int]]) -> list[list[float]]:
+    """Of every width of each grid; Sites that are alike share theirs."""
+    known: dict[object, list[float]] = {}
+    found = []
+    for budget, grid in zip(budgets, grids, strict=True):
+        if budget.like not in known:
+            known[budget.like] = [budget.price(width) for width in grid]
+        found.append(known[budget.like])
+    return found
 
 
 def _nearest(grid: list[int], aim: float) -> int:

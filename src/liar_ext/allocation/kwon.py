@@ -5,6 +5,10 @@ in descending order of score over all layers, keep the first n_h heads and as ma
 budget then leaves, and of all n_h the one with the largest sum of scores. The scores are the
 criterion's, summed over a unit and not standardised; with grouped-query attention the groups are
 the heads.
+
+In seconds it is the latency-constrained search of the paper: the time of t units is fitted by
+`c + slope · max(t − T, 0)`, every Site has its T best units for c, and what the budget leaves goes
+to the others as before, at the slope of their kind.
 """
 
 from __future__ import annotations
@@ -15,30 +19,18 @@ import torch
 from torch import Tensor
 
 from liar_ext.allocation.base import Allocation, Budget
-
-
-def ranked(budgets: Sequence[Budget]) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, costs and Sites of all units of some Sites, each (units of all,), best first.
-
-    The best unit of each Site comes before all others: no Site is emptied.
-    """
-    scores = [b.known.double().reshape(b.units, -1).sum(1) for b in budgets]
-    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-    cost = torch.tensor([b.cost for b in budgets], dtype=torch.float64)[owner]
-    first = torch.cat([torch.arange(len(s)) == s.argmax() for s in scores])
-    flat = torch.cat(scores)
-    order = torch.where(first, torch.inf, flat).argsort(descending=True, stable=True)
-    return flat[order], cost[order], owner[order]
+from liar_ext.allocation.ranking import ranked
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
-    most = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+    hinges = [b.hinge for b in budgets]
+    most = (1 - sparsity) * sum(h.price(b.units) for h, b in zip(hinges, budgets, strict=True))
     kinds = list(dict.fromkeys(b.kind for b in budgets))
     places = {kind: [i for i, b in enumerate(budgets) if b.kind == kind] for kind in kinds}
     lists = {kind: ranked([budgets[i] for i in places[kind]]) for kind in kinds}
     # of two kinds the shorter list is gone through, and the other one takes what is left
     kinds.sort(key=lambda kind: len(lists[kind][0]))
-    least = [len(places[kind]) for kind in kinds]
+    least = [sum(hinges[place].free for place in places[kind]) for kind in kinds]
     counts = _counts([lists[kind][:2] for kind in kinds], least, most)
     kept = [0.0] * len(budgets)
     for kind, count in zip(kinds, counts, strict=True):
@@ -55,17 +47,18 @@ def _counts(lists: Sequence[tuple[Tensor, Tensor]], least: Sequence[int], most: 
     # of prefixes of 0, 1, 2, ... units
     sums, costs = ([_prefix(part[i]) for part in lists] for i in (0, 1))
     spare = most * (1 + 1e-12)
-    best: tuple[float, list[int]] = (-torch.inf, list(least))
     if len(lists) == 1:
         return [max(_fits(costs[0], spare), least[0])]
-    for count in range(least[0], len(sums[0])):
-        rest = _fits(costs[1], spare - float(costs[0][count]))
-        if rest < least[1]:
-            break
-        score = float(sums[0][count] + sums[1][rest])
-        if score > best[0]:
-            best = score, [count, rest]
-    return best[1]
+    # however many of the first list, the longest prefix of the other that fits beside it
+    rest = torch.searchsorted(costs[1], spare - costs[0], right=True) - 1
+    fit = rest >= least[1]
+    fit[: least[0]] = False
+    if not bool(fit.any()):
+        return list(least)
+    scores = torch.where(fit, sums[0] + sums[1][rest.clamp(min=0)], -torch.inf)
+    # the first of equal ones, which argmax does not promise
+    count = int((scores == scores.max()).nonzero()[0])
+    return [count, int(rest[count])]
 
 
 def _prefix(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ budget that is cut into slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
+from math import ceil, gcd
 
 import numpy as np
 
@@ -20,24 +20,23 @@ LEVELS = 40
 SLOTS = 20_000
 
 
-def levels(units: int) -> list[int]:
-    """Widths at which a Site is tried: 1, and up to `LEVELS` even steps to all units."""
-    steps = min(units, LEVELS)
+def levels(units: int, most: int = LEVELS) -> list[int]:
+    """Widths at which a Site is tried: 1, and up to `most` even steps to all units."""
+    steps = min(units, most)
     return sorted({1, *(round(units * step / steps) for step in range(1, steps + 1))})
 
 
 def choose(
-    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], most: float
+    costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], most: float
 ) -> list[int]:
     """The level of each Site with the least sum of losses at a sum of costs of `most` or less.
 
     Exact where all costs are multiples of a slot; otherwise for costs rounded up to one. Where
     even the cheapest levels do not fit, these.
     """
-    total = sum(max(own) for own in costs)
-    slot = max(gcd(*(cost for own in costs for cost in own)), -(-total // SLOTS))
+    slot = _slot(costs)
     slots = int(most / slot + 1e-9)
-    weights = [[-(-cost // slot) for cost in own] for own in costs]
+    weights = [[ceil(cost / slot - 1e-9) for cost in own] for own in costs]
     if sum(map(min, weights)) > slots:
         return [min(range(len(own)), key=own.__getitem__) for own in weights]
     # the least sum of the Sites so far, by slots that they may take
@@ -59,12 +58,22 @@ def choose(
     return found[::-1]
 
 
+def _slot(costs: Sequence[Sequence[float]]) -> float:
+    """A part of the budget: what divides all costs, if that is not too little."""
+    total = sum(max(own) for own in costs)
+    if all(float(cost).is_integer() for own in costs for cost in own):
+        common = gcd(*(int(cost) for own in costs for cost in own))
+        return max(common, -(-int(total) // SLOTS))
+    # seconds
+    return total / SLOTS
+
+
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     widths = [levels(budget.units) for budget in budgets]
-    costs = [[w * b.cost for w in own] for own, b in zip(widths, budgets, strict=True)]
-    most = sum(b.units * b.cost for b in budgets) * (1 - sparsity)
+    costs = [[b.price(w) for w in own] for own, b in zip(widths, budgets, strict=True)]
+    most = sum(b.price(b.units) for b in budgets) * (1 - sparsity)
     chosen = choose(costs, [budget.known.tolist() for budget in budgets], most)
     return [float(own[level]) for own, level in zip(widths, chosen, strict=True)]
 
 
-BY_LEVELS = Allocation("levels", wanted, survey="levels", equal=False)
+BY_LEVELS = Allocation("levels", wanted, survey="levels", equal=False, prices=True)

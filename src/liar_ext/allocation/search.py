@@ -37,6 +37,7 @@ class Problem:
         evaluations: candidates that may be tried, each with all windows; a `share` of them counts
             as that share.
         seed: of every random choice.
+        tied: groups of Sites that must get the same width, each with the same levels.
     """
 
     budgets: Sequence[Budget]
@@ -44,6 +45,7 @@ class Problem:
     levels: Sequence[tuple[int, ...]]
     evaluations: int
     seed: int
+    tied: Sequence[tuple[int, ...]] = ()
 
     @property
     def most(self) -> float:

@@ -16,10 +16,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A module that is imported when it is used, and the line that `--help` prints about it."""
+    """A module that is imported when it is used, and the line that `--help` prints about it.
+
+    Attributes:
+        file: the option that names where the result goes; another than `--json` has to be given.
+    """
 
     module: str
     help: str
+    file: str = "--json"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         importlib.import_module(self.module).add_arguments(parser)
@@ -35,5 +40,11 @@ BENCHMARKS = {
     "tune": Benchmark(
         "liar_ext.bench.tune", "launch parameters of the Triton kernels for this GPU"
     ),
+    "latency": Benchmark(
+        "liar_ext.bench.latency", "a layer at many widths, for --budget latency", file="--out"
+    ),
     "prune": Benchmark("liar_ext.bench.prune", "a whole compression beside one plain forward"),
+    "methods": Benchmark(
+        "liar_ext.bench.methods", "every method's compression beside one plain forward"
+    ),
 }

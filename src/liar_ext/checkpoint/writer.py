@@ -24,7 +24,10 @@ NOT_COPIED = (
     *(".onnx_data", ".gguf", ".tflite", ".ot", ".npz"),
 )
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-REWRITTEN = ("config.json", "README.md", "recipe.json", REPORT, "report.html")
+REWRITTEN = (
+    *("config.json", "README.md", "recipe.json", REPORT, "report.html"),
+    "liar_search.jsonl",
+)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.cli.options import add_recipe_options, values_of
 from liar_ext.cli.prune import add_journal, add_waiting
 from liar_ext.errors import InputError, LiarError
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from liar_ext.job_queue import Outcome
 
 DESCRIPTION = """Each line of JOBS.jsonl is a JSON object with `source`, `out`, and any fields of a
-recipe.json; `name` and `overwrite` may be given, too. The recipe options are for all lines that do
-not say otherwise. Nothing starts unless every line can be used. Jobs of the same source and
-calibration with statistics oneshot need one forward pass between them."""
+recipe.json; `name`, `overwrite` and `preset` may be given, too. The recipe options are for all
+lines that do not say otherwise. Nothing starts unless every line can be used. Jobs of the same
+source and calibration with statistics oneshot need one forward pass between them."""
 
 
 def add_parser(commands: Any) -> None:
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.engine.execution import Execution
     from liar_ext.job_queue import Queue
     from liar_ext.jobs import JobsError, read_jobs
+    from liar_ext.recipe import Recipe
 
     started = time.perf_counter()
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -81,9 +82,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         journal_seconds=arguments.journal_seconds,
     )
     file = Path(arguments.jobs)
-    defaults = recipe_of(arguments).to_json()
+    defaults = values_of(arguments)
+    # what is wrong with the options is no fault of a line
+    Recipe.from_json(defaults)
     try:
-        jobs = read_jobs(file, defaults, overwrite=arguments.overwrite, resume=arguments.resume)
+        jobs = read_jobs(
+            file,
+            defaults,
+            preset=arguments.preset,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+        )
     except JobsError as error:
         if len(error.problems) > 1:
             print(*error.problems, sep="\n", file=sys.stderr)

@@ -20,7 +20,13 @@ def add_parser(commands: Any, *, wanted: bool = True) -> None:
         child = kinds.add_parser(name, help=benchmark.help, description=benchmark.help)
         if wanted:
             benchmark.add_arguments(child)
-        child.add_argument("--json", metavar="FILE", dest="json_file", help="write the result here")
+        child.add_argument(
+            benchmark.file,
+            metavar="FILE",
+            dest="json_file",
+            required=benchmark.file != "--json",
+            help="write the result here, as JSON",
+        )
         child.set_defaults(run=lambda arguments, b=benchmark: run(b, arguments))
 
 
@@ -35,7 +41,7 @@ def run(benchmark: Any, arguments: argparse.Namespace) -> None:
     """
     file = arguments.json_file
     if file is not None and not Path(file).absolute().parent.is_dir():
-        raise InputError(f"--json {file}: {Path(file).parent} is not a folder")
+        raise InputError(f"{benchmark.file} {file}: {Path(file).parent} is not a folder")
     result = benchmark.execute(arguments)
     if file is not None:
         Path(file).write_text(

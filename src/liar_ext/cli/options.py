@@ -17,7 +17,8 @@ def ridge(text: str) -> float | str:
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (float, "F", "fraction of the targeted budget to remove"),
-    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops"),
+    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops, latency"),
+    "latency": (str, "FILE", "for --budget latency: what `liar bench latency` measured"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
     "criterion": (
         str,
@@ -25,9 +26,13 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "what to keep: magnitude, magnitude-l1, magnitude-producer, magnitude-producer-l1, "
         "magnitude-both, magnitude-both-l1, wanda, flap, flap-ifv, flap-wifn, rcpu, leverage, obs, "
         "obs-swap, snip, michel, fisher, fisher-rearranged, taylor-vector, taylor-first, "
-        "taylor-second, taylor-mixed, random",
+        "taylor-second, taylor-mixed, policy, random",
     ),
-    "allocation": (str, "NAME", "how many where: uniform, global, alpha, influence, levels, kwon"),
+    "allocation": (
+        str,
+        "NAME",
+        "how many where: uniform, global, ranked, alpha, influence, levels, besa, kwon",
+    ),
     "reconstruct": (
         str,
         "NAME",
@@ -38,6 +43,9 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "seq_len": (int, "N", "tokens of each at most"),
     "batch_size": (int, "N", "sequences at a time"),
     "gradient_samples": (int, "N", "windows that criteria which need a loss take gradients of"),
+    "policy_steps": (int, "N", "steps in which --criterion policy learns"),
+    "search_samples": (int, "N", "windows that searching allocations compare models on"),
+    "search_evaluations": (int, "N", "models that they try"),
     "ridge": (ridge, "F", "λ relative to the mean variance of a Site's columns, or auto"),
     "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
     "target_signal": (
@@ -59,11 +67,16 @@ def add_recipe_options(parser: argparse.ArgumentParser, without: Collection[str]
     """All Recipe fields but some, and `--recipe FILE` to start from a file."""
     from dataclasses import fields
 
+    from liar_ext.presets import PRESETS
     from liar_ext.recipe import Recipe
 
     defaults = {field.name: field.default for field in fields(Recipe)}
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", metavar="FILE", help="start from a recipe.json; options win")
+    known = "; ".join(f"{name}, {preset.summary}" for name, preset in PRESETS.items())
+    group.add_argument(
+        "--preset", metavar="NAME", help=f"start from a preset; options win. {known}"
+    )
     for name, (kind, metavar, text) in OPTIONS.items():
         if name in without:
             continue
@@ -76,17 +89,37 @@ def add_recipe_options(parser: argparse.ArgumentParser, without: Collection[str]
 
 
 def recipe_of(arguments: argparse.Namespace) -> Any:
-    """The Recipe: the file's values, if any, under the options that were given."""
+    """The Recipe: a file's or a preset's values, if any, under the options that were given.
+
+    A preset looks at the config of `arguments.source`.
+    """
+    from liar_ext.presets import fields_for
+    from liar_ext.recipe import Recipe
+
+    values = values_of(arguments)
+    if arguments.preset is not None:
+        trace = getattr(arguments, "trace", False)
+        values = {**fields_for(arguments.preset, arguments.source, trace=trace), **values}
+    return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
+
+
+def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Recipe fields of `--recipe` and of the options that were given, these on top."""
     from liar_ext.recipe import Recipe
 
     values: dict[str, Any] = {}
     if arguments.recipe is not None:
+        if arguments.preset is not None:
+            raise InputError(
+                f"--preset {arguments.preset} with --recipe {arguments.recipe}: both say where to "
+                "start; give one of them"
+            )
         values = Recipe.read(arguments.recipe).to_json()
     for name in OPTIONS:
         given = getattr(arguments, name, None)
         if given is not None:
             values[name] = _parsed(name, given)
-    return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
+    return values
 
 
 def _parsed(name: str, value: Any) -> Any:

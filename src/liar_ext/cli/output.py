@@ -15,6 +15,7 @@ from rich.progress import (
 from rich.table import Table
 
 from liar_ext.report.schema import Report, SiteReport
+from liar_ext.report.text import latency
 
 
 class Watcher:
@@ -46,7 +47,7 @@ class Watcher:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(label, total=layers, completed=done)
         if done:
-            self._console.print(f"{label}: goes on after layer {done - 1} of {layers}")
+            self._console.print(f"{label}: goes on, {done} of {layers} are done")
 
     def site(self, report: SiteReport) -> None:
         self._console.print(
@@ -79,6 +80,9 @@ def summary(report: Report) -> Table:
     table.add_row(
         *_ratio("targeted FLOPs", totals["site_flops_before"], totals["site_flops_after"])
     )
+    if "site_latency_after" in totals:
+        before, after = totals["site_latency_before"], totals["site_latency_after"]
+        table.add_row("predicted latency", latency(before), latency(after), f"{after / before:.3f}")
     if "bytes_after" in totals:
         table.add_row(*_ratio("bytes", totals["bytes_before"], totals["bytes_after"]))
     residuals = [site.relative_residual for site in report.sites]

@@ -1,12 +1,13 @@
 """Criteria by name. To add one: a file beside this, a line here, a page in docs/methods/."""
 
-from liar_ext.criteria.base import Columns, Criterion, Evidence, unit_scores
+from liar_ext.criteria.base import Columns, Criterion, Evidence, Prior, unit_scores
 from liar_ext.criteria.fisher import FISHER, FISHER_REARRANGED
 from liar_ext.criteria.flap import FLAP, FLAP_IFV, FLAP_WIFN
 from liar_ext.criteria.leverage import LEVERAGE
 from liar_ext.criteria.magnitude import MAGNITUDES
 from liar_ext.criteria.michel import MICHEL
 from liar_ext.criteria.obs import OBS, OBS_SWAP
+from liar_ext.criteria.policy import POLICY
 from liar_ext.criteria.random import RANDOM
 from liar_ext.criteria.rcpu import RCPU
 from liar_ext.criteria.snip import SNIP
@@ -30,8 +31,9 @@ CRITERIA: dict[str, Criterion] = {
         FISHER,
         FISHER_REARRANGED,
         *TAYLORS,
+        POLICY,
         RANDOM,
     )
 }
 
-__all__ = ["CRITERIA", "Columns", "Criterion", "Evidence", "unit_scores"]
+__all__ = ["CRITERIA", "Columns", "Criterion", "Evidence", "Prior", "unit_scores"]

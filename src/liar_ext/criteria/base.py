@@ -13,6 +13,8 @@ from liar_ext.models.site import Site
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.saliency import UnitGradients
 
+Needs = Literal["columns", "moments", "gradients", "weight_gradients", "policy"]
+
 
 class Columns(Protocol):
     """What a criterion may ask of the statistics: `Moments` and `ColumnMoments` both answer."""
@@ -20,6 +22,10 @@ class Columns(Protocol):
     def mean(self) -> Tensor: ...
     def diagonal(self) -> Tensor: ...
     def variance(self) -> Tensor: ...
+
+
+# of one Site, by the pass that a criterion needs: gradients of a loss, or keep probabilities
+Prior = UnitGradients | Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Evidence:
         site: the Site, dense; statistics: of its columns.
         generator: for random draws.
         ridge: relative λ of the repair to come; center: whether it will have an intercept.
-        gradients: of the loss, on the dense path; None for criteria that do not need them.
+        prior: what a pass before pruning found of the Site; None for criteria without one.
         keep: how many units will stay; None where scores are wanted before that is known.
         notes: what had to be raised or repeated for the judgement; criteria may add lines.
         remarks: what else the report should say of it.
@@ -41,7 +47,7 @@ class Evidence:
     generator: torch.Generator = field(default_factory=torch.Generator)
     ridge: float = 0.0
     center: bool = False
-    gradients: UnitGradients | None = None
+    prior: Prior | None = None
     keep: int | None = None
     notes: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -55,13 +61,19 @@ class Evidence:
     @property
     def gates(self) -> Tensor:
         """`∂L_x/∂m_u`, (examples, units) float64, of a criterion that `needs` gradients."""
-        assert self.gradients is not None, "the engine supplies what a criterion needs"
-        return self.gradients.gates
+        assert isinstance(self.prior, UnitGradients), "the engine supplies what a criterion needs"
+        return self.prior.gates
 
     def taylor(self, form: str) -> Tensor:
         """One of `TAYLOR_FORMS`, (units,) float64, if it `needs` those of weights."""
-        assert self.gradients is not None, "the engine supplies what a criterion needs"
-        return self.gradients.taylor[form]
+        assert isinstance(self.prior, UnitGradients), "the engine supplies what a criterion needs"
+        return self.prior.taylor[form]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Keep probabilities, (units,) float64, of a criterion that `needs` a policy."""
+        assert isinstance(self.prior, Tensor), "the engine supplies what a criterion needs"
+        return self.prior
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,9 @@ class Criterion:
     score: Evidence -> scores, (columns,) or (units,) float64. Column scores are summed over a unit
         for ranking.
     needs: `columns`, or `moments` where means and mean squares of single columns do not do;
-        `gradients` of a loss with respect to gates on units, or `weight_gradients` beside them.
+        `gradients` of a loss with respect to gates on units, or `weight_gradients` beside them;
+        `policy`, keep probabilities of units. The last three come from a pass of their own over the
+        dense model before anything is pruned (`engine.passes`).
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
     greedy: what goes next depends on what has gone (`ops.removal`).
@@ -81,7 +95,7 @@ class Criterion:
 
     name: str
     score: Callable[[Evidence], Tensor]
-    needs: Literal["columns", "moments", "gradients", "weight_gradients"] = "columns"
+    needs: Needs = "columns"
     choose: Callable[[Evidence], Tensor] | None = None
     greedy: bool = False
     flops: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 0

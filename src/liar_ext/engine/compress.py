@@ -30,21 +30,25 @@ from liar_ext.engine.inputs import (
     check_backends,
     chosen_backends,
     compute_dtype,
-    dense_config,
     load_calibration,
     resolve_device,
 )
 from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.ledger import FILE as SEARCH_FILE
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.source import dense_checkpoint
 from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.latency import LatencyTable
+from liar_ext.models import adapter_for, text_config
+from liar_ext.policy_memory import policy_held_bytes
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
+from liar_ext.search_costs import search_held_bytes
 from liar_ext.survey import needs_tokens
 
 
@@ -150,41 +154,11 @@ def compress(
         if ranks.rank == 0:
             copy_other_files(folder, job.output)
             write_records(job.output, report)
+            if (tried := job.folder / SEARCH_FILE).exists():
+                shutil.copyfile(tried, job.output / SEARCH_FILE)
             job.complete()
         ranks.barrier()
     return report
-
-
-def dense_checkpoint(
-    folder: Path, traced: tuple[str, ...] | None = None
-) -> tuple[CheckpointReader, PreTrainedModel, list[str]]:
-    """The reader of a checkpoint that can be pruned, its model on `meta`, and the names of tensors
-    that are no part of the model.
-
-    Args:
-        traced: kinds of Site to find by a trace where the family has no adapter; None is no trace.
-    Raises:
-        InputError: it is pruned already, of an unsupported model, incomplete, or has more layers
-            than its config says.
-    """
-    reader = CheckpointReader(folder)
-    if layout.KEY in reader.config:
-        raise InputError(
-            f"{folder}: pruned already, to shapes of its own; start from the dense one"
-        )
-    reader.config = dense_config(reader.config, traced)
-    config = layout.config_object(reader.config)
-    adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
-    model = layout.empty_model(config)
-    left_over = reader.bind(model)
-    layers = adapter.layer_list(model)[0] + "."
-    beyond = [name for name in left_over if layers in name]
-    if beyond:
-        raise InputError(
-            f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "
-            f"{type(model).__name__}; check num_hidden_layers in config.json"
-        )
-    return reader, model, left_over
 
 
 def identity_of(
@@ -201,8 +175,10 @@ def identity_of(
             tokens.update(json.dumps(list(tensor.shape)).encode())
             tokens.update(tensor.contiguous().numpy().tobytes())
     here = environment(device)
+    measured = {} if recipe.latency is None else {"latency": LatencyTable.read(recipe.latency)}
     return {
         "recipe": recipe.to_json(),
+        **{name: table.sha256 for name, table in measured.items()},
         "source": {
             "config": hashlib.sha256(json.dumps(reader.config).encode()).hexdigest(),
             **{file: found["size"] for file, found in reader.sizes().items()},
@@ -228,11 +204,16 @@ def held_bytes_of(
     adapter = adapter_for(model.config)
     windows = first_samples(batches, recipe.gradient_samples)
     own = _positions(batches, least_segments(recipe), ranks)
+    tried = first_samples(batches, recipe.search_samples)
+    hidden = text_config(model.config).hidden_size
     # nothing of the windows is held out
     theirs = _positions(windows, 1, ranks)
     return max(
         held_bytes(model, adapter, recipe, own, item),
         gradient_held_bytes(model, adapter, recipe, theirs, item),
+        # each rank has all
+        policy_held_bytes(model, recipe, _positions(batches, 1, 1), item),
+        search_held_bytes(recipe, _positions(tried, len(tried), ranks), hidden, item),
     )
 
 
@@ -282,6 +263,8 @@ def _finished(out: Path, reader: CheckpointReader, identity: dict[str, Any]) -> 
     wanted = identity["calibration"]["corpus_sha256"], identity["calibration"]["source"]
     versions = {name: report.environment.get(name) for name in identity["versions"]}
     if report.recipe != identity["recipe"] or calibration != wanted:
+        return None
+    if report.latency.get("sha256") != identity.get("latency"):
         return None
     if versions != identity["versions"] or report.source_files != reader.hashes():
         return None

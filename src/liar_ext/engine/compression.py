@@ -25,6 +25,7 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.store import LayerStore
 from liar_ext.environment import environment
+from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout
 from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
@@ -89,8 +90,11 @@ class Compression:
                 self.warn(few)
         before = layout.read(model)
         length = longest(batches)
+        table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
         costs = {
-            counts: budgets(self._store, recipe, length, counts) for counts in CHOICES["budget"]
+            counts: budgets(self._store, recipe, length, counts)
+            for counts in CHOICES["budget"]
+            if counts != "latency" or table is not None
         }
         parameters = _parameters(model)
         driver = Driver(
@@ -111,6 +115,9 @@ class Compression:
         sizes = {counts: _sizes(driver.sites, own) for counts, own in costs.items()}
         targeted, left = sizes[recipe.budget]
         achieved = (targeted - left) / targeted
+        if table is not None:
+            for text in table.warnings(recipe.target, recipe.round_to):
+                self.warn(text)
         if abs(achieved - recipe.sparsity) > SPARSITY_TOLERANCE:
             self.warn(
                 f"asked for sparsity {recipe.sparsity:.3f}, got {achieved:.3f}: the widths that "
@@ -145,6 +152,7 @@ class Compression:
             environment=environment(self._device),
             layout=layout.loader_of(config, self._dense),
             config=config,
+            latency={} if table is None else table.to_json(),
             warnings=self._warnings,
             run={
                 "ranks": self._ranks.size,
@@ -170,22 +178,35 @@ class Compression:
 def peak_host_bytes() -> int:
     """Most memory that was resident at once since this process began, in bytes."""
     try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("VmHWM:"))
-        return int(found.split()[1]) * 1024
+        return _status("VmHWM")
     except (OSError, StopIteration):
         # it counts what the process that started this one held; in KiB, and in bytes on macOS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _sizes(sites: Sequence[SiteReport], costs: Mapping[tuple[int, str], Budget]) -> tuple[int, int]:
-    """What all targeted Sites cost, before and after."""
-    before = sum(budget.units * budget.cost for budget in costs.values())
-    removed = sum(
-        (site.units_before - site.units_after) * costs[site.layer, site.kind].cost for site in sites
-    )
-    return before, before - removed
+def resident_host_bytes() -> int:
+    """Memory of this process that is resident now, in bytes; where the system does not say, 0."""
+    try:
+        return _status("VmRSS")
+    except (OSError, StopIteration):
+        return 0
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as lines:
+        found = next(line for line in lines if line.startswith(f"{name}:"))
+    return int(found.split()[1]) * 1024
+
+
+def _sizes(
+    sites: Sequence[SiteReport], costs: Mapping[tuple[int, str], Budget]
+) -> tuple[float, float]:
+    """What all targeted Sites cost, before and after; whole numbers of parameters and FLOPs."""
+    whole = all(budget.prices is None for budget in costs.values())
+    before = sum(budget.price(budget.units) for budget in costs.values())
+    after = sum(costs[site.layer, site.kind].price(site.units_after) for site in sites)
+    return (int(before), int(after)) if whole else (before, after)
 
 
 def _parameters(model: PreTrainedModel) -> int:

@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
+from liar_ext.allocation import ALLOCATIONS, Allocation, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
-from liar_ext.costs import unit_costs
-from liar_ext.criteria import CRITERIA, Columns
+from liar_ext.costs import pricing
+from liar_ext.criteria import CRITERIA
+from liar_ext.engine.block import LayerBlock
 from liar_ext.engine.clock import Clock
-from liar_ext.engine.gradients import GradientPass
+from liar_ext.engine.findings import find, learn
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
+from liar_ext.engine.level_store import Key
 from liar_ext.engine.measure import Measured
+from liar_ext.engine.passes import PASSES, PriorPass
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
+from liar_ext.engine.search import Searcher
 from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
@@ -46,14 +50,12 @@ def budgets(
 
     Args:
         length: of the longest calibration sequence.
-        counts: a key of `costs.unit_costs`; None for what the recipe budgets.
+        counts: what the recipe could budget; None for what it does.
     """
     adapter = adapter_for(store.model.config)
-    counts = counts or recipe.budget
+    budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
     return {
-        (index, site.kind): Budget(
-            site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts]
-        )
+        (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
@@ -139,9 +141,9 @@ class Driver:
             self.ranks,
             self.clock,
         )
-        self._gradients: GradientPass | None = None
-        if CRITERIA[self.recipe.criterion].differentiates:
-            self._gradients = GradientPass(
+        self._prior: PriorPass | None = None
+        if (prior := PASSES.get(CRITERIA[self.recipe.criterion].needs)) is not None:
+            self._prior = prior(
                 self.store,
                 self.batches,
                 self.recipe,
@@ -168,9 +170,9 @@ class Driver:
             # before anything is computed that it would be for nothing
             known = list(self._budgets().values())
             check_reachable(known, self.recipe.sparsity, self.recipe.round_to)
-        if self._gradients is not None:
-            self._repairer.gradients = self._gradients.results(self.keeper)
-            self.facts["gradients"] = self._gradients.facts
+        if self._prior is not None:
+            self._repairer.prior = self._prior.results(self.keeper)
+            self.facts[self._prior.name] = self._prior.facts
         if position.stage == "survey":
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)
@@ -257,9 +259,10 @@ class Driver:
         known = self._budgets()
         survey = survey_of(recipe)
         if survey is not None:
-            self._survey(survey, position)
+            self._survey(survey, known, position)
             known = {key: replace(known[key], finding=position.findings[key]) for key in known}
-        kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to)
+        wanted = None if allocation.search is None else self._search(allocation, known, position)
+        kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to, wanted)
         if all(k == b.units for k, b in zip(kept, known.values(), strict=True)):
             raise InputError(
                 f"--sparsity {recipe.sparsity} with --round-to {recipe.round_to} removes "
@@ -268,12 +271,38 @@ class Driver:
         # of what other GPUs found, ranks could make other widths
         return dict(zip(known, self.ranks.broadcast(kept), strict=True))
 
-    def _survey(self, survey: Survey, position: Position) -> None:
+    def _search(
+        self, allocation: Allocation, known: dict[Key, Budget], position: Position
+    ) -> list[float]:
+        """Kept units of each Site, real numbers, from trying whole models."""
+        searcher = Searcher(
+            self.store,
+            self.batches,
+            self.recipe,
+            self.device,
+            self.shelf,
+            self.ranks,
+            self.clock,
+            self.progress,
+            self._measurer,
+            self._repairer,
+            lambda: self._enter(Position("survey")),
+            self._open,
+        )
+        position.layer = self.targets.stop
+        position.generator = self._repairer.generator.get_state()
+        wanted = searcher.wanted(allocation, known, self.keeper, position)
+        self.facts["search"] = searcher.facts
+        return wanted
+
+    def _survey(self, survey: Survey, budgets: dict[Key, Budget], position: Position) -> None:
         """Findings of every targeted Site on the dense path, from `position` on."""
         reads = reads_of(self.recipe)
         assert reads is not None
+        self._measurer.learns = survey.learn is not None
         if self._measurer.needed(position.layer, reads):
             self._enter(position)
+        self._stream.keeps = self._measurer.learns
         self.progress.begin(self.targets.stop, survey.label, position.layer)
         # without tokens nothing has to pass the layers before the first targeted one
         first = self.targets.start if reads == "weights" else 0
@@ -281,35 +310,18 @@ class Driver:
             self._open(index)
             similarity = self._similarity(index) if reads == "states" else None
             found = self._measurer.statistics(index, reads)
-            self._find(survey, index, found, similarity, position)
+            sites = self._measurer.sites(index)
+            find(survey, sites, found, similarity, self._repairer, position)
+            if survey.learn is not None and sites:
+                costs = [budgets[index, site.kind].cost for site in sites]
+                layer, stream = self._layers[index], self._stream
+                block = LayerBlock(layer, sites, costs, stream, self.device, self.ranks, self.clock)
+                learn(survey.learn, block, position)
             self.store.close(index, final=False)
             self._keep(position, index + 1)
             self.progress.layer(index)
-        self._stream.advance({})
-        self._measurer.entered = False
-
-    def _find(
-        self,
-        survey: Survey,
-        index: int,
-        statistics: dict[str, Columns],
-        similarity: float | None,
-        position: Position,
-    ) -> None:
-        """Findings of a layer's Sites; the statistics of each are freed after it."""
-        whole: Tensor | None = None
-        for site in self._measurer.sites(index):
-            key = index, site.kind
-            if whole is None:
-                own = statistics.pop(site.kind, None)
-                found, notes = self._repairer.finding(survey, site, own, similarity)
-                del own
-                position.notes[key] = [f"survey: {note}" for note in notes]
-            else:
-                # files do not take two tensors of one storage
-                found = whole.clone()
-            position.findings[key] = found
-            whole = found if survey.whole_layer else None
+        self._stream.keeps = self._measurer.learns = False
+        self._measurer.leave()
 
     def _similarity(self, index: int) -> float:
         found = self._measurer.similarity(index)

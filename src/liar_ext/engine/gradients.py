@@ -22,6 +22,7 @@ from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.capture import last_hidden, layer_output
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.frozen import frozen
 from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.ranks import Ranks
@@ -66,6 +67,7 @@ class GradientPass:
     progress: Progress
     open_layer: Callable[[int], None]
     facts: dict[str, Any] = field(default_factory=dict)
+    name = "gradients"
 
     def __post_init__(self) -> None:
         model = self.store.model
@@ -107,7 +109,7 @@ class GradientPass:
         return found
 
     def _run(self) -> SiteGradients:
-        with _frozen(self.store.model):
+        with frozen(self.store.model):
             entered = self._forward()
             upstream = self._loss()
             for index in reversed(range(self.targets.start, len(self._layers))):
@@ -343,19 +345,6 @@ class _Taps:
 def _by_example(tensor: Tensor, examples: int) -> Tensor:
     """(b, t, n), also of the (b · t, n) that some families make for their FFN."""
     return tensor.detach().reshape(examples, -1, tensor.shape[-1])
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter asks for a gradient inside."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
 
 
 def _refuse_without_loss(model: PreTrainedModel, adapter: Adapter, criterion: str) -> None:

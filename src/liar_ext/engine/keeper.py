@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,13 +121,30 @@ class Keeper:
     def put_aside(self, name: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep what is computed once, before the first entry: with that, a later run finds it.
 
+        What had the name before is replaced at once: a kill leaves the one or the other.
+
         Args:
             tensors: the same on every rank, on the CPU; facts: JSON data.
         """
         if self._ranks.rank == 0:
             path = self._job.folder / f"{name}.safetensors"
-            save_file(dict(tensors), path, metadata={"facts": json.dumps(facts)})
-            sync_path(path)
+            new = path.with_suffix(".tmp")
+            save_file(dict(tensors), new, metadata={"facts": json.dumps(facts)})
+            sync_path(new)
+            os.replace(new, path)
+            sync_path(self._job.folder)
+
+    def keep_midway(
+        self, start: Position, name: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """If it is time for an entry, put aside how far a pass before the layers is, and write one.
+
+        Args:
+            start: where a compression begins.
+        """
+        if self._due():
+            self.put_aside(name, tensors, facts)
+            self._keep(start, {})
 
     def aside(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What an earlier run has put aside, or None.
@@ -190,16 +208,28 @@ class Keeper:
             )
         return sums
 
-    def keep(self, position: Position, hidden: Mapping[str, Item]) -> None:
-        """Write an entry if it is time for one; everything that it names is on disk first."""
-        assert position.generator is not None, "the driver sets it"
+    @property
+    def folder(self) -> Path:
+        """What is put here is there for a later run, once there is an entry."""
+        return self._job.folder
+
+    def keep(self, position: Position, hidden: Mapping[str, Item], *, now: bool = False) -> None:
+        """Write an entry if it is time for one, or `now`; everything that it names is on disk
+        first."""
+        if self._due(now):
+            self._keep(position, hidden)
+
+    def _due(self, now: bool = False) -> bool:
+        """Whether an entry is to be written, the same on every rank."""
         # rank 0 has the clock
-        if not self._ranks.broadcast(time.monotonic() - self._last >= self._wait):
-            return
+        if not self._ranks.broadcast(now or time.monotonic() - self._last >= self._wait):
+            return False
         # an entry without the sums could not be told from one of another checkpoint: until they are
         # known nothing is kept, unless every layer is to be
-        if self._least and not all(self._ranks.gather(self._source.ready())):
-            return
+        return not self._least or now or all(self._ranks.gather(self._source.ready()))
+
+    def _keep(self, position: Position, hidden: Mapping[str, Item]) -> None:
+        assert position.generator is not None, "the driver sets it"
         sums = self.source_sums()
         digests = self._store.written()
         self._ranks.barrier()

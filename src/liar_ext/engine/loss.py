@@ -34,16 +34,31 @@ def loss_gradient(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Ten
         rows = slice(start, start + step)
         own = flat[rows].detach().requires_grad_()
         with torch.enable_grad():
-            logits = head(own)
-            loss = F.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)),
-                wanted[rows],
-                ignore_index=NO_TARGET,
-                reduction="sum",
-            )
+            loss = _cross_entropy(head(own), wanted[rows])
         (gradient[rows],) = torch.autograd.grad(loss, own)
         total += loss.detach()
     return gradient.view_as(states), total
+
+
+def loss_sum(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    """The sum alone, float64; arguments as of `loss_gradient`."""
+    flat, wanted = states.flatten(0, 1), targets.flatten()
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    step = max(1, CHUNK_LOGITS // linear.weight(head).shape[0])
+    for start in range(0, flat.shape[0], step):
+        rows = slice(start, start + step)
+        total += _cross_entropy(head(flat[rows]), wanted[rows])
+    return total
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed, float32 at least."""
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        targets,
+        ignore_index=NO_TARGET,
+        reduction="sum",
+    )
 
 
 def next_tokens(batch: Batch) -> Tensor:

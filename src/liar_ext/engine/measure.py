@@ -79,6 +79,7 @@ class Measurer:
         targets: the layers that are pruned.
         library: Moments of the dense path on disk, with `--statistics oneshot` only.
         entered: hidden states are on their way.
+        learns: what enters and leaves each layer is wanted beside its statistics.
     """
 
     model: PreTrainedModel
@@ -91,6 +92,7 @@ class Measurer:
     ranks: Ranks
     clock: Clock
     entered: bool = False
+    learns: bool = False
     _last: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class Measurer:
         ahead = range(max(layer, self.targets.start), self.targets.stop)
         if reads == "weights" or not ahead:
             return False
-        if self.library is None or reads == "states":
+        if self.library is None or reads == "states" or self.learns:
             return True
         sites = [
             (i, name) for i in ahead for kind in self.recipe.target for name in self._names(kind)
@@ -129,9 +131,14 @@ class Measurer:
         """Whether hidden states go through a layer, on whichever ranks."""
         return self.entered and index < self._last
 
+    def leave(self) -> None:
+        """The hidden states are not needed any more."""
+        self.stream.advance({})
+        self.entered = False
+
     def onward(self, index: int) -> bool:
         """Nobody needs what leaves the last layer that statistics are taken from."""
-        return index < self._last - 1
+        return index < self._last - 1 or self.learns
 
     def statistics(self, index: int, reads: Reads) -> dict[str, Columns]:
         """Those of a layer's Sites on the dense path by kind, if any are read; hidden states
@@ -147,7 +154,7 @@ class Measurer:
         """
         compared = StateSimilarity(self.device)
         if self.library is None or self._in_library(index):
-            self._pass_on(index, compared)
+            self.pass_on(index, compared)
         else:
             self._forward(index, compared)
         return compared.finish(self.ranks)
@@ -163,7 +170,7 @@ class Measurer:
             self.stream.advance(self.stream.through(index, taps, onward=self.onward(index)))
             return {site.kind: tap.finish(self.ranks) for site, tap in taps}
         if self._in_library(index):
-            self._pass_on(index)
+            self.pass_on(index)
             with self.clock.phase("load"):
                 return {
                     site.kind: self.library.load_columns(index, site.kind, self.device)
@@ -175,7 +182,7 @@ class Measurer:
     def dense(self, index: int) -> dict[str, Measured]:
         """Moments of a layer's Sites on the dense path, by kind; hidden states advance."""
         if self.library is not None and self._in_library(index):
-            self._pass_on(index)
+            self.pass_on(index)
             with self.clock.phase("load"):
                 found: dict[str, Measured] = {}
                 for site in self.sites(index):
@@ -279,7 +286,7 @@ class Measurer:
         there = all(self.library.has(index, name) for name in names) and not extra
         return bool(self.ranks.broadcast(there))
 
-    def _pass_on(self, index: int, compared: Comparison | None = None) -> None:
+    def pass_on(self, index: int, compared: Comparison | None = None) -> None:
         """Take the hidden states, if there are any, through a layer as it is."""
         if self.flows(index):
             onward = self.onward(index)

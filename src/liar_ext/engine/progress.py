@@ -11,13 +11,13 @@ class Progress(Protocol):
     """Receives events in order; must not raise."""
 
     def begin(self, layers: int, label: str, done: int = 0) -> None:
-        """A pass over `layers` layers starts, of which `done` are done already."""
+        """A pass over `layers` layers, or so many steps, starts, of which `done` are done."""
 
     def site(self, report: SiteReport) -> None:
         """A Site was pruned."""
 
     def layer(self, index: int) -> None:
-        """A layer is done."""
+        """A layer, or a step, is done."""
 
     def warn(self, message: str) -> None:
         """Something the user should know; it is in the report as well."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from liar_ext.criteria import CRITERIA, Columns, Evidence
+from liar_ext.criteria import CRITERIA, Columns, Evidence, Prior
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.judgements import Judgements
+from liar_ext.engine.level_store import Level
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
@@ -18,7 +19,6 @@ from liar_ext.models import Site
 from liar_ext.ops.drift import Drift, drift_energies
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
-from liar_ext.ops.saliency import UnitGradients
 from liar_ext.ops.solve import LADDER_STEPS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
@@ -31,7 +31,7 @@ class Repairer:
 
     Attributes:
         generator: what random criteria draw from, in the order of the Sites.
-        gradients: by layer and kind, for criteria that need them.
+        prior: by layer and kind, for criteria that need a pass of their own.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Repairer:
             self._criterion = judgements.of(self._criterion, choices=dense)
         self._reconstruction = RECONSTRUCTIONS[recipe.reconstruct]
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.gradients: Mapping[tuple[int, str], UnitGradients] = {}
+        self.prior: Mapping[tuple[int, str], Prior] = {}
 
     def finding(
         self, survey: Survey, site: Site, statistics: Columns | None, similarity: float | None
@@ -131,15 +131,30 @@ class Repairer:
 
         return report, shrink
 
+    def level(
+        self, site: Site, moments: Moments, kept_units: int, *, held: Moments | None = None
+    ) -> Level:
+        """A dense Site as it would be with fewer units; it stays as it is.
+
+        Args:
+            held: Moments of those tokens that are held out to choose the ridge by.
+        """
+        with self._clock.phase("solve"):
+            evidence = self._evidence(site, moments, kept_units)
+            keep = self._ranks.broadcast(self._criterion.select(evidence))
+            repaired, _, _ = self._solve(site, moments, site.unit_columns(keep), held)
+            bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
+            return Level(keep, repaired.weight.to(dtype), None if bias is None else bias.to(dtype))
+
     def _evidence(self, site: Site, statistics: Columns, keep: int | None = None) -> Evidence:
-        gradients = self.gradients.get((site.layer, site.kind))
+        prior = self.prior.get((site.layer, site.kind))
         return Evidence(
             site,
             statistics,
             self.generator,
             ridge=self._recipe.first_ridge,
             center=self._intercept[site.kind],
-            gradients=None if gradients is None else gradients.to(site.weight().device),
+            prior=None if prior is None else prior.to(site.weight().device),
             keep=keep,
         )
 

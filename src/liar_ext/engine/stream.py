@@ -43,6 +43,8 @@ class Stream:
 
     Attributes:
         hidden: what enters the next layer, by the number of the batch; on the shelf.
+        entered: what entered the layer before, where it `keeps` that; it then outlives `advance`.
+        total: batches of all ranks.
         count: segments of all batches, `least` where there are so many batches. alone: it is 1.
 
     Args:
@@ -72,7 +74,10 @@ class Stream:
             if segment in mine
         }
         self.alone = count <= 1
+        self.total = len(batches)
         self.hidden: dict[int, Item] = {}
+        self.entered: dict[int, Item] = {}
+        self.keeps = False
         self._calls: dict[int, list[LayerCall]] = {}
         self._masks: dict[int, Tensor | None] = {}
 
@@ -81,9 +86,16 @@ class Stream:
         """The numbers of this rank's batches."""
         return list(self._batches)
 
+    def batch(self, number: int) -> Batch:
+        return self._batches[number]
+
     def call(self, number: int, index: int) -> LayerCall:
         """How the model calls a layer on a batch."""
         return self._calls[number][index]
+
+    def mask(self, number: int) -> Tensor | None:
+        """Which positions of a batch are valid, (b · t,) bool on the device; None for all."""
+        return self._masks[number]
 
     def embed(self, backbone: nn.Module, options: dict[str, Any], returns: int = 0) -> None:
         """Enter the first layer: embeddings, and every layer's own arguments (`record_calls`)."""
@@ -100,10 +112,13 @@ class Stream:
             self._masks[number] = None if mask is None else mask.flatten()
 
     def advance(self, later: Mapping[int, Item]) -> None:
-        """Replace the hidden states; the old ones are freed."""
-        for number, item in self.hidden.items():
-            if later.get(number) is not item:
-                item.free()
+        """Replace the hidden states; the old ones are freed, or become those that `entered`."""
+        gone = [self.entered] if self.keeps else [self.entered, self.hidden]
+        for states in gone:
+            for number, item in states.items():
+                if later.get(number) is not item:
+                    item.free()
+        self.entered = self.hidden if self.keeps else {}
         self.hidden = dict(later)
 
     def kept(self) -> dict[str, Item]:

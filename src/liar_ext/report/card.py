@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from liar_ext.report.schema import Report, SiteReport
@@ -13,12 +13,14 @@ from liar_ext.report.text import (
     change,
     count,
     is_hub_id,
+    latency,
     number,
     parameters,
     percent,
     ridge,
     short_name,
     size,
+    workload,
 )
 
 SITE_NAMES = {"ffn": "FFN neurons", "heads": "attention heads (KV groups where they are shared)"}
@@ -130,18 +132,28 @@ def _what(report: Report) -> str:
         f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
         f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
         f"statistics {_code(recipe['statistics'])}\n"
+        f"{_workload(report)}"
         f"- made on {_plain(str(report.environment.get('device', 'an unknown device')))}\n"
     )
 
 
+def _workload(report: Report) -> str:
+    """Of a budget in seconds; empty for another."""
+    if not report.latency:
+        return ""
+    return f"- latency predicted from measurements: {_plain(workload(report.latency))}\n"
+
+
 def _sizes(report: Report) -> str:
     totals = report.totals
-    rows = [
+    rows: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("parameters", "parameters", parameters),
         ("of the targeted structures", "site_parameters", parameters),
     ]
     if totals.get("site_flops_after") is not None:
         rows.append(("FLOPs per token of the targeted structures", "site_flops", count))
+    if totals.get("site_latency_after") is not None:
+        rows.append(("predicted latency of the targeted structures", "site_latency", latency))
     if totals.get("bytes_after") is not None:
         rows.append(("weight files", "bytes", size))
     lines = ["## Size\n", "| | before | after | change |", "|---|---:|---:|---:|"]

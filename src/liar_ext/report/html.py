@@ -22,12 +22,14 @@ from liar_ext.report.text import (
     change,
     duration,
     is_hub_id,
+    latency,
     number,
     parameters,
     percent,
     ridge,
     short_name,
     size,
+    workload,
 )
 
 FILE = "report.html"
@@ -93,6 +95,7 @@ def render(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) -> str
         _sites(report),
         _records("Recipe", "What was asked for; the same as recipe.json.", report.recipe),
         _records("Calibration", "The tokens that the statistics come from.", report.calibration),
+        _latency(report),
         _records("Environment", "Versions and device of the run.", report.environment),
     ]
     template = resources.files("liar_ext.report").joinpath("template.html").read_text("utf-8")
@@ -109,6 +112,7 @@ def _header(report: Report, name: str) -> str:
     sizes = [
         ("Parameters", "parameters", parameters),
         ("Weight files", "bytes", size),
+        ("Predicted latency of the targeted structures", "site_latency", latency),
     ]
     cards = [
         (
@@ -295,6 +299,16 @@ def _finite(value: Any) -> bool:
 
 def _same(one: str, other: str) -> bool:
     return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
+def _latency(report: Report) -> str:
+    """Where a budget in seconds comes from; empty for another."""
+    if not report.latency:
+        return ""
+    own = {n: v for n, v in report.latency.items() if n not in ("environment", "workload")}
+    versions = {n: report.latency["environment"].get(n) for n in ("liar_ext", "torch", "threads")}
+    shown = {"workload": workload(report.latency), **own, **versions}
+    return _records("Latency", "What the predicted latency was measured with.", shown)
 
 
 def _records(title: str, caption: str, data: Mapping[str, Any]) -> str:

@@ -63,13 +63,15 @@ class Report:
     Attributes:
         source: the dense checkpoint; recipe: as JSON; sites: what happened to each.
         totals: parameters and bytes before and after; the same of the targeted Sites, with the
-            FLOPs of one token at the calibration's sequence length; `sparsity` in
-            whichever of the two the recipe budgets, as it was asked for and as it is.
+            FLOPs of one token at the calibration's sequence length and, where the budget is in
+            seconds, the latency that its table predicts; `sparsity` in whichever of them the
+            recipe budgets, as it was asked for and as it is.
         seconds: by phase, and `total`.
         calibration: source, hash, samples, tokens, seed.
         environment: versions and device.
         layout: `stock`, or `liar_ext` if only `liar_ext.load` can load the result.
         config: the `config.json` of the result.
+        latency: the table of a budget in seconds: its sha256, device, dtype, workload, versions.
         source_files: sha256 of the source's weight files (the hub shows the same sums).
         run: how it ran and what does not show in the result: ranks, the layer that it was resumed
             at, where hidden states were, backends, peak memory.
@@ -85,6 +87,7 @@ class Report:
     layout: str
     config: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    latency: dict[str, Any] = field(default_factory=dict)
     source_files: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION

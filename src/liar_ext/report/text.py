@@ -12,7 +12,8 @@ NONE = "–"
 
 def budgeted(recipe: Mapping[str, Any]) -> str:
     """What the sparsity of a recipe counts."""
-    return "FLOPs" if recipe.get("budget") == "flops" else "parameters"
+    names = {"flops": "FLOPs", "latency": "measured time"}
+    return names.get(recipe.get("budget", ""), "parameters")
 
 
 def count(value: float | None) -> str:
@@ -67,6 +68,24 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def latency(seconds: float | None) -> str:
+    """0.00123 -> `1.23 ms`."""
+    if seconds is None:
+        return NONE
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def workload(table: Mapping[str, Any]) -> str:
+    """What was measured, in words, of a file or of what a report says of it."""
+    work = table["workload"]
+    size = "one sequence" if work["batch"] == 1 else f"{work['batch']} sequences"
+    what = {
+        "prefill": f"{size} of {work['seq_len']:,} tokens",
+        "decode": f"the next token of {size} after {work['seq_len']:,}",
+    }[work["mode"]]
+    return f"{what}, {table['dtype']}, {table['device']}"
 
 
 def change(before: float | None, after: float | None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.criteria import CRITERIA
-from liar_ext.survey.base import Reads, Survey, View
+from liar_ext.survey.base import Block, Learn, Reads, Survey, View
+from liar_ext.survey.besa import BESA
 from liar_ext.survey.influence import INFLUENCE
 from liar_ext.survey.levels import LEVELS
 from liar_ext.survey.scores import SCORES
@@ -15,10 +17,11 @@ from liar_ext.survey.spectra import SPECTRA
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from liar_ext.costs import Tokens
     from liar_ext.models import Adapter
     from liar_ext.recipe import Recipe
 
-SURVEYS: dict[str, Survey] = {s.name: s for s in (SCORES, SPECTRA, INFLUENCE, LEVELS)}
+SURVEYS: dict[str, Survey] = {s.name: s for s in (SCORES, SPECTRA, INFLUENCE, LEVELS, BESA)}
 
 
 def survey_of(recipe: Recipe) -> Survey | None:
@@ -54,11 +57,36 @@ def survey_costs(
     return flops, most
 
 
+def learning_flops(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    recipe: Recipe,
+    by_layer: Sequence[int],
+    tokens: Tokens,
+    layers: range,
+) -> int:
+    """FLOPs of the forwards of single layers that a survey learns from.
+
+    Args:
+        by_layer: of a token in each layer.
+    """
+    survey, flops = survey_of(recipe), 0
+    if survey is None:
+        return flops
+    for index in layers:
+        one, every = survey.passes(len(adapter.sites_of(model, index, recipe.target)))
+        flops += by_layer[index] * (one * tokens.batch + every * tokens.positions)
+    return flops
+
+
 __all__ = [
     "SURVEYS",
+    "Block",
+    "Learn",
     "Reads",
     "Survey",
     "View",
+    "learning_flops",
     "needs_tokens",
     "reads_of",
     "survey_costs",

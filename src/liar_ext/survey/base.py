@@ -3,9 +3,9 @@ layer, over the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,32 @@ class View:
         return self.evidence
 
 
+class Block(Protocol):
+    """A dense layer between what enters it and what leaves it, on all calibration batches.
+
+    What it answers is the same on every rank, to the bit. Gates are (units,) on the CPU, one for
+    each of the layer's targeted Sites in order.
+
+    Attributes: `units` of those Sites, `costs` of one unit of each, as the recipe's budget counts;
+    `batches`, how many there are.
+    """
+
+    units: Sequence[int]
+    costs: Sequence[float]
+    batches: int
+
+    def slopes(self, trials: Sequence[Trial]) -> list[list[Tensor]]:
+        """Gradients of a batch's error with respect to the gates, (units,) float64 each."""
+
+    def errors(self, gates: Sequence[Sequence[Tensor]]) -> list[float]:
+        """The error of the layer's output over all batches, for each set of gates."""
+
+
+# the number of a batch, and gates
+Trial = tuple[int, Sequence[Tensor]]
+Learn = Callable[[Sequence[Tensor], Block], Tensor]
+
+
 @dataclass(frozen=True)
 class Survey:
     """Attributes:
@@ -47,6 +73,9 @@ class Survey:
     measure: View -> the finding, a float64 tensor of any shape.
     whole_layer: the finding is one of the layer, the same for all of its Sites.
     costs: a dense Site and the criterion -> FLOPs of `measure`, and the most bytes it holds.
+    learn: what `measure` found of a layer's Sites, and the layer -> the finding of all of them,
+        which takes the place of theirs; None where nothing is learned.
+    passes: how many forwards of one batch, and of all batches, `learn` takes for so many Sites.
     """
 
     name: str
@@ -55,3 +84,5 @@ class Survey:
     measure: Callable[[View], Tensor]
     whole_layer: bool
     costs: Callable[[Site, Criterion], tuple[int, int]]
+    learn: Learn | None = None
+    passes: Callable[[int], tuple[int, int]] = lambda sites: (0, 0)

@@ -1,0 +1,183 @@
+"""Where a search looks: the levels of every Site, their prices, and how a budget is kept to.
+
+A search goes over *full* candidates: within the budget, and with no Site whose next level would
+still fit. Where more units never make a model worse, one of them is as good as any candidate.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from liar_ext.allocation.levels import choose, levels
+from liar_ext.allocation.search import Candidate, Problem
+from liar_ext.errors import InputError
+
+# of every group of tied Sites, the place of its level, 0 for the fewest units
+Positions = tuple[int, ...]
+# how much is lost when a group goes to a place, to be compared with other groups
+Key = Callable[[int, int], float]
+
+# what rounding may add to a sum of prices, relative to the budget
+ROUNDING = 1e-9
+
+
+class Space:
+    """Attributes:
+    groups: Sites of each group; one each unless the problem ties some.
+    levels: (levels,) kept units of a group's Sites, ascending.
+    prices: (levels,) price of all Sites of a group together; never falls.
+    units: dense units of one Site of each group.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        """Raises:
+        InputError: the lowest levels of all Sites cost more than the budget.
+        ValueError: tied Sites differ in their levels, or a price falls with more units.
+        """
+        self.problem = problem
+        tied = [tuple(group) for group in problem.tied]
+        alone = set(range(len(problem.budgets))).difference(*tied)
+        self.groups = sorted([*tied, *((site,) for site in alone)])
+        if sum(map(len, self.groups)) != len(problem.budgets):
+            raise ValueError(f"tied: {tied} has a Site twice, or one that there is not")
+        self.levels: list[tuple[int, ...]] = []
+        self.prices: list[list[float]] = []
+        for group in self.groups:
+            own = problem.levels[group[0]]
+            if any(tuple(problem.levels[site]) != tuple(own) for site in group):
+                raise ValueError(f"Sites {group} are tied, but have different levels")
+            prices = [sum(problem.budgets[site].price(units) for site in group) for units in own]
+            if any(after < before for before, after in pairwise(prices)):
+                raise ValueError(f"Sites {group}: a price falls with more units: {prices}")
+            self.levels.append(tuple(own))
+            self.prices.append(prices)
+        self.units = [own[-1] for own in self.levels]
+        self._check_reachable()
+
+    def _check_reachable(self) -> None:
+        least, dense = (sum(own[place] for own in self.prices) for place in (0, -1))
+        if least > self.problem.most * (1 + ROUNDING):
+            # rounded down: it has to be one that is accepted
+            most = math.floor(1e4 * (1 - least / dense)) / 1e4
+            raise InputError(
+                f"--sparsity {self.problem.sparsity}: every layer keeps at least the lowest of "
+                f"its levels, so that at most {most:.4g} can be removed; lower --sparsity"
+            )
+
+    def price(self, positions: Sequence[int]) -> float:
+        return sum(own[place] for own, place in zip(self.prices, positions, strict=True))
+
+    def fits(self, positions: Sequence[int]) -> bool:
+        return self.price(positions) <= self.problem.most * (1 + ROUNDING)
+
+    def candidate(self, positions: Sequence[int]) -> Candidate:
+        """Kept units of every Site."""
+        kept = [0] * len(self.problem.budgets)
+        for group, own, place in zip(self.groups, self.levels, positions, strict=True):
+            for site in group:
+                kept[site] = own[place]
+        return tuple(kept)
+
+    def widths(self, positions: Sequence[int]) -> list[float]:
+        """Kept units of a Site of each group."""
+        return [float(own[place]) for own, place in zip(self.levels, positions, strict=True)]
+
+    def filled(self, positions: Sequence[int], key: Key) -> Positions:
+        """Groups raised level by level, the least `key` first, until none fits any more."""
+        now = list(positions)
+        queue = [(key(g, p + 1), g) for g, p in enumerate(now) if p + 1 < len(self.levels[g])]
+        heapq.heapify(queue)
+        while queue:
+            _, group = heapq.heappop(queue)
+            now[group] += 1
+            if not self.fits(now):
+                # nor will it later: prices only rise
+                now[group] -= 1
+            elif now[group] + 1 < len(self.levels[group]):
+                heapq.heappush(queue, (key(group, now[group] + 1), group))
+        return tuple(now)
+
+    def _lowered(self, positions: Sequence[int], key: Key) -> list[int]:
+        """Groups lowered to their next cheaper level, the least `key` first, until all fits."""
+        now = list(positions)
+        queue: list[tuple[float, int, int]] = []
+
+        def offer(group: int) -> None:
+            below = self._cheaper(group, now[group])
+            if below is not None:
+                heapq.heappush(queue, (key(group, below), group, below))
+
+        for group in range(len(now)):
+            offer(group)
+        while not self.fits(now):
+            _, group, now[group] = heapq.heappop(queue)
+            offer(group)
+        return now
+
+    def _cheaper(self, group: int, position: int) -> int | None:
+        """The highest level that costs less; None where there is none."""
+        prices = self.prices[group]
+        return next((p for p in range(position - 1, -1, -1) if prices[p] < prices[position]), None)
+
+    def place(self, wishes: Sequence[float]) -> Positions:
+        """A full candidate near a wish: the nearest levels, then the least distortion first.
+
+        Args:
+            wishes: (groups,) units of one Site of each group, real numbers.
+        """
+
+        def distortion(group: int, position: int) -> float:
+            return abs(self.levels[group][position] - wishes[group]) / self.units[group]
+
+        nearest = [
+            min(range(len(own)), key=lambda p, g=group: distortion(g, p))  # type: ignore[misc]
+            for group, own in enumerate(self.levels)
+        ]
+        return self.filled(self._lowered(nearest, distortion), distortion)
+
+    def uniform(self) -> Positions:
+        """The same share of each Site, the largest one that fits; the rest is spread evenly."""
+
+        def at(share: float) -> Positions:
+            limits = [share * units * (1 + ROUNDING) for units in self.units]
+            return tuple(
+                max((p for p, kept in enumerate(own) if kept <= limit), default=0)
+                for own, limit in zip(self.levels, limits, strict=True)
+            )
+
+        shares = sorted(
+            {
+                kept / units
+                for own, units in zip(self.levels, self.units, strict=True)
+                for kept in own
+            }
+        )
+        # below the least share all are at their lowest levels, which fit
+        low, high = 0, len(shares)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.fits(at(shares[middle])) else (low, middle)
+        start = at(shares[low - 1]) if low else at(0.0)
+        return self.filled(start, lambda g, p: self.levels[g][p] / self.units[g])
+
+    def errors(self) -> list[list[float]]:
+        """Error of each group at its levels, from the survey of levels; linear between those."""
+        found = []
+        for group, own in zip(self.groups, self.levels, strict=True):
+            total = np.zeros(len(own))
+            for site in group:
+                budget = self.problem.budgets[site]
+                total += np.interp(own, levels(budget.units), budget.known.numpy())
+            found.append(total.tolist())
+        return found
+
+    def solved(self, errors: Sequence[Sequence[float]], weights: Iterable[float]) -> Positions:
+        """The least sum of weighted errors that the budget allows (`levels.choose`), made full."""
+        weighted = [[w * e for e in own] for w, own in zip(weights, errors, strict=True)]
+        chosen = choose(self.prices, weighted, self.problem.most)
+        return self.filled(chosen, lambda g, p: weighted[g][p] - weighted[g][p - 1])

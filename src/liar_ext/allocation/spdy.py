@@ -1,0 +1,64 @@
+"""spdy: the dynamic programme of `levels`, with a sensitivity of each Site that is searched for.
+
+    min Σ c_l · err_l(level_l)    subject to    Σ price_l(level_l) <= budget
+
+SPDY (arXiv 2201.13096) with the errors of ZipLM (2302.04089): the local errors know nothing of what
+an error does to the next layers. Each c is judged by the whole model that it leads to. Coefficients
+are drawn from [0, 1], the best ones go on, and are drawn again a few at a time: a tenth of them,
+then fewer, down to one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from liar_ext.allocation import levels
+from liar_ext.allocation.base import Allocation
+from liar_ext.allocation.search import Candidate, Oracle, Problem
+from liar_ext.allocation.space import Positions, Space
+from liar_ext.allocation.trials import Trials
+
+# candidates of one call: the model is read once for them all
+TOGETHER = 8
+# the most that are drawn anew before the search goes on around the best
+DRAWN = 100
+# of the coefficients, the most that change at once around the best
+NEIGHBOURHOOD = 0.1
+
+
+def search(problem: Problem, oracle: Oracle) -> Candidate:
+    """At least as good as uniform and as `levels`: these are tried first."""
+    space = Space(problem)
+    trials = Trials(space, oracle)
+    errors = space.errors()
+    groups = len(space.groups)
+    generator = np.random.default_rng(problem.seed)
+    best = np.ones(groups)
+    found = {space.solved(errors, best): best}
+    trials.losses([space.uniform(), *found])
+
+    def drawn(changed: int) -> Positions:
+        """The solution for the best coefficients so far with some of them drawn again."""
+        weights = best.copy()
+        weights[generator.permutation(groups)[:changed]] = generator.random(changed)
+        positions = space.solved(errors, weights)
+        found.setdefault(positions, weights)
+        return positions
+
+    sizes = [groups, *range(max(1, round(NEIGHBOURHOOD * groups)), 0, -1)]
+    for stage, changed in enumerate(sizes):
+        # every size gets the same part
+        spend = int(trials.left / (len(sizes) - stage))
+        if stage == 0:
+            spend = min(DRAWN, spend)
+        while spend > 0:
+            tried = trials.fresh(lambda n=changed: drawn(n), min(TOGETHER, spend))  # type: ignore[misc]
+            if not tried:
+                break
+            trials.losses(tried)
+            spend -= len(tried)
+            best = found[next(p for p in trials.ranked() if p in found)]
+    return trials.best()
+
+
+SPDY = Allocation("spdy", levels.wanted, survey="levels", equal=False, search=search)

@@ -1,0 +1,239 @@
+"""ModelOracle: whole models of given widths, put together layer by layer and compared with the
+dense one.
+
+All candidates of a call go through the layers together: a layer is read once, and candidates that
+are the same up to there share their hidden states. Nothing but one layer, one batch and what waits
+on the shelf is in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.allocation.search import Candidate
+from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.engine.capture import last_hidden
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.ledger import SearchLedger
+from liar_ext.engine.level_store import Key, Levels
+from liar_ext.engine.progress import Progress
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.store import LayerStore
+from liar_ext.engine.stream import Stream
+from liar_ext.models import adapter_for
+from liar_ext.ops.divergence import distances, divergence
+
+# candidates whose hidden states of all windows wait at once; of fewer windows more
+TOGETHER = 8
+
+# kept units of the Sites of each layer up to one: models that are the same so far
+_Prefix = tuple[Candidate, ...]
+_States = dict[int, Item]
+
+
+@dataclass
+class ModelOracle:
+    """Answers a search (`allocation.search.Oracle`).
+
+    Attributes:
+        store, device, shelf, ranks, clock, progress: as of the driver.
+        windows: what models are compared on; every rank has all, and runs its share.
+        sites: the targeted Sites in the order of a candidate, with their dense units.
+        levels: of every Site, all that are asked for but the dense ones.
+        ledger: what is known already.
+        open_layer: opens a layer and checks it.
+    """
+
+    store: LayerStore
+    windows: Sequence[Batch]
+    sites: Sequence[tuple[Key, int]]
+    levels: Levels
+    ledger: SearchLedger
+    device: torch.device
+    shelf: Shelf
+    ranks: Ranks
+    clock: Clock
+    progress: Progress
+    open_layer: Callable[[int], None]
+    _streams: dict[int, tuple[Stream, _States, _States]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.store.model
+        self._adapter = adapter_for(model.config)
+        self._backbone = self._adapter.backbone(model)[1]
+        self._layers = self._adapter.layer_list(model)[1]
+        self._options = {"use_cache": False} if self._adapter.decoder else {}
+        self._first = min((layer for (layer, _), _ in self.sites), default=0)
+        self._count = sum(len(batch.input_ids) for batch in self.windows)
+
+    @torch.no_grad()
+    def losses(self, candidates: Sequence[Candidate], share: float = 1.0) -> list[float]:
+        """KL divergence from the dense model's next token, mean over the tokens; of models without
+        a plain language-model head the relative squared error of the last hidden state.
+
+        Args:
+            share: of the windows, rounded up.
+        """
+        windows = min(self._count, max(1, math.ceil(share * self._count - 1e-9)))
+        fresh = [c for c in dict.fromkeys(candidates) if self.ledger.get(c, windows) is None]
+        most = max(1, TOGETHER * self._count // windows)
+        for start in range(0, len(fresh), most):
+            asked = fresh[start : start + most]
+            losses = self._assembled(asked, windows)
+            self.ledger.add(asked, windows, losses)
+            if windows == self._count:
+                for position in range(len(asked)):
+                    self.progress.layer(position)
+        found = (self.ledger.get(candidate, windows) for candidate in candidates)
+        return [loss for loss in found if loss is not None]
+
+    def _assembled(self, candidates: Sequence[Candidate], windows: int) -> list[float]:
+        stream, entering, dense = self._stream(windows)
+        states: dict[_Prefix, _States] = {(): entering}
+        last = len(self._layers) - 1
+        for index in range(self._first, len(self._layers)):
+            self.open_layer(index)
+            later: dict[_Prefix, _States] = {}
+            for prefix, own in states.items():
+                for units in dict.fromkeys(self._units(c, index) for c in candidates):
+                    following = (*prefix, units)
+                    if any(self._prefix(c, index) == following for c in candidates):
+                        stream.hidden = own
+                        with self._shrunk(index, units):
+                            later[following] = stream.through(index, (), onward=True)
+                if own is not entering:
+                    _free(own)
+            stream.hidden = {}
+            self.store.close(index, final=False)
+            states = later
+        found = self._compared(stream, dense, states)
+        return [found[self._prefix(candidate, last)] for candidate in candidates]
+
+    def _units(self, candidate: Candidate, index: int) -> Candidate:
+        """Kept units of one layer's Sites."""
+        pairs = zip(self.sites, candidate, strict=True)
+        return tuple(units for ((layer, _), _), units in pairs if layer == index)
+
+    def _prefix(self, candidate: Candidate, index: int) -> _Prefix:
+        return tuple(self._units(candidate, i) for i in range(self._first, index + 1))
+
+    @contextmanager
+    def _shrunk(self, index: int, units: Candidate) -> Iterator[None]:
+        """A layer with these widths in the place of the dense one."""
+        dense = self._layers[index]
+        shared = itertools.chain(dense.parameters(), dense.buffers())
+        self._layers[index] = copy.deepcopy(dense, {id(tensor): tensor for tensor in shared})
+        try:
+            own = [(key[1], whole) for key, whole in self.sites if key[0] == index]
+            for (kind, whole), kept in zip(own, units, strict=True):
+                if kept == whole:
+                    continue
+                (site,) = self._adapter.sites_of(self.store.model, index, (kind,))
+                with self.clock.phase("load"):
+                    level = self.levels.load((index, kind), kept, self.device)
+                site.shrink(level.keep, level.weight, level.bias)
+            yield
+        finally:
+            self._layers[index] = dense
+
+    def _stream(self, windows: int) -> tuple[Stream, _States, _States]:
+        """The first windows: their calls, what enters the first targeted layer, and the dense
+        model's last hidden states. The dense model is run once for each number of windows."""
+        if windows not in self._streams:
+            batches = first_samples(self.windows, windows)
+            # a rank has whole segments: as many as there are batches
+            stream = Stream(
+                batches,
+                self._layers,
+                device=self.device,
+                shelf=self.shelf,
+                ranks=self.ranks,
+                clock=self.clock,
+                least=len(batches),
+            )
+            with self.clock.phase("load"):
+                self.store.open_outside()
+            stream.embed(self._backbone, self._options, self._adapter.returns)
+            self.store.close_outside()
+            entering = stream.hidden
+            for index in range(len(self._layers)):
+                self.open_layer(index)
+                later = stream.through(index, (), onward=True)
+                self.store.close(index, final=False)
+                if index < self._first:
+                    _free(stream.hidden)
+                    entering = later
+                elif stream.hidden is not entering:
+                    _free(stream.hidden)
+                stream.hidden = later
+            final, stream.hidden = stream.hidden, {}
+            self._streams[windows] = stream, entering, final
+        return self._streams[windows]
+
+    def _compared(
+        self, stream: Stream, dense: _States, states: dict[_Prefix, _States]
+    ) -> dict[_Prefix, float]:
+        """The loss of each; what they left behind is freed."""
+        with self.clock.phase("load"):
+            self.store.open_head()
+        plain = self._adapter.decoder and self._adapter.plain_head
+        head = self.store.model.get_output_embeddings() if plain else None
+        found: dict[_Prefix, float] = {}
+        for prefix, own in states.items():
+            sums = {n: self._batch(stream, n, dense[n], own[n], head) for n in own}
+            # in the order of the batches, whichever rank had them
+            every = {n: s for part in self.ranks.gather(sums) for n, s in part.items()}
+            above = sum(every[n][0] for n in sorted(every))
+            below = sum(every[n][1] for n in sorted(every))
+            found[prefix] = above / below if math.isfinite(above) else math.inf
+            _free(own)
+        self.store.close_head()
+        return found
+
+    def _batch(
+        self, stream: Stream, number: int, dense: Item, pruned: Item, head: nn.Module | None
+    ) -> tuple[float, float]:
+        """Sum of a batch's losses, and what it is divided by in the end."""
+        batch = stream.batch(number)
+        mask = batch.mask_on(self.device)
+        wanted, found = (self._last(batch, item, mask) for item in (dense, pruned))
+        with self.clock.phase("forward"):
+            if head is None:
+                above, below = distances(wanted, found)
+                return float(above), float(below)
+            return float(divergence(head, wanted, found)), float(len(wanted))
+
+    def _last(self, batch: Batch, item: Item, mask: Tensor | None) -> Tensor:
+        """The backbone's output at the valid tokens, (tokens, d)."""
+        with self.clock.phase("forward"):
+            states = last_hidden(
+                self._backbone,
+                self._layers,
+                batch,
+                self.device,
+                self._options,
+                item.fetch(),
+                self._adapter.returns,
+            ).flatten(0, 1)
+            return states if mask is None else states[mask.flatten()]
+
+    def free(self) -> None:
+        """Let go of what waits on the shelf."""
+        for _, entering, dense in self._streams.values():
+            for states in (entering, dense):
+                _free(states)
+        self._streams = {}
+
+
+def _free(states: _States) -> None:
+    for item in states.values():
+        item.free()

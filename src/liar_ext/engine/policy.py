@@ -1,0 +1,349 @@
+"""Which units to keep, learned from losses of masked models: forward passes only (`ops.policy`).
+
+A pass before anything is pruned. Forward once through the dense model: the scores that the search
+starts from, what enters the first layer that is pruned, and what the model says of each batch. Then
+step after step: the masks of a step go through the layers together, so that each layer is read once
+whatever their number; what is masked is the consumers' inputs, and no weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import cos, isfinite, pi
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.batches import Batch
+from liar_ext.criteria import CRITERIA, Evidence, unit_scores
+from liar_ext.engine.capture import last_hidden, layer_output
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.gates import gated
+from liar_ext.engine.keeper import Position
+from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
+from liar_ext.engine.progress import Progress
+from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.statistics import SiteColumns, valid_rows
+from liar_ext.engine.store import LayerStore
+from liar_ext.engine.stream import Stream
+from liar_ext.errors import InputError
+from liar_ext.models import Adapter, Site, adapter_for
+from liar_ext.ops.policy import Policy, initial
+from liar_ext.recipe import Recipe
+
+if TYPE_CHECKING:
+    from liar_ext.engine.keeper import Keeper
+
+# of a step. The paper has 2; what counts is how many there are together, and a step reads the model
+MASKS = 8
+# the first step moves a probability so far for a loss of one deviation; falls as a cosine
+STEP_SIZE = 0.02
+_FILE = "policy"
+# of steps, whose mean losses are reported
+_SHARE = 10
+
+
+@dataclass
+class PolicyPass:
+    """Keep probabilities of the units of the targeted Sites.
+
+    Every rank has all batches and all probabilities, and masks of its own of each step.
+
+    Attributes:
+        store, device, shelf, ranks, clock, progress: as of the driver.
+        batches: the calibration; a step has one of them, in turn.
+        recipe: its sparsity is what the search is told to remove, of each kind.
+        targets: the layers that are pruned.
+        open_layer: opens a layer and checks it.
+        facts: for the report.
+    """
+
+    store: LayerStore
+    batches: Sequence[Batch]
+    recipe: Recipe
+    targets: range
+    device: torch.device
+    shelf: Shelf
+    ranks: Ranks
+    clock: Clock
+    progress: Progress
+    open_layer: Callable[[int], None]
+    facts: dict[str, Any] = field(default_factory=dict)
+    name = "policy"
+
+    def __post_init__(self) -> None:
+        model = self.store.model
+        self._adapter = adapter_for(model.config)
+        self._backbone = self._adapter.backbone(model)[1]
+        self._layers = self._adapter.layer_list(model)[1]
+        self._options = {"use_cache": False} if self._adapter.decoder else {}
+        self._predicts = predicts(model, self._adapter)
+        self._stream = Stream(
+            self.batches,
+            self._layers,
+            device=self.device,
+            shelf=self.shelf,
+            ranks=Ranks.single(self.device),
+            clock=self.clock,
+        )
+        # in the order in which masks are laid out
+        self._places = {
+            (index, site.kind): site.units for index in self.targets for site in self._sites(index)
+        }
+        # what enters the first targeted layer, and what the dense model makes of each batch
+        self._entering: dict[int, Item] = {}
+        self._dense: dict[int, float] = {}
+        self._wanted: dict[int, Item] = {}
+
+    @torch.no_grad()
+    def results(self, keeper: Keeper | None) -> dict[tuple[int, str], Tensor]:
+        """By layer and kind, (units,) float64 on the CPU, the same on every rank; goes on from
+        where an earlier run was, if one was.
+
+        Raises:
+            InputError: the dense model's loss or states are NaN or infinite, or those of all masks
+                of many steps.
+        """
+        kept = None if keeper is None else keeper.aside(_FILE)
+        policy, losses = (None, []) if kept is None else _restored(kept[0])
+        if policy is None or len(losses) < self.recipe.policy_steps:
+            # other GPUs may find others
+            scores = self.ranks.broadcast(self._measure())
+            policy = policy or self._started(scores)
+            self._learn(policy, losses, keeper)
+            for item in (*self._entering.values(), *self._wanted.values()):
+                item.free()
+        self.facts = self._said(losses)
+        return self._by_site(policy.keep)
+
+    def _sites(self, index: int) -> list[Site]:
+        return self._adapter.sites_of(self.store.model, index, self.recipe.target)
+
+    def _measure(self) -> dict[tuple[int, str], Tensor]:
+        """One dense forward of all batches: unit scores of Wanda, and what losses are compared
+        with."""
+        with self.clock.phase("load"):
+            self.store.open_outside()
+        self._stream.embed(self._backbone, self._options, self._adapter.returns)
+        self.store.close_outside()
+        layers = len(self._layers)
+        self.progress.begin(layers, "measuring the dense model")
+        scores: dict[tuple[int, str], Tensor] = {}
+        for index in range(layers):
+            self.open_layer(index)
+            sites = self._sites(index) if index in self.targets else []
+            taps = [(site, SiteColumns(site.columns, self.device)) for site in sites]
+            later = self._stream.through(index, taps, onward=True)
+            for site, tap in taps:
+                evidence = Evidence(site, tap.finish(Ranks.single(self.device)))
+                scores[index, site.kind] = unit_scores(site, CRITERIA["wanda"].score(evidence))
+            self.store.close(index, final=False)
+            if index == self.targets.start:
+                self._entering, self._stream.hidden = self._stream.hidden, later
+            else:
+                self._stream.advance(later)
+            self.progress.layer(index)
+        self._compare()
+        return {key: own.cpu() for key, own in scores.items()}
+
+    def _compare(self) -> None:
+        """What the dense model makes of each batch."""
+        if not self._predicts:
+            self._wanted, self._stream.hidden = self._stream.hidden, {}
+            for number, item in self._wanted.items():
+                if not bool(torch.isfinite(item.fetch()[self._valid(number)]).all()):
+                    raise InputError(
+                        "--criterion policy: the dense model's last hidden states are NaN or "
+                        "infinite; check the checkpoint, or compute in a wider type with --dtype"
+                    )
+            return
+        self._open_head()
+        for number, item in self._stream.hidden.items():
+            self._dense[number] = self._next_token_loss(number, item)
+            if not isfinite(self._dense[number]):
+                raise InputError(
+                    f"--criterion policy: the dense model's loss on the calibration windows is "
+                    f"{self._dense[number]}; check the checkpoint, or compute in a wider type with "
+                    "--dtype"
+                )
+        self.store.close_head()
+        self._stream.advance({})
+
+    def _started(self, scores: Mapping[tuple[int, str], Tensor]) -> Policy:
+        share = 1 - self.recipe.sparsity
+        keep = {}
+        for kind in self.recipe.target:
+            own = [_standardised(scores[key]) for key in self._places if key[1] == kind]
+            keep[kind] = initial(torch.cat(own), share)
+        return Policy(keep, share, torch.Generator().manual_seed(self.recipe.seed))
+
+    def _learn(self, policy: Policy, losses: list[list[float]], keeper: Keeper | None) -> None:
+        """The steps that are left; `losses` of all masks of each grow with them."""
+        done, steps = len(losses), self.recipe.policy_steps
+        # a run that is killed in the pass begins again as this one did
+        start = Position(
+            "survey", generator=torch.Generator().manual_seed(self.recipe.seed).get_state()
+        )
+        self.progress.begin(steps, "learning masks", done)
+        failed = 0
+        for step in range(done, steps):
+            masks = policy.draw(MASKS)
+            found = self._losses(step % len(self.batches), masks)
+            size = STEP_SIZE * (1 + cos(pi * step / steps)) / 2
+            usable = policy.step(torch.tensor(found, dtype=torch.float64), masks, size)
+            losses.append(found)
+            failed = 0 if usable else failed + 1
+            if failed == len(self.batches):
+                raise InputError(
+                    f"--criterion policy: no mask of the last {failed} steps has a finite loss; "
+                    "lower --sparsity, or compute in a wider type with --dtype"
+                )
+            if keeper is not None:
+                with self.clock.phase("write"):
+                    keeper.keep_midway(start, _FILE, *self._stored(policy, losses))
+            self.progress.layer(step)
+        if keeper is not None:
+            with self.clock.phase("write"):
+                keeper.put_aside(_FILE, *self._stored(policy, losses))
+
+    def _losses(self, number: int, masks: Mapping[str, Tensor]) -> list[float]:
+        """Of the masked models on one batch, the same on every rank."""
+        mine = self.ranks.share(MASKS)
+        states: dict[int, Item] = {}
+        by_site = self._by_site(masks)
+        for index in range(self.targets.start, len(self._layers)):
+            with self.clock.phase("load"):
+                self.store.open(index)
+            sites = self._sites(index) if index in self.targets else []
+            with gated(sites) as gates:
+                for mask in mine:
+                    gates.values = [
+                        by_site[index, site.kind][mask].to(self.device) for site in sites
+                    ]
+                    states[mask] = self._through(index, number, states.get(mask))
+            self.store.close(index, final=False)
+        if self._predicts:
+            self._open_head()
+        own = {}
+        for mask, item in states.items():
+            own[mask] = self._loss(number, item)
+            item.free()
+        if self._predicts:
+            self.store.close_head()
+        every = {mask: loss for part in self.ranks.gather(own) for mask, loss in part.items()}
+        return [every[mask] for mask in range(MASKS)]
+
+    def _through(self, index: int, number: int, before: Item | None) -> Item:
+        with self.clock.phase("hold"):
+            states = (before or self._entering[number]).fetch()
+        with self.clock.phase("forward"):
+            after = layer_output(self._layers[index], states, self._stream.call(number, index))
+        with self.clock.phase("hold"):
+            if before is not None:
+                before.free()
+            return self.shelf.put(after)
+
+    def _loss(self, number: int, item: Item) -> float:
+        """How much worse than the dense model: nats a token, or the relative error of the last
+        hidden states."""
+        if self._predicts:
+            return self._next_token_loss(number, item) - self._dense[number]
+        with self.clock.phase("hold"):
+            found, wanted = item.fetch(), self._wanted[number].fetch()
+        with self.clock.phase("forward"):
+            valid = self._stream.mask(number)
+            rows = valid_rows(wanted, valid).double()
+            error = (valid_rows(found, valid).double() - rows).square().sum()
+            return float(error / rows.square().sum())
+
+    def _next_token_loss(self, number: int, item: Item) -> float:
+        batch = self.batches[number]
+        targets = next_tokens(batch)
+        predicted = int((targets != NO_TARGET).sum())
+        if not predicted:
+            raise InputError(
+                "--criterion policy: a batch of calibration windows has no next token to predict; "
+                "give longer ones"
+            )
+        with self.clock.phase("hold"):
+            final = item.fetch()
+        with self.clock.phase("forward"):
+            last = last_hidden(
+                self._backbone,
+                self._layers,
+                batch,
+                self.device,
+                self._options,
+                final,
+                self._adapter.returns,
+            )
+            head = self.store.model.get_output_embeddings()
+            return float(loss_sum(head, last, targets.to(self.device))) / predicted
+
+    def _open_head(self) -> None:
+        with self.clock.phase("load"):
+            self.store.open_head()
+
+    def _valid(self, number: int) -> Tensor:
+        return self.batches[number].attention_mask.to(self.device)
+
+    def _by_site(self, values: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
+        """Each Site's part of (..., units of all layers) by kind."""
+        found: dict[tuple[int, str], Tensor] = {}
+        at = dict.fromkeys(values, 0)
+        for (index, kind), units in self._places.items():
+            found[index, kind] = values[kind][..., at[kind] : at[kind] + units].contiguous()
+            at[kind] += units
+        return found
+
+    def _stored(
+        self, policy: Policy, losses: list[list[float]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"keep.{kind}": keep for kind, keep in policy.keep.items()}
+        tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+        tensors["generator"] = policy.generator.get_state()
+        tensors["state"] = torch.tensor(
+            [policy.share, policy.baseline, policy.spread], dtype=torch.float64
+        )
+        return tensors, {}
+
+    def _said(self, losses: list[list[float]]) -> dict[str, Any]:
+        """Mean losses of the first and the last steps, beside the dense model's."""
+        found = torch.tensor(losses, dtype=torch.float64)
+        part = max(1, len(found) // _SHARE)
+        return {
+            "steps": len(found),
+            "masks": found.numel(),
+            "dropped": int((~found.isfinite()).sum()),
+            "loss": "next token" if self._predicts else "last hidden states",
+            "first": float(found[:part][found[:part].isfinite()].mean()),
+            "last": float(found[-part:][found[-part:].isfinite()].mean()),
+        }
+
+
+def predicts(model: PreTrainedModel, adapter: Adapter) -> bool:
+    """Whether the loss is that of the next token; else it is an error of hidden states."""
+    return adapter.decoder and adapter.plain_head and model.get_output_embeddings() is not None
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Zeros where all scores are equal."""
+    spread = float(scores.std()) if len(scores) > 1 else 0.0
+    return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
+
+
+def _restored(tensors: Mapping[str, Tensor]) -> tuple[Policy, list[list[float]]]:
+    keep = {
+        name.removeprefix("keep."): values
+        for name, values in tensors.items()
+        if name.startswith("keep.")
+    }
+    generator = torch.Generator()
+    generator.set_state(tensors["generator"])
+    share, baseline, spread = tensors["state"].tolist()
+    losses = tensors["losses"].tolist()
+    return Policy(keep, share, generator, baseline, spread), losses

@@ -1,0 +1,158 @@
+"""The table that `liar bench latency` measures: seconds of one Site at some numbers of kept units.
+
+A file is JSON. What a budget needs of it is checked here; the rest says where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from liar_ext.allocation import Budget
+from liar_ext.allocation.prices import Prices
+from liar_ext.errors import InputError
+from liar_ext.models import Site, linear, text_config
+
+VERSION = 1
+HOW = "make one with: liar bench latency SRC --out FILE"
+# values in the 16 bytes that matrix products on tensor cores read at once
+ALIGNED = 8
+# in this order in a file, and in what is said of it
+SHAPE = ("kind", "units", "columns", "inputs", "rows", "outputs", "attention")
+# what of a file a report repeats
+_ORIGIN = (
+    "model_type",
+    "device",
+    "device_type",
+    "dtype",
+    "attention",
+    "workload",
+    "environment",
+    "date",
+)
+
+
+def shape_of(site: Site, config: PretrainedConfig) -> dict[str, Any]:
+    """What the time of a dense Site depends on, as JSON data.
+
+    `inputs` and `rows` are those of its producers together. Heads have the type of attention of
+    their layer, where the config of a model tells several apart.
+    """
+    producers = {p.path: site.module.get_submodule(p.path) for p in site.spec.producers}
+    weights = [linear.weight(module) for module in producers.values()]
+    types = getattr(text_config(config), "layer_types", None)
+    return {
+        "kind": site.kind,
+        "units": site.units,
+        "columns": site.columns,
+        "inputs": weights[0].shape[1],
+        "rows": sum(weight.shape[0] for weight in weights),
+        "outputs": site.weight().shape[0],
+        "attention": types[site.layer] if types and site.kind == "heads" else None,
+    }
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """One file, read.
+
+    Attributes:
+        path: as it was given; sha256: of the file.
+        origin: model type, device, dtype, workload and versions that it was measured with.
+        prices: monotone seconds, by shape.
+    """
+
+    path: str
+    sha256: str
+    origin: dict[str, Any]
+    prices: dict[tuple[Any, ...], Prices]
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatencyTable:
+        """Raises InputError for a file that is missing, damaged or no such table."""
+        where = f"--latency {path}"
+        try:
+            content = Path(path).expanduser().read_bytes()
+            data = json.loads(content)
+        except FileNotFoundError as error:
+            raise InputError(f"{where}: no such file; {HOW}") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{where}: cannot be read as JSON ({error}); {HOW}") from error
+        if not isinstance(data, dict) or data.get("benchmark") != "latency":
+            raise InputError(f"{where}: is no table of latencies; {HOW}")
+        if data.get("version") != VERSION:
+            raise InputError(
+                f"{where}: version {data.get('version')!r}; this release reads {VERSION}; {HOW}"
+            )
+        try:
+            origin = {name: data[name] for name in _ORIGIN}
+            prices = dict(_prices_of(table) for table in data["tables"])
+        except (KeyError, TypeError, ValueError) as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"{where}: is damaged ({said}); {HOW}") from error
+        return cls(str(path), hashlib.sha256(content).hexdigest(), origin, prices)
+
+    def budget(self, site: Site, config: PretrainedConfig) -> Budget:
+        """A dense Site's units and their seconds.
+
+        Raises:
+            InputError: the table is of another model, or has no Site of this shape.
+        """
+        model_type = text_config(config).model_type
+        if self.origin["model_type"] != model_type:
+            raise InputError(
+                f"--latency {self.path}: was measured for {self.origin['model_type']}, and this is "
+                f"a {model_type} model; {HOW}"
+            )
+        shape = shape_of(site, config)
+        prices = self.prices.get(tuple(shape.values()))
+        if prices is None:
+            wanted = _shown(shape)
+            own = [_shown(dict(zip(SHAPE, known, strict=True))) for known in self.prices]
+            raise InputError(
+                f"--latency {self.path}: has no {wanted}, as {site.name} is; it has "
+                f"{'; '.join(own) or 'nothing'}; {HOW}"
+            )
+        return Budget(site.kind, site.units, prices.secant, prices=prices)
+
+    def warnings(self, target: Sequence[str], round_to: int) -> list[str]:
+        """Why the result may take longer than the table says."""
+        if self.origin["device_type"] != "cuda" or "ffn" not in target or not round_to % ALIGNED:
+            return []
+        return [
+            f"--round-to {round_to}: a GPU is slower at widths that are no multiple of {ALIGNED} "
+            f"than the --latency table says; give --round-to {ALIGNED} or a multiple of it"
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a report."""
+        return {"sha256": self.sha256, **self.origin}
+
+
+def _prices_of(table: Any) -> tuple[tuple[Any, ...], Prices]:
+    shape = tuple(table["shape"][name] for name in SHAPE)
+    units, seconds = table["units"], table["seconds"]["p50"]
+    kind, dense = shape[:2]
+    if not all(isinstance(u, int) and not isinstance(u, bool) for u in (dense, *units)):
+        raise ValueError(f"the units of {kind} are not whole numbers")
+    if units != sorted(set(units)) or not units or (units[0], units[-1]) != (1, dense):
+        raise ValueError(f"the units of {kind} do not rise from 1 to {dense}")
+    times = [float(value) for value in seconds]
+    if len(times) != len(units) or not all(math.isfinite(t) and t > 0 for t in times):
+        raise ValueError(f"{kind} does not have a time above 0 for each number of units")
+    return shape, Prices.smoothed(units, times)
+
+
+def _shown(shape: Mapping[str, Any]) -> str:
+    attention = f", {shape['attention']}" if shape["attention"] else ""
+    return (
+        f"{shape['kind']} of {shape['units']} units ({shape['inputs']} inputs, {shape['columns']} "
+        f"columns, {shape['outputs']} outputs{attention})"
+    )

@@ -1,0 +1,89 @@
+"""Presets: recipes by what they are for, filled in for the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liar_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from liar_ext.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Attributes:
+    summary: for `--help`.
+    fields: of the Recipe; what they leave out has its default.
+    residual: more of them, for models whose layers add to a residual stream (pre-norm).
+    """
+
+    summary: str
+    fields: Mapping[str, Any]
+    residual: Mapping[str, Any] = field(default_factory=dict)
+
+
+# measured in docs/results/README.md, which says why
+PRESETS = {
+    "best": Preset(
+        "the least loss without training that the grids of the documentation know",
+        {"criterion": "obs", "reconstruct": "liar", "target_signal": "local"},
+        {"target_signal": "stream"},
+    ),
+    "fast": Preset(
+        "one forward pass and one solve for each layer",
+        {"criterion": "wanda", "reconstruct": "liar", "target_signal": "local"},
+    ),
+}
+
+
+def preset_fields(name: str, config: PretrainedConfig) -> dict[str, Any]:
+    """Recipe fields of a preset for a model.
+
+    Raises:
+        InputError: an unknown preset. UnsupportedModelError: a model without an adapter.
+    """
+    from liar_ext.models import adapter_for, text_config
+
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
+    found = PRESETS[name]
+    more = found.residual if adapter_for(config).residual(text_config(config)) else {}
+    return {**found.fields, **more}
+
+
+def fields_for(name: str, source: str | Path, *, trace: bool = False) -> dict[str, Any]:
+    """`preset_fields` for the checkpoint in a folder or of a hub id; reads its config only.
+
+    Args:
+        trace: as `compress` will get it.
+    """
+    from liar_ext.checkpoint.load import resolve
+    from liar_ext.checkpoint.reader import read_json
+    from liar_ext.models import layout
+
+    folder = resolve(source, config_only=True)
+    data = layout.base_data(read_json(folder / "config.json"))
+    if trace:
+        from liar_ext.engine.source import with_trace
+
+        data = with_trace(data, ())
+    return preset_fields(name, layout.config_object(data))
+
+
+def preset(name: str, source: str | Path, **fields: Any) -> Recipe:
+    """The recipe of a preset for a checkpoint.
+
+    Args:
+        name: a key of `PRESETS`; source: folder or hub id; fields: of the Recipe, which win.
+    Raises:
+        InputError: an unknown preset or bad fields. UnsupportedModelError: an unsupported model.
+    """
+    from liar_ext.recipe import Recipe
+
+    return Recipe(**{**fields_for(name, source), **fields})

