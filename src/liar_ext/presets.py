@@ -57,16 +57,23 @@ def preset_fields(name: str, config: PretrainedConfig) -> dict[str, Any]:
     return {**found.fields, **more}
 
 
-def fields_for(name: str, source: str | Path) -> dict[str, Any]:
-    """`preset_fields` for the checkpoint in a folder or of a hub id; reads its config only."""
+def fields_for(name: str, source: str | Path, *, trace: bool = False) -> dict[str, Any]:
+    """`preset_fields` for the checkpoint in a folder or of a hub id; reads its config only.
+
+    Args:
+        trace: as `compress` will get it.
+    """
     from liar_ext.checkpoint.load import resolve
     from liar_ext.checkpoint.reader import read_json
     from liar_ext.models import layout
 
     folder = resolve(source, config_only=True)
-    return preset_fields(
-        name, layout.config_object(layout.base_data(read_json(folder / "config.json")))
-    )
+    data = layout.base_data(read_json(folder / "config.json"))
+    if trace:
+        from liar_ext.engine.source import with_trace
+
+        data = with_trace(data, ())
+    return preset_fields(name, layout.config_object(data))
 
 
 def preset(name: str, source: str | Path, **fields: Any) -> Recipe:
