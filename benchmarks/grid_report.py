@@ -288,11 +288,13 @@ def others(data: dict[str, Any]) -> list[str]:
 
 def markdown(data: dict[str, Any]) -> str:
     env, first = data["environment"], data["rows"][0]
-    error = f"{data['dense']['standard_error']:.2g}" + (" nats" if "loss" in data["dense"] else "")
+    dense = data["dense"]
+    error = f"{dense.get('loss_standard_error', dense['standard_error']):.2g}"
+    error += " nats" if "loss" in dense else " points"
     lines = [
         f"# Grid: {data['model']}",
         "",
-        f"{METRIC[data['model']]}; dense **{data['dense']['value']:.2f}** (standard error "
+        f"{METRIC[data['model']]}; dense **{dense['value']:.2f}** (standard error "
         f"{error}). Made by `benchmarks/grid.py {data['model']}` with torch {env['torch']}, "
         f"transformers {env['transformers']}, on {env['device']}; {first['tokens']:,} calibration "
         f"tokens. Unless a table says otherwise: equal widths, `liar`, ridge {RIDGE:g}, sequential "

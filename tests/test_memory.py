@@ -131,6 +131,8 @@ def test_the_measured_peak_is_within_15_percent_of_the_plan(tmp_path, shape, bat
         pytest.skip("peaks are read as Linux counts them")
     hidden, ffn, layers, dtype = shape
     samples = ffn // 256 + 1
+    if options.get("--ridge") == "auto":
+        samples += samples // 2  # some are held out
     config = AutoConfig.for_model(
         "llama",
         vocab_size=VOCABULARY,

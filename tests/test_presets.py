@@ -30,6 +30,8 @@ def test_every_preset_is_a_recipe_for_every_kind_of_model(name, config):
     found = Recipe(**preset_fields(name, config))
     assert found.reconstruct == "liar"
     stream = name == "best" and config in PRE_NORM
+    sentences = name == "best" and config.model_type == "bert"
+    assert found.search_samples == (256 if sentences else Recipe().search_samples)
     assert found.target_signal == ("stream" if stream else "local")
 
 
@@ -71,9 +73,10 @@ def test_a_preset_and_a_recipe_are_not_both_given(tmp_path, capsys):
 def test_the_report_of_a_run_has_what_the_preset_said(tmp_path):
     out = tmp_path / "out"
     words = ["--calibration", str(CALIBRATION), "--samples", "16", "--seq-len", "64"]
+    words += ["--search-evaluations", "3", "--target", "heads"]
     assert main(["prune", str(MODEL), "--out", str(out), "--preset", "best", *words]) == 0
     recipe = json.loads((out / "recipe.json").read_text())
-    wanted = {**PRESETS["best"].fields, **PRESETS["best"].residual}
+    wanted = {**PRESETS["best"].fields, **PRESETS["best"].residual, "search_evaluations": 3}
     assert {name: recipe[name] for name in wanted} == wanted
 
 

@@ -41,8 +41,9 @@ from liar_ext.costs import (
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
-from liar_ext.engine.inputs import compute_dtype, dense_config, load_calibration, resolve_device
+from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.progress import Silent
+from liar_ext.engine.source import with_trace
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
     MOST_SEGMENTS,
@@ -103,7 +104,7 @@ def plan(
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
-    dense = dense_config(source_config(folder), recipe.target if trace else None)
+    dense = with_trace(dense_config(folder), recipe.target if trace else None)
     hypothetical = device_memory is not None
     device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
     model = layout.empty_model(layout.config_object(dense))
@@ -208,7 +209,7 @@ def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dic
     return {**found, "total": sum(found.values()), "rates": dict(rates)}
 
 
-def source_config(folder: Path) -> dict[str, Any]:
+def dense_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a model that can be pruned; InputError where it is no such thing."""
     dense = read_json(folder / "config.json")
     if "model_type" not in dense:

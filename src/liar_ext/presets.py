@@ -21,23 +21,37 @@ class Preset:
     summary: for `--help`.
     fields: of the Recipe; what they leave out has its default.
     residual: more of them, for models whose layers add to a residual stream (pre-norm).
+    encoder: more of them, for encoders, whose samples are sentences and not windows.
     """
 
     summary: str
     fields: Mapping[str, Any]
     residual: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Mapping[str, Any] = field(default_factory=dict)
 
 
 # measured in docs/results/README.md, which says why
 PRESETS = {
     "best": Preset(
-        "the least loss without training that the grids of the documentation know",
-        {"criterion": "obs", "reconstruct": "liar", "target_signal": "local"},
-        {"target_signal": "stream"},
+        "the least loss without training that is known here, layers of their own widths",
+        {
+            "criterion": "obs",
+            "allocation": "level-swaps",
+            "search_evaluations": 64,
+            "reconstruct": "liar",
+            "target_signal": "local",
+        },
+        residual={"target_signal": "stream"},
+        encoder={"search_samples": 256},
     ),
     "fast": Preset(
-        "one forward pass and one solve for each layer",
-        {"criterion": "wanda", "reconstruct": "liar", "target_signal": "local"},
+        "one forward pass and one solve a Site, equal widths",
+        {
+            "criterion": "wanda",
+            "allocation": "uniform",
+            "reconstruct": "liar",
+            "target_signal": "local",
+        },
     ),
 }
 
@@ -53,20 +67,28 @@ def preset_fields(name: str, config: PretrainedConfig) -> dict[str, Any]:
     if name not in PRESETS:
         raise InputError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
     found = PRESETS[name]
-    more = found.residual if adapter_for(config).residual(text_config(config)) else {}
-    return {**found.fields, **more}
+    adapter = adapter_for(config)
+    residual = found.residual if adapter.residual(text_config(config)) else {}
+    return {**found.fields, **residual, **({} if adapter.decoder else found.encoder)}
 
 
-def fields_for(name: str, source: str | Path) -> dict[str, Any]:
-    """`preset_fields` for the checkpoint in a folder or of a hub id; reads its config only."""
+def fields_for(name: str, source: str | Path, *, trace: bool = False) -> dict[str, Any]:
+    """`preset_fields` for the checkpoint in a folder or of a hub id; reads its config only.
+
+    Args:
+        trace: as `compress` will get it.
+    """
     from liar_ext.checkpoint.load import resolve
     from liar_ext.checkpoint.reader import read_json
     from liar_ext.models import layout
 
     folder = resolve(source, config_only=True)
-    return preset_fields(
-        name, layout.config_object(layout.base_data(read_json(folder / "config.json")))
-    )
+    data = layout.base_data(read_json(folder / "config.json"))
+    if trace:
+        from liar_ext.engine.source import with_trace
+
+        data = with_trace(data, ())
+    return preset_fields(name, layout.config_object(data))
 
 
 def preset(name: str, source: str | Path, **fields: Any) -> Recipe:

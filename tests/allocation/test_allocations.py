@@ -25,6 +25,14 @@ def finding(survey: str | None, units: int, columns: int, scale: int, generator)
         "levels": lambda: (
             torch.cat([drawn(len(levels(units)) - 1), torch.zeros(1)]).sort(descending=True).values
         ),
+        # each Site as if it were alone in its layer
+        "besa": lambda: torch.stack(
+            [
+                torch.cat([torch.zeros(1), drawn(len(levels(units, 16)) - 1)]).sort().values,
+                torch.tensor(levels(units, 16)[::-1], dtype=torch.float64),
+            ],
+            1,
+        ),
     }[survey]()
 
 

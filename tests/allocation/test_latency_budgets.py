@@ -26,6 +26,13 @@ def finding(survey: str | None, units: int, scale: int, generator) -> torch.Tens
     if survey == "levels":
         rising = drawn(len(levels(units)) - 1).sort(descending=True).values
         return scale * torch.cat([rising, torch.zeros(1, dtype=torch.float64)])
+    if survey == "besa":
+        # as if each Site were alone in its layer
+        kept = torch.tensor(levels(units, 16)[::-1], dtype=torch.float64)
+        rising = torch.cat(
+            [torch.zeros(1, dtype=torch.float64), drawn(len(kept) - 1).sort().values]
+        )
+        return torch.stack([scale * rising, kept], 1)
     columns = {"scores": 8 * units, "spectra": 7, "influence": 1}
     return None if survey is None else scale * drawn(columns[survey])
 

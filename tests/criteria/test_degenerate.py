@@ -15,7 +15,9 @@ from liar_ext.ops.residual import relative_residual
 from liar_ext.reconstruction import RECONSTRUCTIONS, Task
 from liar_ext.survey.spectra import hill
 
-JUDGES = [name for name, criterion in CRITERIA.items() if not criterion.differentiates]
+# those that are told by a pass of their own judge no statistics
+TOLD = ("gradients", "weight_gradients", "policy")
+JUDGES = [name for name, criterion in CRITERIA.items() if criterion.needs not in TOLD]
 # what goes by inputs; in the others a column's own weights speak for it
 INFORMED = ["flap", "flap-ifv", "rcpu", "leverage", "obs", "obs-swap"]
 

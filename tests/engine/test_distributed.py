@@ -58,6 +58,8 @@ VARIANTS = {
     "gradients": ("llama", "--target ffn,heads --criterion fisher --gradient-samples 400"),
     "taylor": ("llama", "--criterion taylor-mixed --gradient-samples 400"),
     "ridge auto": ("llama", "--ridge auto --target ffn,heads"),
+    "both": ("llama", "--ridge auto --target-signal stream --target ffn,heads"),
+    "scores of weights": ("llama", "--allocation global --criterion magnitude --target ffn,heads"),
     "all rows": ("llama", "--ridge auto --reconstruct mask-tuning --bias always"),
 }
 JOURNAL = "--journal-seconds 0"

@@ -149,6 +149,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "oneshot-global",
         "alpha",
         "influence",
+        "besa",
         "levels",
         "search-with-survey",
         "search",

@@ -151,6 +151,7 @@ METHODS = {
     "stream": {"target_signal": "stream"},
     "fisher": {"criterion": "fisher"},
     "taylor": {"criterion": "taylor-first"},
+    "policy": {"criterion": "policy", "policy_steps": 2},
     "oneshot": {"statistics": "oneshot", "criterion": "obs"},
     "biases": {"bias": "always"},
 }
@@ -282,6 +283,12 @@ def test_liar_compare_and_eval_take_a_traced_family(tmp_path, capsys):
     randomise(transformers.GPTNeoXForCausalLM(config)).save_pretrained(dense)
     grid = ["--calibration", str(CALIBRATION), "--samples", "8", "--seq-len", "64"]
     cells = ["--sparsities", "0.5", "--targets", "ffn;heads", "--criteria", "wanda", "--json"]
+    planned = ["plan", str(dense), *grid, "--preset", "best", "--json"]
+    assert main(planned) == 2
+    assert "`liar trace` may find its Sites" in capsys.readouterr().err
+    assert main([*planned, "--trace"]) == 0
+    recipe = json.loads(capsys.readouterr().out.splitlines()[-1])["recipe"]
+    assert recipe["target_signal"] == "stream", "the trace saw that its layers are sums"
     held_out = tmp_path / "held-out.txt"
     held_out.write_text(Path(HELDOUT).read_text()[:4000])
     text = f"text={held_out}"

@@ -43,7 +43,7 @@ from liar_ext.environment import device_name, environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
 from liar_ext.latency import VERSION, shape_of
 from liar_ext.models import Site, adapter_for, layout, text_config
-from liar_ext.planning import source_config
+from liar_ext.planning import dense_config
 from liar_ext.recipe import Recipe
 from liar_ext.report.text import latency, workload
 
@@ -94,7 +94,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     # checks the names
     wanted = Recipe(target=arguments.target, device=arguments.device, dtype=arguments.dtype)
     folder = resolve(arguments.source, config_only=True)
-    model = layout.empty_model(layout.config_object(source_config(folder)))
+    model = layout.empty_model(layout.config_object(dense_config(folder)))
     device = resolve_device(wanted.device)
     length = arguments.seq_len
     if length is None:

@@ -95,7 +95,7 @@ def calls_of(
             cache.update(narrow, narrow, index)
         options = {"use_cache": True, "past_key_values": cache}
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
-    hidden, calls = record_calls(backbone, layers, batch, device, options)
+    hidden, calls = record_calls(backbone, layers, batch, device, options, adapter.returns)
     return torch.randn_like(hidden), calls
 
 

@@ -99,7 +99,8 @@ def recipe_of(arguments: argparse.Namespace) -> Any:
 
     values = values_of(arguments)
     if arguments.preset is not None:
-        values = {**fields_for(arguments.preset, arguments.source), **values}
+        trace = getattr(arguments, "trace", False)
+        values = {**fields_for(arguments.preset, arguments.source, trace=trace), **values}
     return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
 
 

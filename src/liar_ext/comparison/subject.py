@@ -22,12 +22,7 @@ from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.checkpoint.writer import storage_dtype
 from liar_ext.comparison.grid import Cell, Grid
-from liar_ext.engine.compress import (
-    dense_checkpoint,
-    held_bytes_of,
-    identity_of,
-    moments_fingerprint,
-)
+from liar_ext.engine.compress import held_bytes_of, identity_of, moments_fingerprint
 from liar_ext.engine.compression import Compression, check_possible
 from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
@@ -43,6 +38,7 @@ from liar_ext.engine.inputs import (
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.engine.plain import plain_forward
+from liar_ext.engine.source import dense_checkpoint
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference

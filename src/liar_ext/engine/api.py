@@ -14,8 +14,9 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import output_folder
 from liar_ext.engine.compression import Compression, write_records
-from liar_ext.engine.inputs import check_backends, chosen_backends, dense_config, fit_to
+from liar_ext.engine.inputs import check_backends, chosen_backends, fit_to
 from liar_ext.engine.progress import Progress
+from liar_ext.engine.source import with_trace
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
@@ -100,7 +101,7 @@ def _adopt(model: PreTrainedModel, recipe: Recipe, trace: bool) -> None:
     if not trace and hasattr(model.config, TRACE):
         raise InputError("this model's Sites were traced; give trace=True to trace them again")
     if trace:
-        data = dense_config(model.config.to_dict(), recipe.target)
+        data = with_trace(model.config.to_dict(), recipe.target)
         if TRACE in data:
             setattr(model.config, TRACE, data[TRACE])
 

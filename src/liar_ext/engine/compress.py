@@ -30,7 +30,6 @@ from liar_ext.engine.inputs import (
     check_backends,
     chosen_backends,
     compute_dtype,
-    dense_config,
     load_calibration,
     resolve_device,
 )
@@ -40,11 +39,12 @@ from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.source import dense_checkpoint
 from liar_ext.engine.statistics import least_segments, segments
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.latency import LatencyTable
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models import adapter_for, text_config
 from liar_ext.policy_memory import policy_held_bytes
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
@@ -159,38 +159,6 @@ def compress(
             job.complete()
         ranks.barrier()
     return report
-
-
-def dense_checkpoint(
-    folder: Path, traced: tuple[str, ...] | None = None
-) -> tuple[CheckpointReader, PreTrainedModel, list[str]]:
-    """The reader of a checkpoint that can be pruned, its model on `meta`, and the names of tensors
-    that are no part of the model.
-
-    Args:
-        traced: kinds of Site to find by a trace where the family has no adapter; None is no trace.
-    Raises:
-        InputError: it is pruned already, of an unsupported model, incomplete, or has more layers
-            than its config says.
-    """
-    reader = CheckpointReader(folder)
-    if layout.KEY in reader.config:
-        raise InputError(
-            f"{folder}: pruned already, to shapes of its own; start from the dense one"
-        )
-    reader.config = dense_config(reader.config, traced)
-    config = layout.config_object(reader.config)
-    adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
-    model = layout.empty_model(config)
-    left_over = reader.bind(model)
-    layers = adapter.layer_list(model)[0] + "."
-    beyond = [name for name in left_over if layers in name]
-    if beyond:
-        raise InputError(
-            f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "
-            f"{type(model).__name__}; check num_hidden_layers in config.json"
-        )
-    return reader, model, left_over
 
 
 def identity_of(

@@ -16,26 +16,9 @@ from liar_ext.checkpoint.reader import read_json
 from liar_ext.engine.statistics import least_segments
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout, text_config
-from liar_ext.models.traced import KEY as TRACE
 from liar_ext.ops import backends
 from liar_ext.ops.solve import working_dtype
 from liar_ext.recipe import Recipe
-
-
-def dense_config(data: dict[str, Any], traced: tuple[str, ...] | None) -> dict[str, Any]:
-    """The `config.json` of a dense model as it is pruned: with a trace of now, or without one.
-
-    Args:
-        traced: kinds of Site to find by a trace where the family has no adapter; None is no trace.
-    Raises:
-        UnsupportedModelError: it cannot be traced, or has no such Site.
-    """
-    plain = {name: value for name, value in data.items() if name != TRACE}
-    if traced is None:
-        return plain
-    from liar_ext.tracing import traced_data
-
-    return traced_data(plain, traced)
 
 
 def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Calibration:

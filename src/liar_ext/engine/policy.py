@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # of a step. The paper has 2; what counts is how many there are together, and a step reads the model
 MASKS = 8
 # the first step moves a probability so far for a loss of one deviation; falls as a cosine
-STEP_SIZE = 0.02
+STEP_SIZE = 0.05
 _FILE = "policy"
 # of steps, whose mean losses are reported
 _SHARE = 10
