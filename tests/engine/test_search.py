@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
-from liar_families import FAMILIES, LAYERS, batches_of, write_tokens
+from liar_families import FAMILIES, LAYERS, batches_of, randomise, write_tokens
+from transformers import LlamaForCausalLM
 
 import liar_ext
 from liar_ext import InputError, Recipe
@@ -18,6 +20,7 @@ from liar_ext.engine.level_store import FiledLevels
 from liar_ext.engine.progress import Silent
 from liar_ext.engine.search import LEVELS, level_bytes, level_grid
 from liar_ext.models import adapter_for
+from liar_ext.ops.removal import removal_flops
 from liar_ext.planning import plan
 from liar_ext.report.text import size
 
@@ -241,7 +244,12 @@ def test_the_plan_counts_the_levels_on_disk(bench, tmp_path):
                 8 * units + 4 * outputs * (units * site.columns_per_unit + 1) for units in widths
             )
             assert level_bytes(site, (*widths, site.units)) <= expected
-    assert found["disk"]["levels"] == expected
+    disk = found["disk"]
+    assert disk["levels"] == expected
+    # levels are gone when the output is made
+    after = disk["output"] + disk["snapshots"]
+    assert disk["total"] == max(expected, after) + disk.get("scratch", 0)
+    assert any("reads the layers about 3 times" in note for note in found["notes"])
     assert found["flops"]["search"] > 0 and found["exact"] is False
     assert any("tried whole models" in note for note in found["notes"])
     names = [phase["name"] for phase in found["phases"]["all"]]
@@ -249,6 +257,42 @@ def test_the_plan_counts_the_levels_on_disk(bench, tmp_path):
     plain = plan(bench / "llama-gqa-biases", recipe_of(bench, allocation="uniform"))
     assert "levels" not in plain["disk"] and plain["flops"]["search"] == 0
     assert plain["flops"]["solve"] < found["flops"]["solve"]
+
+
+def test_the_plan_of_a_greedy_criterion_has_one_removal_for_all_levels(bench):
+    solves = {
+        name: plan(bench / "llama-gqa-biases", recipe_of(bench, criterion=name))["flops"]["solve"]
+        for name in ("wanda", "obs")
+    }
+    model = FAMILIES["llama-gqa-biases"].build()
+    sites = [
+        site
+        for index in range(LAYERS)
+        for site in adapter_for(model.config).sites_of(model, index, ("ffn", "heads"))
+    ]
+    # the levels' and, of about half the columns, the last one
+    removals = sum(
+        removal_flops(n, len(site.weight()), n - site.columns_per_unit)
+        + removal_flops(n, len(site.weight()), n // 2)
+        for site in sites
+        for n in [site.columns]
+    )
+    assert solves["obs"] - solves["wanda"] == pytest.approx(removals, rel=0.05)
+
+
+def test_a_site_of_a_single_unit_has_no_levels(tmp_path):
+    config = FAMILIES["llama-mha"].build().config
+    config.num_key_value_heads = 1
+    model = randomise(LlamaForCausalLM(config))
+    recipe = Recipe(sparsity=0.3, target=("heads", "ffn"), allocation="evolution", seq_len=24)
+    recipe = replace(
+        recipe, search_evaluations=4, calibration=str(write_tokens(tmp_path / "t.npy"))
+    )
+    model.save_pretrained(tmp_path / "dense")
+    found = plan(tmp_path / "dense", recipe)
+    assert found["disk"]["levels"] > 0
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe)
+    assert {site.units_after for site in report.sites if site.kind == "heads"} == {1}
 
 
 def test_more_samples_than_there_are_is_all_of_them(bench, tmp_path):

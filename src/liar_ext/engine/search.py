@@ -95,6 +95,8 @@ class Searcher:
         found = None if self.keeper is None else self.keeper.aside(_DONE)
         if found is not None:
             self.facts = found[1]
+            # it may have been killed before they were gone
+            self._discard()
 
     def wanted(
         self, allocation: Allocation, budgets: Mapping[Key, Budget], position: Position
@@ -124,7 +126,7 @@ class Searcher:
             list(grids.values()),
             self.recipe.search_evaluations,
             self.recipe.seed,
-            windows=sum(len(batch.input_ids) for batch in windows),
+            windows=count,
         )
 
         @cache
@@ -155,9 +157,12 @@ class Searcher:
         self.facts["levels_bytes"] = self._bytes(grids)
         if self.keeper is not None:
             self.keeper.put_aside(_DONE, {}, self.facts)
+        self._discard()
+
+    def _discard(self) -> None:
+        """The levels are not needed any more, and the output may need their room."""
         self.ranks.barrier()
         if self.ranks.rank == 0:
-            # the output may need the room
             self._store.discard()
 
     def _opened(self, position: Position) -> SearchLedger:
