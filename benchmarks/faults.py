@@ -50,6 +50,8 @@ CONFIGURATIONS: tuple[tuple[dict[str, Any], str, float, bool], ...] = (
     ({"statistics": "oneshot", "allocation": "global"}, "device", 0.0, False),
     ({"reconstruct": "bias", "layers": (2, 7)}, "device", 0.0, False),
     ({"dtype": "bfloat16"}, "disk", 3600.0, True),
+    ({"allocation": "evolution", "search_samples": 8, "search_evaluations": 12}, "disk", 0.0, True),
+    ({"allocation": "level-swaps", "search_evaluations": 6}, "device", 0.1, False),
 )
 
 

@@ -102,7 +102,8 @@ class Phases:
             levels: of the layer that needs most, Sites in the order of its forward.
         """
         most = [
-            max(self._repair(own) for own in levels if own.kind == site.kind)
+            # a single unit has no levels
+            max((self._repair(own) for own in levels if own.kind == site.kind), default=0)
             for site in self._sites
         ]
         return self._forwards(written=False, when=" for levels") + self._made("level", *most)

@@ -242,7 +242,8 @@ def _disk(
 ) -> dict[str, Any]:
     """Bytes beside the output folder, what its disk has, and what is wrong with that.
 
-    Of two snapshots of the hidden states one is removed when the other is complete.
+    The total is what is there at once: of two snapshots of the hidden states one is removed when
+    the other is complete.
     """
     folder = _existing(Path.cwd() if out is None else out.absolute().parent)
     parts = {"output": output, "snapshots": snapshots, **({"levels": levels} if levels else {})}
@@ -264,7 +265,8 @@ def _disk(
         twice = needs_tokens(recipe) and 2 * moments <= free
         if execution.moments is not None or twice:
             add("moments", moments, execution.moments)
-    total = sum(parts.values())
+    # levels go before the output is made
+    total = sum(parts.values()) - min(levels, output + snapshots)
     own = total - sum(value for _, value in elsewhere)
     lacking = [
         f"{size(value)} are needed in {where}, whose disk has {size(left)} free"

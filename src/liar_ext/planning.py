@@ -170,8 +170,9 @@ def plan(
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
     flops |= {**beside, "search": 0}
-    for name, more in ({} if search is None else search.flops).items():
-        flops[name] += more
+    if search is not None:
+        flops |= {name: flops[name] + more for name, more in search.flops.items()}
+        notes.append(search.reads(recipe))
     return {
         "source": str(source),
         "model_type": adapter.model_type,

@@ -20,6 +20,11 @@ from liar_ext.models.adapter import Adapter
 from liar_ext.ops.divergence import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 
+# hidden states of all windows that wait: what enters and leaves a layer, of all candidates that go
+# together; what enters the first layer and what the dense model ends with, and the same of shares
+# of the windows, at most as much again
+STATES = 2 * TOGETHER + 4
+
 
 @dataclass(frozen=True)
 class SearchSizes:
@@ -43,11 +48,20 @@ class SearchSizes:
     head: int
     levels: Sequence[SitePlan]
 
+    def reads(self, recipe: Recipe) -> str:
+        """How often layers are read for candidates, in words."""
+        # once more for the dense model
+        calls = 1 + -(-recipe.search_evaluations // TOGETHER)
+        return (
+            f"--allocation {recipe.allocation} reads the layers about {calls} times, and a level "
+            f"of each Site for every candidate: where they do not fit in the file cache, "
+            "--search-evaluations is what to lower"
+        )
+
     @property
     def states(self) -> int:
-        """Positions whose hidden states wait: what enters and leaves a layer, of all candidates
-        that go together, what enters the first, and what the dense model ends with."""
-        return (2 * TOGETHER + 2) * self.positions
+        """Positions whose hidden states wait."""
+        return STATES * self.positions
 
 
 def search_sizes(
@@ -87,11 +101,11 @@ def search_sizes(
             for u in widths[:-1]
         ]
         local = replace(recipe, target_signal="local")
-        solve += sum(
-            solve_flops(s, local)
-            + CRITERIA[recipe.criterion].flops(n, outputs, n - s.columns_after)
-            for s in own
-        )
+        solve += sum(solve_flops(s, local) for s in own)
+        if not own:
+            continue  # a single unit
+        dropped = [n - s.columns_after for s in own]
+        solve += CRITERIA[recipe.criterion].selections_flops(n, outputs, dropped)
         if kind not in widest or n > widest[kind].columns_before:
             widest[kind], plans[kind] = own[0], own
     # the dense model once; layers in front of the first targeted one are passed once
@@ -125,7 +139,7 @@ def search_held_bytes(recipe: Recipe, windows: int, hidden: int, item: int) -> i
         windows: tokens of its windows, with padding; hidden: width of the hidden states.
     """
     searching = ALLOCATIONS[recipe.allocation].search is not None
-    return (2 * TOGETHER + 2) * windows * hidden * item if searching else 0
+    return STATES * windows * hidden * item if searching else 0
 
 
 def search_phases(sizes: Sizes, own: SearchSizes) -> list[Phase]:
@@ -146,7 +160,9 @@ def search_phases(sizes: Sizes, own: SearchSizes) -> list[Phase]:
         "candidate_layer": s.layer,
         "level": own.level,
         # queries, keys and values or both factors of an FFN, and the float32 copies of a norm
-        "passing_batch": own.batch * max(3 * site.columns_before for site in own.levels) * s.item
+        "passing_batch": own.batch
+        * max((3 * site.columns_before for site in own.levels), default=0)
+        * s.item
         + 8 * own.batch * s.hidden,
     }
     logits = min(max(CHUNK_LOGITS, own.vocabulary), own.batch * own.vocabulary)

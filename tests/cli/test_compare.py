@@ -20,6 +20,7 @@ from liar_ext.comparison.grid import make_grid
 from liar_ext.comparison.subject import Subject, twin
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.driver import Driver
+from liar_ext.engine.repair import Repairer
 
 FIXED = ["--samples", "24", "--seq-len", "32", "--batch-size", "4"]
 # what differs between two runs of the same work
@@ -69,6 +70,10 @@ GRIDS = {
     "oneshot": ["--targets", "heads;ffn", "--allocations", "global", "--statistics", "oneshot"],
     "bf16": ["--criteria", "wanda", "--reconstructions", "liar", "--bias", "always"],
     "bert": ["--targets", "heads;ffn", "--criteria", "flap", "--reconstructions", "bias,liar"],
+    "search": [
+        *("--allocations", "spdy,evolution", "--criteria", "random", "--targets", "ffn,heads"),
+        *("--search-samples", "6", "--search-evaluations", "8"),
+    ],
 }
 
 
@@ -81,7 +86,7 @@ def test_every_cell_equals_prune_and_eval_of_its_recipe(inputs, tmp_path, capsys
         arguments[1] = str(bf16)
     assert main(arguments) == 0
     cells = _result(out)["cells"]
-    assert len(cells) == {"sequential": 8, "oneshot": 8, "bf16": 1, "bert": 4}[name]
+    assert len(cells) == dict(zip(GRIDS, (8, 8, 1, 4, 4), strict=True))[name]
     for number, cell in enumerate(cells):
         recipe, folder = tmp_path / f"{number}.json", tmp_path / f"{number}"
         recipe.write_text(json.dumps(cell["recipe"]))
@@ -255,6 +260,23 @@ def test_passes_are_shared_where_they_can_be(inputs, tmp_path, monkeypatch):
     assert (
         "liar, ridge 0.1 | liar, ridge 0.001" in (tmp_path / "ridges" / "comparison.md").read_text()
     )
+
+
+def test_levels_of_searches_are_made_once_for_all_cells(inputs, tmp_path, monkeypatch):
+    made = []
+    level = Repairer.level
+
+    def counting(self, site, moments, keep, **given):
+        made.append((site.name, len(keep), self._recipe.reconstruct))
+        return level(self, site, moments, keep, **given)
+
+    monkeypatch.setattr(Repairer, "level", counting)
+    axes = ["--allocations", "uniform,spdy,evolution", "--sparsities", "0.25,0.5"]
+    axes += ["--search-evaluations", "4", "--reconstructions", "none,liar"]
+    assert _compare(inputs, tmp_path / "grid", *axes) == 0
+    assert len(made) == len(set(made)) == 2 * 2 * 12, "reconstructions, layers, widths"
+    counts = _result(tmp_path / "grid")["counts"]
+    assert (counts["failed"], counts["computed"]) == (0, 12)
 
 
 def test_what_is_impossible_is_skipped_with_a_line(inputs, tmp_path, capsys):

@@ -200,3 +200,40 @@ def test_obs_scores_a_single_unit():
     scores = CRITERIA["obs"].score(Evidence(site, gram(torch.randn(400, site.columns)), ridge=1e-4))
     assert scores.shape == (1,)
     assert bool(scores.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["ffn", "heads"])
+@pytest.mark.parametrize("name", ["wanda", "random", "leverage", "rcpu", "obs"])
+def test_selections_of_several_widths_are_those_of_each(name, kind):
+    site, x = site_and_data(kind)
+    widths = [site.units - 1, site.units // 2, 1]
+
+    def evidence(**changes):
+        generator = torch.Generator().manual_seed(5)
+        return Evidence(site, gram(x), generator, ridge=1e-3, center=True, **changes)
+
+    # greedy removal goes one unit at a time where there are fewer of them than steps
+    expected = [CRITERIA[name].select(evidence(keep=width)) for width in widths]
+    found = CRITERIA[name].selections(evidence(), widths)
+    assert [len(kept) for kept in found] == widths
+    assert all(torch.equal(own, other) for own, other in zip(found, expected, strict=True))
+
+
+def test_selections_with_exchanges_go_on_from_the_better_choice():
+    site, x = site_and_data("ffn")
+    x = x @ (torch.randn(site.columns, site.columns) * (torch.rand(site.columns) ** 4))
+    moments = gram(x)
+    widths = [site.units // 2, site.units // 4]
+
+    def residuals(name):
+        evidence = Evidence(site, moments, ridge=1e-4, center=True)
+        for keep in CRITERIA[name].selections(evidence, widths):
+            stays = torch.zeros(site.columns, dtype=torch.bool)
+            stays[keep] = True
+            drop = (~stays).nonzero().flatten()
+            made = repair(moments, site.weight(), keep, drop, ridge=1e-4, center=True)
+            yield relative_residual(moments, site.weight(), keep, made.weight, made.shift)
+
+    (greedy, _), (swapped, further) = residuals("obs"), residuals("obs-swap")
+    assert swapped < greedy * (1 - 1e-6), "nothing was exchanged"
+    assert further > swapped

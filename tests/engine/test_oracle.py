@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ CPU = torch.device("cpu")
 EXACT = 1e-10
 
 
-def windows_of(decoder, count=5, length=12):
-    """Batches of two and a last one of one; of an encoder the last is padded."""
+def windows_of(padded, count=5, length=12):
+    """Batches of two and a last one of one; the last two windows may be padded on the right."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, VOCABULARY - 1, (count, length), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    if not decoder:
+    if padded:
         mask[-2:, length // 2 :] = False
     return tuple(Batch(i, m) for i, m in zip(ids.split(2), mask.split(2), strict=True))
 
@@ -41,11 +42,11 @@ def windows_of(decoder, count=5, length=12):
 class Made:
     """A float64 model, random levels of its Sites, and an oracle on both."""
 
-    def __init__(self, name, *, biased=False, shelf=None, levels=None, targets=None):
+    def __init__(self, name, *, biased=False, shelf=None, levels=None, targets=None, padded=None):
         self.family = FAMILIES[name]
         self.model = self.family.build().double()
         self.adapter = adapter_for(self.model.config)
-        self.windows = windows_of(self.family.decoder)
+        self.windows = windows_of(not self.family.decoder if padded is None else padded)
         self.levels = levels or HeldLevels()
         self.generator = torch.Generator().manual_seed(11)
         self.made = {}
@@ -61,6 +62,7 @@ class Made:
                 self.made[key] = own
                 self.sites.append((key, site.units))
         self.opened = []
+        self.prepared = 0
         self.oracle = ModelOracle(
             store=InMemory(self.model),
             windows=self.windows,
@@ -73,7 +75,11 @@ class Made:
             clock=Clock(CPU),
             progress=Silent(),
             open_layer=self.opened.append,
+            prepare=self._prepare,
         )
+
+    def _prepare(self):
+        self.prepared += 1
 
     def _level(self, site, units, biased):
         keep = torch.randperm(site.units, generator=self.generator)[:units].sort().values
@@ -155,6 +161,17 @@ def test_losses_are_those_of_models_put_together_by_hand(name):
         assert expected > 1e-4, "a candidate that changes nothing tests nothing"
 
 
+def test_what_is_padded_does_not_count():
+    made = Made("llama-mha", padded=True)
+    candidates = made.candidates(2)
+    expected = [made.expected(candidate) for candidate in candidates]
+    assert made.losses(candidates) == pytest.approx(expected, rel=EXACT)
+    again = Made("llama-mha", padded=True)
+    for batch in again.windows:
+        batch.input_ids[~batch.attention_mask] = 11
+    assert again.losses(candidates) == pytest.approx(expected, rel=EXACT)
+
+
 def test_biases_that_a_level_adds_are_there():
     made = Made("llama-mha", biased=True)
     (candidate,) = made.candidates(1)
@@ -190,6 +207,31 @@ def test_together_or_alone_the_bits_are_the_same(shelf, tmp_path):
         assert left == [], "nothing waits that nobody fetches"
 
 
+def test_a_level_is_read_once_for_all_models_that_have_it():
+    class Counting(HeldLevels):
+        def __init__(self):
+            super().__init__()
+            self.loads = []
+
+        def load(self, key, units, device):
+            self.loads.append((key, units))
+            return super().load(key, units, device)
+
+    made = Made("llama-mha", levels=Counting())
+    narrow = [min(made.made[key]) for key, _ in made.sites]
+    # prefixes that differ in the first layer, and are the same in the last
+    first = [index for index, (key, _) in enumerate(made.sites) if key[0] == 0]
+    options = [sorted({*made.made[made.sites[i][0]], made.sites[i][1]}) for i in first]
+    candidates = [
+        tuple(dict(zip(first, chosen, strict=True)).get(i, units) for i, units in enumerate(narrow))
+        for chosen in itertools.product(*options)
+    ][:TOGETHER]
+    assert len(candidates) == TOGETHER
+    made.losses(candidates)
+    last = [entry for entry in made.levels.loads if entry[0][0] > 0]
+    assert len(last) == len(set(last)) > 0
+
+
 def test_a_share_is_of_the_first_windows():
     made = Made("llama-mha")
     candidates = made.candidates(2)
@@ -206,6 +248,7 @@ def test_what_was_asked_before_is_not_computed_again():
     made.opened.clear()
     assert made.losses([second, first, first]) == [found[1], found[0], found[0]]
     assert made.opened == []
+    assert made.prepared == 1, "levels are made for what is not known"
     assert len(made.oracle.ledger) == 2
 
 
@@ -240,6 +283,11 @@ def test_a_ledger_that_was_cut_off_goes_on(tmp_path):
     assert list(again.items()) == [((1, 2), 5, 0.25), ((3, 4), 5, float("inf"))]
     again.add([(5, 6)], 1, [0.5])
     assert len(SearchLedger(path)) == 3
+    # any JSON reader reads it
+    lines = path.read_text().splitlines()
+    assert [json.loads(x, parse_constant=pytest.fail)["loss"] for x in lines] == [0.25, None, 0.5]
+    assert (again.best(5), again.best(1), again.best(2)) == (0.25, 0.5, float("inf"))
+    assert again.spent(5) == pytest.approx(2.2)
     path.write_text("no json\n")
     with pytest.raises(InputError, match="line 1 is damaged"):
         SearchLedger(path)

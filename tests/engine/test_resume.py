@@ -102,6 +102,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
                 ("levels being saved", 2),
                 ("candidates compared", 1),
                 ("answers written", 2),
+                ("search over", 1),
+                ("levels still there", 1),
                 ("layer being written", 2),
             ],
         ),
@@ -113,7 +115,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
                 "search_evaluations": 8,
             },
             "device",
-            [("levels being saved", 3), ("answers written", 1), ("journal written", 2)],
+            [
+                ("levels being saved", 3),
+                ("answers written", 1),
+                ("levels gone", 1),
+                ("journal written", 2),
+            ],
         ),
         (
             {"ridge": "auto"},
@@ -171,6 +178,22 @@ def test_killed_again_and_again_the_result_is_the_same(
         assert work.out.exists() == (point == "renamed"), "complete under its name, or not at all"
         work = work.resumed()
     resume(work)
+    assert differences(tmp_path / "whole", work.out) == []
+
+
+def test_what_a_search_found_is_known_after_it(bench, tmp_path):
+    changes = {"allocation": "evolution", "search_samples": 4, "search_evaluations": 8}
+    work = Work(bench.source, tmp_path / "out", bench.recipe(**changes))
+    assert compress(replace(work, out=tmp_path / "whole")).done
+    assert compress(work, at="journal written", nth=3).journal == "2 of 4 layers pruned"
+    left = {path.name for path in work.job.folder.iterdir()}
+    assert "search.safetensors" in left and "levels" not in left
+    resume(work)
+    facts = [
+        json.loads((folder / "liar_report.json").read_text())["run"]["search"]
+        for folder in (tmp_path / "whole", work.out)
+    ]
+    assert facts[0] == facts[1] and facts[0]["tried"] == 8
     assert differences(tmp_path / "whole", work.out) == []
 
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
-from liar_families import FAMILIES, LAYERS, batches_of, write_tokens
+from liar_families import FAMILIES, LAYERS, batches_of, randomise, write_tokens
+from transformers import LlamaForCausalLM
 
 import liar_ext
 from liar_ext import InputError, Recipe
 from liar_ext.allocation import ALLOCATIONS, Budget
+from liar_ext.checkpoint.store import CheckpointStore
+from liar_ext.engine.level_store import FiledLevels
+from liar_ext.engine.progress import Silent
 from liar_ext.engine.search import LEVELS, level_bytes, level_grid
 from liar_ext.models import adapter_for
+from liar_ext.ops.removal import removal_flops
 from liar_ext.planning import plan
+from liar_ext.report.text import size
 
 SEARCHES = [name for name, allocation in ALLOCATIONS.items() if allocation.search is not None]
 
@@ -27,6 +34,10 @@ def bench(tmp_path_factory):
     for name in ("llama-gqa-biases", "bert"):
         FAMILIES[name].build().save_pretrained(root / name)
     return root
+
+
+def tree_of(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def recipe_of(bench, **changes):
@@ -101,9 +112,123 @@ def test_widths_are_multiples_where_they_should_be(bench, tmp_path):
 def test_without_room_for_levels_nothing_is_begun(bench, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 10, 10))
-    with pytest.raises(InputError, match=r"levels of a search take .* GB .*larger disk"):
-        liar_ext.compress(bench / "llama-gqa-biases", tmp_path / "out", recipe_of(bench))
+    # neither gradients nor the survey
+    recipe = recipe_of(bench, criterion="fisher")
+    monkeypatch.setattr(CheckpointStore, "open", lambda *given: pytest.fail("a layer was read"))
+    with pytest.raises(InputError, match=r"levels of a search take .* KiB in .*larger disk"):
+        liar_ext.compress(bench / "llama-gqa-biases", tmp_path / "out", recipe)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_memory_for_levels_nothing_is_begun(bench, monkeypatch):
+    monkeypatch.setattr("liar_ext.engine.level_store.free_bytes", lambda device: 1000)
+    recipe = recipe_of(bench)
+    model = FAMILIES["bert"].build()
+    before = tree_of(model)
+    with pytest.raises(InputError, match=r"KiB in memory, and 1000 B are free; .*liar prune"):
+        liar_ext.prune(model, batches_of(recipe, decoder=False), recipe)
+    assert tree_of(model) == before
+
+
+def test_levels_are_gone_before_the_output_is_made(bench, tmp_path, monkeypatch):
+    there = []
+    prepare = CheckpointStore.prepare
+
+    def looking(self, *given):
+        there.append([path.name for path in (tmp_path / ".out.job").iterdir()])
+        prepare(self, *given)
+
+    monkeypatch.setattr(CheckpointStore, "prepare", looking)
+    liar_ext.compress(bench / "bert", tmp_path / "out", recipe_of(bench))
+    (names,) = there
+    assert "levels" not in names and "search.safetensors" in names
+
+
+def test_what_happens_is_told(bench, tmp_path):
+    class Told(Silent):
+        def __init__(self):
+            self.lines, self.passes, self.steps = [], [], 0
+
+        def begin(self, layers, label, done=0):
+            self.passes.append((label, layers, done))
+            self.steps = 0
+
+        def layer(self, index):
+            self.steps += 1
+            label, layers, _ = self.passes[-1]
+            if label.startswith("searching"):
+                assert self.steps <= layers
+
+        def tell(self, message):
+            self.lines.append(message)
+
+    told = Told()
+    recipe = recipe_of(bench, allocation="level-swaps", search_evaluations=20, search_samples=8)
+    report = liar_ext.compress(bench / "bert", tmp_path / "out", recipe, progress=told)
+    labels = [label for label, _, _ in told.passes]
+    assert labels == ["measuring levels", "making levels", "searching (level-swaps)", "pruning"]
+    first, *better = told.lines
+    facts = report.run["search"]
+    assert f"levels take {size(facts['levels_bytes'])} in " in first
+    losses = [float(line.rpartition(" ")[2]) for line in better]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(facts["best_loss"], rel=1e-4)
+    assert losses[0] <= facts["first_loss"] * (1 + 1e-4)
+
+
+def test_no_finite_loss_at_all_is_refused(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "liar_ext.engine.oracle.divergence", lambda *given: torch.tensor(float("nan"))
+    )
+    with pytest.raises(InputError, match=r"--allocation spdy: none of the \d+ models .*--dtype"):
+        liar_ext.compress(bench / "llama-gqa-biases", tmp_path / "out", recipe_of(bench))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_few_evaluations_are_enough(bench, tmp_path, search):
+    recipe = recipe_of(bench, allocation=search, search_evaluations=1, search_samples=1)
+    report = liar_ext.compress(bench / "bert", tmp_path / "out", recipe)
+    assert report.run["search"]["tried"] == 1
+
+
+@pytest.mark.parametrize("criterion", ["random", "obs", "obs-swap", "wanda"])
+def test_levels_are_what_the_criterion_and_the_repair_make_of_the_dense_site(
+    bench, tmp_path, monkeypatch, criterion
+):
+    """Each level of the last layer, by an independent fit on inputs of the dense model."""
+    kept = {}
+    monkeypatch.setattr(FiledLevels, "discard", lambda self: None)
+    save = FiledLevels.save
+
+    def saving(self, key, units, level):
+        kept[key, units] = level
+        save(self, key, units, level)
+
+    monkeypatch.setattr(FiledLevels, "save", saving)
+    recipe = recipe_of(bench, criterion=criterion, search_evaluations=1, ridge=0.0)
+    liar_ext.compress(bench / "bert", tmp_path / "out", recipe)
+    model = FAMILIES["bert"].build()
+    (site,) = adapter_for(model.config).sites_of(model, LAYERS - 1, ("ffn",))
+    inputs = []
+    site.consumer.register_forward_hook(lambda module, x, y: inputs.append(x[0]))
+    with torch.no_grad():
+        for batch in batches_of(recipe, decoder=False):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long())
+            inputs[-1] = inputs[-1][batch.attention_mask]
+    x = torch.cat(inputs).double()
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    target = x[:, :-1] @ site.weight().double().T + site.bias().double()
+    own = {units: level for (key, units), level in kept.items() if key == (LAYERS - 1, "ffn")}
+    assert list(own) == sorted(own, reverse=True) and len(own) == LEVELS
+    before = set(range(site.units))
+    for units, level in own.items():
+        assert level.keep.tolist() == sorted(set(level.keep.tolist())) and len(level.keep) == units
+        if criterion != "obs-swap":
+            assert set(level.keep.tolist()) <= before, "one goes on from the other"
+        before = set(level.keep.tolist())
+        fit = torch.linalg.lstsq(x[:, [*level.keep.tolist(), -1]], target).solution
+        assert torch.allclose(level.weight.double(), fit[:-1].T, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(level.bias.double(), fit[-1], rtol=1e-3, atol=1e-3)
 
 
 def test_the_plan_counts_the_levels_on_disk(bench, tmp_path):
@@ -119,7 +244,12 @@ def test_the_plan_counts_the_levels_on_disk(bench, tmp_path):
                 8 * units + 4 * outputs * (units * site.columns_per_unit + 1) for units in widths
             )
             assert level_bytes(site, (*widths, site.units)) <= expected
-    assert found["disk"]["levels"] == expected
+    disk = found["disk"]
+    assert disk["levels"] == expected
+    # levels are gone when the output is made
+    after = disk["output"] + disk["snapshots"]
+    assert disk["total"] == max(expected, after) + disk.get("scratch", 0)
+    assert any("reads the layers about 3 times" in note for note in found["notes"])
     assert found["flops"]["search"] > 0 and found["exact"] is False
     assert any("tried whole models" in note for note in found["notes"])
     names = [phase["name"] for phase in found["phases"]["all"]]
@@ -127,6 +257,42 @@ def test_the_plan_counts_the_levels_on_disk(bench, tmp_path):
     plain = plan(bench / "llama-gqa-biases", recipe_of(bench, allocation="uniform"))
     assert "levels" not in plain["disk"] and plain["flops"]["search"] == 0
     assert plain["flops"]["solve"] < found["flops"]["solve"]
+
+
+def test_the_plan_of_a_greedy_criterion_has_one_removal_for_all_levels(bench):
+    solves = {
+        name: plan(bench / "llama-gqa-biases", recipe_of(bench, criterion=name))["flops"]["solve"]
+        for name in ("wanda", "obs")
+    }
+    model = FAMILIES["llama-gqa-biases"].build()
+    sites = [
+        site
+        for index in range(LAYERS)
+        for site in adapter_for(model.config).sites_of(model, index, ("ffn", "heads"))
+    ]
+    # the levels' and, of about half the columns, the last one
+    removals = sum(
+        removal_flops(n, len(site.weight()), n - site.columns_per_unit)
+        + removal_flops(n, len(site.weight()), n // 2)
+        for site in sites
+        for n in [site.columns]
+    )
+    assert solves["obs"] - solves["wanda"] == pytest.approx(removals, rel=0.05)
+
+
+def test_a_site_of_a_single_unit_has_no_levels(tmp_path):
+    config = FAMILIES["llama-mha"].build().config
+    config.num_key_value_heads = 1
+    model = randomise(LlamaForCausalLM(config))
+    recipe = Recipe(sparsity=0.3, target=("heads", "ffn"), allocation="evolution", seq_len=24)
+    recipe = replace(
+        recipe, search_evaluations=4, calibration=str(write_tokens(tmp_path / "t.npy"))
+    )
+    model.save_pretrained(tmp_path / "dense")
+    found = plan(tmp_path / "dense", recipe)
+    assert found["disk"]["levels"] > 0
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe)
+    assert {site.units_after for site in report.sites if site.kind == "heads"} == {1}
 
 
 def test_more_samples_than_there_are_is_all_of_them(bench, tmp_path):

@@ -5,6 +5,8 @@
     .OUT.job/output/          what becomes OUT, by one rename
     .OUT.job/hidden-*/        hidden states that a later run goes on from
     .OUT.job/*.safetensors    what was computed once, before the layers
+    .OUT.job/levels/          of a search, until it is over
+    .OUT.job/liar_search.jsonl    what it has tried
     .OUT.job/scratch/         what only the running process needs
     .OUT.job/replaced/        what was OUT, between the two renames that replace it
 

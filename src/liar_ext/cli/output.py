@@ -59,6 +59,9 @@ class Watcher:
         if self._task is not None:
             self._progress.advance(self._task)
 
+    def tell(self, message: str) -> None:
+        self._console.print(message, markup=False, soft_wrap=True)
+
     def warn(self, message: str) -> None:
         self._console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from liar_ext.allocation import ALLOCATIONS
 from liar_ext.calibration.overlap import warning
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.load import resolve
@@ -167,6 +168,7 @@ def _libraries(
             and (
                 cell.recipe.statistics == "oneshot"
                 or reads_of(cell.recipe) in ("columns", "moments")
+                or ALLOCATIONS[cell.recipe.allocation].search is not None
             )
         ]
         if len(users) < 2:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -95,6 +95,8 @@ class Criterion:
         (`engine.passes`), and take no statistics.
     choose: Evidence with `keep` -> the units to keep, (keep,) int64 in any order, for a criterion
         whose choice is no ranking; None ranks by `score`.
+    descend: Evidence and widths, the widest first -> the units to keep at each, as `choose` has
+        them, where a choice goes on from the one before.
     greedy: what goes next depends on what has gone (`ops.removal`).
     flops, holds: (columns, outputs, dropped columns) -> what a judgement of one Site computes, and
         the most bytes that it holds beside the statistics. As here where weights are read once.
@@ -104,6 +106,7 @@ class Criterion:
     score: Callable[[Evidence], Tensor]
     needs: Needs = "columns"
     choose: Callable[[Evidence], Tensor] | None = None
+    descend: Callable[[Evidence, Sequence[int]], list[Tensor]] | None = None
     greedy: bool = False
     flops: Callable[[int, int, int], int] = lambda columns, outputs, dropped: 0
     # the weights in float64, and one function of them
@@ -118,8 +121,29 @@ class Criterion:
         """The units to keep, (keep,) int64 sorted."""
         if self.choose is not None:
             return self.choose(evidence).sort().values
+        return self._ranked(evidence)[: evidence.keep].sort().values
+
+    def selections(self, evidence: Evidence, widths: Sequence[int]) -> list[Tensor]:
+        """The units to keep at each of these widths, the widest first; (width,) int64 sorted.
+
+        What the criterion computes for all of them, it computes once.
+        """
+        if self.descend is not None:
+            return [kept.sort().values for kept in self.descend(evidence, widths)]
+        if self.choose is not None:
+            return [self.select(replace(evidence, keep=width)) for width in widths]
+        order = self._ranked(evidence)
+        return [order[:width].sort().values for width in widths]
+
+    def selections_flops(self, columns: int, outputs: int, dropped: Sequence[int]) -> int:
+        """What `selections` computes; `dropped`: columns, at each width."""
+        once = self.descend is not None or self.choose is None
+        return sum(self.flops(columns, outputs, d) for d in ([max(dropped)] if once else dropped))
+
+    def _ranked(self, evidence: Evidence) -> Tensor:
+        """Units, the one to keep longest first."""
         scores = unit_scores(evidence.site, self.score(evidence))
-        return scores.argsort(descending=True, stable=True)[: evidence.keep].sort().values
+        return scores.argsort(descending=True, stable=True)
 
 
 def unit_scores(site: Site, scores: Tensor) -> Tensor:

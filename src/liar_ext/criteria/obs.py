@@ -5,7 +5,8 @@ least-squares repair, when it goes (`ops.removal`). `obs-swap` then exchanges un
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from liar_ext.criteria.base import Criterion, Evidence
 from liar_ext.errors import NumericalError
 from liar_ext.ops.interpolate import Inverse, inverse_moments
-from liar_ext.ops.removal import Tableau, removal_bytes, removal_flops
+from liar_ext.ops.removal import STEPS, Tableau, removal_bytes, removal_flops
 from liar_ext.ops.solve import LADDER_STEPS, LARGEST_RIDGE
 
 # what a ridge of 0 is raised to where the Moments have no inverse
@@ -98,12 +99,35 @@ def choose_and_exchange(evidence: Evidence) -> Tensor:
         found.remove(dropped)
         before = found.loss
         stay = evidence.site.units - dropped
-        if moved := found.exchange(max(1, min(dropped, stay) // _EXCHANGED)):
+        if moved := found.exchange(_most(dropped, stay)):
             gain = 1 - found.loss / before
             evidence.remarks.append(f"selection: {moved} exchanges lowered the loss by {gain:.2%}")
         return found.kept.nonzero().flatten()
 
     return removing(evidence, work)
+
+
+def descend(evidence: Evidence, widths: Sequence[int], exchange: bool = False) -> list[Tensor]:
+    """What stays at each of several widths, from one removal; the widest first."""
+    units = evidence.site.units
+
+    def work(found: Tableau) -> list[Tensor]:
+        kept, before = [], units
+        for after in widths:
+            # as many steps for all of them as for one
+            found.remove(before - after, steps=-(-STEPS * (before - after) // units))
+            if exchange:
+                found.exchange(_most(units - after, after))
+            kept.append(found.kept.nonzero().flatten())
+            before = after
+        return kept
+
+    return removing(evidence, work)
+
+
+def _most(dropped: int, stay: int) -> int:
+    """Units that the first exchange moves."""
+    return max(1, min(dropped, stay) // _EXCHANGED)
 
 
 def _dropped(evidence: Evidence) -> int:
@@ -116,8 +140,14 @@ OBS = Criterion(
     score,
     needs="moments",
     choose=choose,
+    descend=descend,
     greedy=True,
     flops=removal_flops,
     holds=removal_bytes,
 )
-OBS_SWAP = dataclasses.replace(OBS, name="obs-swap", choose=choose_and_exchange)
+OBS_SWAP = dataclasses.replace(
+    OBS,
+    name="obs-swap",
+    choose=choose_and_exchange,
+    descend=partial(descend, exchange=True),
+)

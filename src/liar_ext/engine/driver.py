@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from liar_ext.allocation import ALLOCATIONS, Allocation, Budget, check_reachable
+from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
 from liar_ext.calibration.batches import Batch
 from liar_ext.costs import pricing
 from liar_ext.criteria import CRITERIA
@@ -156,6 +156,25 @@ class Driver:
                 self._open,
             )
 
+        self._searcher: Searcher | None = None
+        if ALLOCATIONS[self.recipe.allocation].search is not None:
+            self._searcher = Searcher(
+                self.store,
+                self.batches,
+                self.recipe,
+                self.device,
+                self.shelf,
+                self.ranks,
+                self.clock,
+                self.progress,
+                self._measurer,
+                self._repairer,
+                lambda: self._enter(Position("survey")),
+                self._open,
+                self.keeper,
+                self.judgements,
+            )
+
     @torch.no_grad()
     def run(self) -> None:
         """Prune every targeted Site and close every layer as final.
@@ -166,10 +185,14 @@ class Driver:
         position = found or Position("survey")
         if position.generator is not None:
             self._repairer.generator.set_state(position.generator)
+        if self._searcher is not None:
+            self._searcher.remember()
         if position.stage == "survey":
             # before anything is computed that it would be for nothing
-            known = list(self._budgets().values())
-            check_reachable(known, self.recipe.sparsity, self.recipe.round_to)
+            known = self._budgets()
+            check_reachable(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
+            if self._searcher is not None:
+                self._searcher.check_room(known)
         if self._prior is not None:
             self._repairer.prior = self._prior.results(self.keeper)
             self.facts[self._prior.name] = self._prior.facts
@@ -177,6 +200,8 @@ class Driver:
             widths = self._allocate(position)
             self._repairer.generator.manual_seed(self.recipe.seed)
             position = Position("prune", widths=widths, notes=position.notes)
+        if self._searcher is not None:
+            self.facts["search"] = self._searcher.facts
         if self.recipe.statistics == "sequential":
             # from here on statistics are of the pruned path, which no library has
             self._measurer.library = None
@@ -261,7 +286,11 @@ class Driver:
         if survey is not None:
             self._survey(survey, known, position)
             known = {key: replace(known[key], finding=position.findings[key]) for key in known}
-        wanted = None if allocation.search is None else self._search(allocation, known, position)
+        wanted: list[float] | None = None
+        if self._searcher is not None:
+            position.layer = self.targets.stop
+            position.generator = self._repairer.generator.get_state()
+            wanted = self._searcher.wanted(allocation, known, position)
         kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to, wanted)
         if all(k == b.units for k, b in zip(kept, known.values(), strict=True)):
             raise InputError(
@@ -270,30 +299,6 @@ class Driver:
             )
         # of what other GPUs found, ranks could make other widths
         return dict(zip(known, self.ranks.broadcast(kept), strict=True))
-
-    def _search(
-        self, allocation: Allocation, known: dict[Key, Budget], position: Position
-    ) -> list[float]:
-        """Kept units of each Site, real numbers, from trying whole models."""
-        searcher = Searcher(
-            self.store,
-            self.batches,
-            self.recipe,
-            self.device,
-            self.shelf,
-            self.ranks,
-            self.clock,
-            self.progress,
-            self._measurer,
-            self._repairer,
-            lambda: self._enter(Position("survey")),
-            self._open,
-        )
-        position.layer = self.targets.stop
-        position.generator = self._repairer.generator.get_state()
-        wanted = searcher.wanted(allocation, known, self.keeper, position)
-        self.facts["search"] = searcher.facts
-        return wanted
 
     def _survey(self, survey: Survey, budgets: dict[Key, Budget], position: Position) -> None:
         """Findings of every targeted Site on the dense path, from `position` on."""

@@ -6,6 +6,7 @@ dense path. Greedy selections cost as much as repairs, so a grid judges each Sit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from hashlib import sha256
@@ -13,10 +14,16 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from liar_ext.criteria import Criterion, Evidence
+from liar_ext.criteria import CRITERIA, Criterion, Evidence
+from liar_ext.engine.execution import free_bytes
+from liar_ext.engine.level_store import HeldLevels
+from liar_ext.recipe import Recipe
 
 # a Site and its statistics are in the key by what they hold; notes are what comes out
 _APART = ("site", "measured", "generator", "notes", "remarks")
+# in a recipe: what is searched for and how, on which levels do not depend
+_SEARCH = ("allocation", "search_samples", "search_evaluations")
+_BUDGET = ("sparsity", "budget", "latency")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -29,6 +36,8 @@ class Judgements:
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], tuple[Tensor, list[list[str]], Tensor]] = {}
+        # those that were asked for last at the end
+        self._levels: dict[str, HeldLevels] = {}
 
     def of(self, criterion: Criterion, *, choices: bool) -> Criterion:
         """The criterion, asked once for each evidence.
@@ -42,6 +51,23 @@ class Judgements:
         if choices:
             choose = self._once(criterion.name, "choose", criterion.select, choices)
         return replace(criterion, score=score, choose=choose)
+
+    def levels(self, recipe: Recipe, needed: int) -> HeldLevels:
+        """Those of a search, with what an earlier one made.
+
+        Args:
+            needed: bytes of all of them; the ones that were not asked for longest make room.
+        """
+        # keep probabilities are learnt for a budget
+        policy = CRITERIA[recipe.criterion].needs == "policy"
+        apart = _SEARCH if policy else (*_SEARCH, *_BUDGET)
+        key = {name: value for name, value in recipe.to_json().items() if name not in apart}
+        name = json.dumps(key, sort_keys=True)
+        found = self._levels.pop(name, None) or HeldLevels()
+        while self._levels and needed > free_bytes(torch.device("cpu")) + found.bytes:
+            del self._levels[next(iter(self._levels))]
+        self._levels[name] = found
+        return found
 
     def _once(
         self, name: str, what: str, judge: Callable[[Evidence], Tensor], choices: bool

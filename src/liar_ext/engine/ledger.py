@@ -7,6 +7,7 @@ and has its answers from here.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ class SearchLedger:
     """Losses by candidate and number of windows.
 
     Args:
-        path: file to add to, with what is there; None keeps them in memory.
+        path: file to add to, with what is there; None keeps them in memory. A loss that is not
+            finite is `null` there, for which JSON has no number.
     Raises:
         InputError: a line is damaged. One that a killed process left half-written is removed.
     """
@@ -35,7 +37,8 @@ class SearchLedger:
             try:
                 entry = json.loads(line)
                 candidate = tuple(int(units) for units in entry["units"])
-                self._losses[candidate, int(entry["windows"])] = float(entry["loss"])
+                loss = math.inf if entry["loss"] is None else float(entry["loss"])
+                self._losses[candidate, int(entry["windows"])] = loss
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{path}: line {number} is damaged ({error}); start again with --overwrite "
@@ -55,12 +58,20 @@ class SearchLedger:
         for (candidate, windows), loss in self._losses.items():
             yield candidate, windows, loss
 
+    def spent(self, windows: int) -> float:
+        """What was tried, in candidates on all of so many windows."""
+        return sum(own for _, own in self._losses) / windows
+
+    def best(self, windows: int) -> float:
+        """The least loss on so many windows; infinite before there is one."""
+        return min((x for (_, own), x in self._losses.items() if own == windows), default=math.inf)
+
     def add(self, candidates: Sequence[Candidate], windows: int, losses: Sequence[float]) -> None:
         lines = []
         for candidate, loss in zip(candidates, losses, strict=True):
             self._losses[candidate, windows] = loss
-            # JSON has no infinity, Python reads its own
-            lines.append(json.dumps({"units": candidate, "windows": windows, "loss": loss}) + "\n")
+            said = loss if math.isfinite(loss) else None
+            lines.append(json.dumps({"units": candidate, "windows": windows, "loss": said}) + "\n")
         if self._path is not None:
             with open(self._path, "ab") as file:
                 file.write("".join(lines).encode())

@@ -6,7 +6,6 @@ ZipLM's database (arXiv 2302.04089). One file for each width of a Site, written 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from liar_ext.checkpoint.journal import sync_path
+from liar_ext.engine.execution import free_bytes
 from liar_ext.errors import InputError
+from liar_ext.report.text import size
 
 # (layer, kind)
 Key = tuple[int, str]
@@ -41,9 +42,19 @@ class Level:
         found = {"keep": self.keep, "weight": self.weight, "bias": self.bias}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def to(self, device: torch.device) -> Level:
+        bias = None if self.bias is None else self.bias.to(device)
+        return Level(self.keep.to(device), self.weight.to(device), bias)
+
 
 class Levels(Protocol):
-    """Levels of Sites by (layer, kind) and kept units."""
+    """Levels of Sites by (layer, kind) and kept units.
+
+    Attributes: `bytes` of those that there are.
+    """
+
+    @property
+    def bytes(self) -> int: ...
 
     def has(self, key: Key, units: int) -> bool: ...
 
@@ -51,9 +62,12 @@ class Levels(Protocol):
 
     def load(self, key: Key, units: int, device: torch.device) -> Level: ...
 
+    def discard(self) -> None:
+        """The search that they were made for is over."""
+
 
 class HeldLevels:
-    """In memory, where they were made."""
+    """In the memory of the host: of a GPU's, the levels of a model would take most."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Key, int], Level] = {}
@@ -62,24 +76,31 @@ class HeldLevels:
         return (key, units) in self._held
 
     def save(self, key: Key, units: int, level: Level) -> None:
-        self._held[key, units] = level
+        self._held[key, units] = level.to(torch.device("cpu"))
 
     def load(self, key: Key, units: int, device: torch.device) -> Level:
-        return self._held[key, units]
+        return self._held[key, units].to(device)
+
+    def discard(self) -> None:
+        """They stay, for another search of the same model."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for level in self._held.values() for t in level.tensors.values())
 
 
 class FiledLevels:
-    """In a folder."""
+    """In a folder, which is made for the first of them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(exist_ok=True)
 
     def has(self, key: Key, units: int) -> bool:
         return self._path(key, units).exists()
 
     def save(self, key: Key, units: int, level: Level) -> None:
         path = self._path(key, units)
+        self._folder.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
         save_file({n: tensor.cpu().contiguous() for n, tensor in level.tensors.items()}, temporary)
         sync_path(temporary)
@@ -98,19 +119,37 @@ class FiledLevels:
                 "--overwrite instead of --resume"
             ) from error
 
+    def discard(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def bytes(self) -> int:
+        there = self._folder.glob("*") if self._folder.exists() else ()
+        return sum(path.stat().st_size for path in there)
+
     def _path(self, key: Key, units: int) -> Path:
         return self._folder / f"{key[0]}.{key[1]}.{units}.safetensors"
 
 
-def check_room(folder: Path, needed: int, done: Iterable[Path] = ()) -> None:
+def check_room(folder: Path | None, needed: int, there: int) -> None:
     """Refuse before anything is computed.
 
+    Args:
+        folder: where levels are kept, None for the memory of the host; there: bytes of those that
+            are made already.
+
     Raises:
-        InputError: the disk of `folder` has less than `needed` bytes, those of `done` aside.
+        InputError: there is no room for `needed` bytes.
     """
-    have = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in done)
-    if needed > have:
-        raise InputError(
-            f"{folder}: the levels of a search take {needed / 1e9:.1f} GB and {have / 1e9:.1f} GB "
-            "are free; give --out on a larger disk, or an --allocation that does not search"
-        )
+    free = free_bytes(torch.device("cpu")) if folder is None else shutil.disk_usage(folder).free
+    if needed <= free + there:
+        return
+    where, instead = (
+        ("in memory", "prune from disk to disk (liar prune), which keeps them in files")
+        if folder is None
+        else (f"in {folder}", "give --out on a larger disk")
+    )
+    raise InputError(
+        f"the levels of a search take {size(needed)} {where}, and {size(free + there)} are free; "
+        f"{instead}, or an --allocation that does not search"
+    )

@@ -9,11 +9,12 @@ on the shelf is in memory.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ class ModelOracle:
         sites: the targeted Sites in the order of a candidate, with their dense units.
         levels: of every Site, all that are asked for but the dense ones.
         ledger: what is known already.
+        prepare: makes the levels; called before the first candidate that is not known.
         open_layer: opens a layer and checks it.
     """
 
@@ -66,6 +68,7 @@ class ModelOracle:
     clock: Clock
     progress: Progress
     open_layer: Callable[[int], None]
+    prepare: Callable[[], None]
     _streams: dict[int, tuple[Stream, _States, _States]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,13 +93,21 @@ class ModelOracle:
         most = max(1, TOGETHER * self._count // windows)
         for start in range(0, len(fresh), most):
             asked = fresh[start : start + most]
+            self.prepare()
             losses = self._assembled(asked, windows)
+            before = self.ledger.best(self._count), int(self.ledger.spent(self._count))
             self.ledger.add(asked, windows, losses)
-            if windows == self._count:
-                for position in range(len(asked)):
-                    self.progress.layer(position)
+            self._tell(*before)
         found = (self.ledger.get(candidate, windows) for candidate in candidates)
         return [loss for loss in found if loss is not None]
+
+    def _tell(self, best: float, spent: int) -> None:
+        """Progress since the best loss and the candidates spent were these."""
+        now = int(self.ledger.spent(self._count))
+        for step in range(spent, now):
+            self.progress.layer(step)
+        if (loss := self.ledger.best(self._count)) < best:
+            self.progress.tell(f"search: {now} models tried, loss {loss:.5g}")
 
     def _assembled(self, candidates: Sequence[Candidate], windows: int) -> list[float]:
         stream, entering, dense = self._stream(windows)
@@ -105,15 +116,18 @@ class ModelOracle:
         for index in range(self._first, len(self._layers)):
             self.open_layer(index)
             later: dict[_Prefix, _States] = {}
-            for prefix, own in states.items():
-                for units in dict.fromkeys(self._units(c, index) for c in candidates):
-                    following = (*prefix, units)
-                    if any(self._prefix(c, index) == following for c in candidates):
-                        stream.hidden = own
-                        with self._shrunk(index, units):
-                            later[following] = stream.through(index, (), onward=True)
-                if own is not entering:
-                    _free(own)
+            # all models with the same widths here, one after the other: a level is read once
+            following = dict.fromkeys(self._prefix(c, index) for c in candidates)
+            left = Counter(prefix[:-1] for prefix in following)
+            for units in dict.fromkeys(prefix[-1] for prefix in following):
+                with self._shrunk(index, units):
+                    for prefix in (p for p in following if p[-1] == units):
+                        before = prefix[:-1]
+                        stream.hidden = states[before]
+                        later[prefix] = stream.through(index, (), onward=True)
+                        left[before] -= 1
+                        if not left[before] and states[before] is not entering:
+                            _free(states[before])
             stream.hidden = {}
             self.store.close(index, final=False)
             states = later
@@ -132,7 +146,7 @@ class ModelOracle:
     def _shrunk(self, index: int, units: Candidate) -> Iterator[None]:
         """A layer with these widths in the place of the dense one."""
         dense = self._layers[index]
-        shared = itertools.chain(dense.parameters(), dense.buffers())
+        shared = chain(dense.parameters(), dense.buffers())
         self._layers[index] = copy.deepcopy(dense, {id(tensor): tensor for tensor in shared})
         try:
             own = [(key[1], whole) for key, whole in self.sites if key[0] == index]

@@ -130,17 +130,23 @@ class Repairer:
 
         return report, shrink
 
+    def selections(self, site: Site, moments: Moments, widths: Sequence[int]) -> list[Tensor]:
+        """The units that a dense Site keeps at each of these widths, the widest first."""
+        with self._clock.phase("solve"):
+            # each Site is asked once: there is nothing to remember
+            criterion = CRITERIA[self._recipe.criterion]
+            found = criterion.selections(self._evidence(site, moments), widths)
+            return [self._ranks.broadcast(keep) for keep in found]
+
     def level(
-        self, site: Site, moments: Moments, kept_units: int, *, held: Sample | None = None
+        self, site: Site, moments: Moments, keep: Tensor, *, held: Sample | None = None
     ) -> Level:
-        """A dense Site as it would be with fewer units; it stays as it is.
+        """A dense Site as it would be with these units; it stays as it is.
 
         Args:
             held: of those tokens that are held out to choose the ridge by.
         """
         with self._clock.phase("solve"):
-            evidence = self._evidence(site, moments, kept_units)
-            keep = self._ranks.broadcast(self._criterion.select(evidence))
             repaired, _, _ = self._solve(site, moments, site.unit_columns(keep), held)
             bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
             return Level(keep, repaired.weight.to(dtype), None if bias is None else bias.to(dtype))

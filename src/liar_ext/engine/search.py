@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ import torch
 from liar_ext.allocation import Allocation, Budget
 from liar_ext.allocation.base import width_grid
 from liar_ext.allocation.levels import levels
-from liar_ext.allocation.search import Candidate, Problem
+from liar_ext.allocation.search import Candidate, Problem, Search
 from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position
 from liar_ext.engine.ledger import FILE, SearchLedger
 from liar_ext.engine.level_store import FiledLevels, HeldLevels, Key, Levels, check_room
@@ -25,10 +27,13 @@ from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
 from liar_ext.engine.shelf import Shelf
 from liar_ext.engine.store import LayerStore
+from liar_ext.errors import InputError
 from liar_ext.models import Site
 from liar_ext.recipe import KINDS, Recipe
+from liar_ext.report.text import size
 
 FOLDER = "levels"
+_DONE = "search"
 # widths of a Site with more units; Tyr-the-Pruner begins with 9
 LEVELS = 12
 _PRIME = 1_000_003
@@ -43,6 +48,8 @@ class Searcher:
         measurer: takes Moments of the dense path; repairer: makes levels of them.
         enter: puts the hidden states that enter the first layer into the measurer's stream.
         open_layer: opens a layer and checks it.
+        keeper: keeps what an interrupted run goes on from, with it the levels and what was tried.
+        judgements: has levels that another compression of the model made.
         facts: for the report.
     """
 
@@ -58,14 +65,41 @@ class Searcher:
     repairer: Repairer
     enter: Callable[[], None]
     open_layer: Callable[[int], None]
+    keeper: Keeper | None
+    judgements: Judgements | None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._store: Levels = HeldLevels()
+        if self.keeper is not None:
+            self._store = FiledLevels(self.keeper.folder / FOLDER)
+
+    def check_room(self, budgets: Mapping[Key, Budget]) -> None:
+        """Say what the levels take, before anything is computed.
+
+        Raises:
+            InputError: there is no room for them.
+        """
+        if self.ranks.rank or self.facts:
+            return
+        needed = self._bytes(self._grids(budgets))
+        folder = None if self.keeper is None else self.keeper.folder
+        if folder is None and self.judgements is not None:
+            self._store = self.judgements.levels(self.recipe, needed)
+        where = "memory" if folder is None else f"{folder / FOLDER} until it is over"
+        self.progress.tell(f"search: its levels take {size(needed)} in {where}")
+        check_room(folder, needed, self._store.bytes)
+
+    def remember(self) -> None:
+        """If an earlier run has searched, what it found is known."""
+        found = None if self.keeper is None else self.keeper.aside(_DONE)
+        if found is not None:
+            self.facts = found[1]
+            # it may have been killed before they were gone
+            self._discard()
+
     def wanted(
-        self,
-        allocation: Allocation,
-        budgets: Mapping[Key, Budget],
-        keeper: Keeper | None,
-        position: Position,
+        self, allocation: Allocation, budgets: Mapping[Key, Budget], position: Position
     ) -> list[float]:
         """Kept units of each Site, in the order of `budgets`.
 
@@ -74,27 +108,38 @@ class Searcher:
                 beside it.
 
         Raises:
-            InputError: no room for the levels; as of the search.
+            InputError: no model that was tried has a finite loss; as of the search.
         """
         assert allocation.search is not None
-        grids = {key: level_grid(budget, self.recipe.round_to) for key, budget in budgets.items()}
-        store, ledger = self._opened(grids, keeper, position)
-        self._build(store, grids)
+        if not self.facts:
+            self._search(allocation.search, budgets, position)
+        return [float(units) for units in self.facts["best"]]
+
+    def _search(self, search: Search, budgets: Mapping[Key, Budget], position: Position) -> None:
+        grids = self._grids(budgets)
+        ledger = self._opened(position)
         windows = first_samples(self.batches, self.recipe.search_samples)
+        count = sum(len(batch.input_ids) for batch in windows)
         problem = Problem(
             list(budgets.values()),
             self.recipe.sparsity,
             list(grids.values()),
             self.recipe.search_evaluations,
             self.recipe.seed,
-            windows=sum(len(batch.input_ids) for batch in windows),
+            windows=count,
         )
-        self.progress.begin(self.recipe.search_evaluations, f"searching ({allocation.name})")
+
+        @cache
+        def prepare() -> None:
+            self._build(grids)
+            label, spent = f"searching ({self.recipe.allocation})", int(ledger.spent(count))
+            self.progress.begin(self.recipe.search_evaluations, label, spent)
+
         oracle = ModelOracle(
             store=self.store,
             windows=windows,
             sites=[(key, budget.units) for key, budget in budgets.items()],
-            levels=store,
+            levels=self._store,
             ledger=ledger,
             device=self.device,
             shelf=self.shelf,
@@ -102,94 +147,114 @@ class Searcher:
             clock=self.clock,
             progress=self.progress,
             open_layer=self.open_layer,
+            prepare=prepare,
         )
         try:
-            best: Candidate = allocation.search(problem, oracle)
+            best = search(problem, oracle)
         finally:
             oracle.free()
-        self._say(ledger, best, windows)
-        return [float(units) for units in best]
+        self._say(ledger, best, count)
+        self.facts["levels_bytes"] = self._bytes(grids)
+        if self.keeper is not None:
+            self.keeper.put_aside(_DONE, {}, self.facts)
+        self._discard()
 
-    def _opened(
-        self, grids: Mapping[Key, tuple[int, ...]], keeper: Keeper | None, position: Position
-    ) -> tuple[Levels, SearchLedger]:
-        """Where levels and losses are kept: with the journal, or in memory without one."""
-        if keeper is None:
-            return HeldLevels(), SearchLedger(None)
-        folder, file = keeper.folder / FOLDER, keeper.folder / FILE
+    def _discard(self) -> None:
+        """The levels are not needed any more, and the output may need their room."""
+        self.ranks.barrier()
         if self.ranks.rank == 0:
-            if keeper.resumed is None:
-                # of a run that was killed before anything said what it was
-                shutil.rmtree(folder, ignore_errors=True)
-                file.unlink(missing_ok=True)
-            needed = sum(
-                level_bytes(site, grids[site.layer, site.kind]) for site in self._sites(grids)
-            )
-            check_room(keeper.folder, needed, folder.glob("*") if folder.exists() else ())
+            self._store.discard()
+
+    def _opened(self, position: Position) -> SearchLedger:
+        """What was tried: with the journal, or in memory without one."""
+        if self.keeper is None:
+            return SearchLedger(None)
+        file = self.keeper.folder / FILE
+        if self.ranks.rank == 0 and self.keeper.resumed is None:
+            # of a run that was killed before anything said what it was
+            self._store.discard()
+            file.unlink(missing_ok=True)
         self.ranks.barrier()
         # from here on a run that is interrupted finds what there is
-        keeper.keep(position, {}, now=True)
+        self.keeper.keep(position, {}, now=True)
         ledger = SearchLedger(file if self.ranks.rank == 0 else None)
         # all ranks know the same
         known = self.ranks.broadcast(list(ledger.items()))
         if self.ranks.rank:
             for candidate, windows, loss in known:
                 ledger.add([candidate], windows, [loss])
-        return FiledLevels(folder), ledger
+        return ledger
+
+    def _grids(self, budgets: Mapping[Key, Budget]) -> dict[Key, tuple[int, ...]]:
+        return {key: level_grid(budget, self.recipe.round_to) for key, budget in budgets.items()}
+
+    def _bytes(self, grids: Mapping[Key, tuple[int, ...]]) -> int:
+        return sum(level_bytes(site, grids[site.layer, site.kind]) for site in self._sites(grids))
 
     def _sites(self, grids: Mapping[Key, tuple[int, ...]]) -> list[Site]:
         layers = dict.fromkeys(layer for layer, _ in grids)
         return [site for layer in layers for site in self.measurer.sites(layer)]
 
-    def _build(self, store: Levels, grids: Mapping[Key, tuple[int, ...]]) -> None:
+    def _build(self, grids: Mapping[Key, tuple[int, ...]]) -> None:
         """Levels that are not there yet, from one pass over the dense model."""
-        missing = [
-            (key, units)
+        missing = {
+            key: [units for units in widths[:-1] if not self._store.has(key, units)]
             for key, widths in grids.items()
-            for units in widths[:-1]
-            if not store.has(key, units)
-        ]
+        }
         # ranks look at one disk, but not at the same time
-        missing = self.ranks.broadcast(missing)
+        missing = self.ranks.broadcast({key: own for key, own in missing.items() if own})
         if not missing:
             return
         if self.measurer.needed(0):
             self.enter()
-        layers = {key[0] for key, _ in missing}
-        self.progress.begin(max(layers) + 1, "making levels")
-        for index in range(max(layers) + 1):
+        stop = max(layer for layer, _ in missing) + 1
+        self.progress.begin(stop, "making levels")
+        for index in range(stop):
             self.open_layer(index)
-            if index in layers:
+            if any(layer == index for layer, _ in missing):
                 found = self.measurer.dense(index)
                 for site in self.measurer.sites(index):
-                    own = [units for key, units in missing if key == (index, site.kind)]
-                    self._make(store, site, found.pop(site.kind), own)
+                    key = index, site.kind
+                    measured = found.pop(site.kind)
+                    if key in missing:
+                        self._make(site, measured, grids[key][:-1], missing[key])
             else:
                 self.measurer.pass_on(index)
             self.store.close(index, final=False)
             self.progress.layer(index)
         self.measurer.leave()
 
-    def _make(self, store: Levels, site: Site, measured: Measured, widths: Sequence[int]) -> None:
-        for units in widths:
-            # the same draws whichever others are there already
-            place = 2 * site.layer + KINDS.index(site.kind)
-            seed = (self.recipe.seed * _PRIME + place) * _PRIME + units
-            self.repairer.generator.manual_seed(seed % 2**63)
-            level = self.repairer.level(site, measured.moments, units, held=measured.held)
+    def _make(
+        self, site: Site, measured: Measured, widths: Sequence[int], missing: Sequence[int]
+    ) -> None:
+        """The missing ones of all widths of a Site, which are the same whichever are missing."""
+        place = 2 * site.layer + KINDS.index(site.kind)
+        self.repairer.generator.manual_seed((self.recipe.seed * _PRIME + place) % 2**63)
+        descending = sorted(widths, reverse=True)
+        kept = self.repairer.selections(site, measured.moments, descending)
+        for units, keep in zip(descending, kept, strict=True):
+            if units not in missing:
+                continue
+            level = self.repairer.level(site, measured.moments, keep, held=measured.held)
             with self.clock.phase("write"):
-                if self.ranks.rank == 0 or isinstance(store, HeldLevels):
-                    store.save((site.layer, site.kind), units, level)
+                if self.ranks.rank == 0 or self.keeper is None:
+                    self._store.save((site.layer, site.kind), units, level)
                 self.ranks.barrier()
 
-    def _say(self, ledger: SearchLedger, best: Candidate, windows: Sequence[Batch]) -> None:
-        count = sum(len(batch.input_ids) for batch in windows)
-        whole = [(candidate, loss) for candidate, n, loss in ledger.items() if n == count]
+    def _say(self, ledger: SearchLedger, best: Candidate, count: int) -> None:
+        whole = [loss for _, windows, loss in ledger.items() if windows == count]
+        if not any(math.isfinite(loss) for loss in whole):
+            raise InputError(
+                f"--allocation {self.recipe.allocation}: none of the {len(whole)} models that were "
+                "tried has a finite loss; check the checkpoint, or compute in a wider type with "
+                "--dtype"
+            )
         self.facts = {
             "windows": count,
             "tried": len(ledger),
             "tried_on_all_windows": len(whole),
-            "first_loss": whole[0][1],
+            # of the dense model it is 0
+            "first_loss": whole[0] if math.isfinite(whole[0]) else None,
             "best_loss": ledger.get(best, count),
             "best": list(best),
         }
