@@ -106,6 +106,16 @@ WIDE = {
         2,
         {"--allocation": "besa", "--reconstruct": "none", "--statistics": "oneshot"},
     ),
+    "with a search": (
+        (768, 3072, 2, "float32"),
+        8,
+        {
+            "--allocation": "evolution",
+            "--search-samples": "32",
+            "--search-evaluations": "40",
+            "--reconstruct": "none",
+        },
+    ),
     "dense target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "dense"}),
     "dense target, its ridge chosen": (
         (768, 3072, 2, "float32"),

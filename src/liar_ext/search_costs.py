@@ -20,10 +20,11 @@ from liar_ext.models.adapter import Adapter
 from liar_ext.ops.divergence import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 
-# hidden states of all windows that wait: what enters and leaves a layer, of all candidates that go
-# together; what enters the first layer and what the dense model ends with, and the same of shares
-# of the windows, at most as much again
-STATES = 2 * TOGETHER + 4
+# hidden states of all windows that wait: one for each candidate that goes with the others, since
+# what enters a layer is freed once no candidate needs it, and what leaves it just now; what enters
+# the first layer and what the dense model ends with, and the same of shares of the windows, at most
+# as much again
+STATES = TOGETHER + 5
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,23 @@ def test_any_number_of_ranks_makes_what_one_process_makes(runs: Runs, name: str,
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_any_number_of_ranks_tries_the_same_models(runs: Runs, size: int) -> None:
+    one, several = (
+        [
+            json.loads(line)
+            for line in (runs.root / f"search-{n}" / "liar_search.jsonl").read_text().splitlines()
+        ]
+        for n in (1, size)
+    )
+    assert len(one) == len(several) > 6
+    for ours, theirs in zip(several, one, strict=True):
+        assert (ours["units"], ours["windows"]) == (theirs["units"], theirs["windows"])
+        # their levels are weights that may differ as those of outputs
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=10 * TOLERANCE, abs=1e-9)
+    assert {line["windows"] for line in one} != {100}, "nothing was tried on a part of the windows"
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_the_first_rank_speaks_for_all(runs: Runs, size: int) -> None:
     first, *others = runs.told[size]
     for number, name in enumerate(VARIANTS):

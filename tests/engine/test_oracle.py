@@ -23,6 +23,7 @@ from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
 from liar_ext.models import adapter_for, linear
+from liar_ext.search_costs import STATES
 
 CPU = torch.device("cpu")
 # float64 throughout: sums of some hundred terms in another order
@@ -230,6 +231,33 @@ def test_a_level_is_read_once_for_all_models_that_have_it():
     made.losses(candidates)
     last = [entry for entry in made.levels.loads if entry[0][0] > 0]
     assert len(last) == len(set(last)) > 0
+
+
+def test_hidden_states_that_wait_are_as_many_as_the_plan_says():
+    class Counted(DeviceShelf):
+        def __init__(self):
+            self.waiting = self.most = 0
+
+        def put(self, tensor):
+            self.waiting += 1
+            self.most = max(self.most, self.waiting)
+            item = super().put(tensor)
+            free = item.free
+
+            def freed():
+                self.waiting -= 1
+                free()
+
+            item.free = freed
+            return item
+
+    made = Made("llama-mha", shelf=Counted())
+    shelf, batches = made.oracle.shelf, len(made.windows)
+    made.losses(made.candidates(4 * TOGETHER))
+    # without shares of the windows
+    assert (TOGETHER + 2) * batches < shelf.most <= (STATES - 2) * batches
+    made.oracle.free()
+    assert shelf.waiting == 0
 
 
 def test_a_share_is_of_the_first_windows():
