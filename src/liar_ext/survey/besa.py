@@ -24,9 +24,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from liar_ext.criteria import unit_scores
-from liar_ext.survey.base import Block, Survey, View
-from liar_ext.survey.scores import costs, reads
+from liar_ext.criteria import Criterion, unit_scores
+from liar_ext.survey.base import Block, Reads, Survey, View
+from liar_ext.survey.scores import costs
 
 # p_d
 CANDIDATES = torch.arange(101, dtype=torch.float64) / 100
@@ -80,6 +80,11 @@ def starting(rates: Tensor) -> Tensor:
 def _rate(theta: Tensor) -> Tensor:
     """α of logits (..., candidates)."""
     return theta.softmax(-1) @ CANDIDATES
+
+
+def reads(criterion: Criterion) -> Reads:
+    # a layer learns from hidden states, whatever its units are ranked by
+    return "moments" if criterion.needs == "moments" else "columns"
 
 
 def measure(view: View) -> Tensor:
