@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from liar_families import FAMILIES
 
-from liar_ext import ops
+from liar_ext import Recipe, ops
 from liar_ext.criteria import CRITERIA, Evidence
 from liar_ext.engine.judgements import Judgements
 from liar_ext.models import adapter_for
@@ -90,3 +92,43 @@ def test_what_a_criterion_notes_is_noted_again(site):
     kept = swap.select(first)
     assert torch.equal(swap.select(second), kept)
     assert second.notes == ["before", *first.notes]
+
+
+def test_levels_are_those_of_all_that_they_depend_on():
+    known = Judgements()
+    base = Recipe(sparsity=0.3, allocation="spdy")
+    first = known.levels(base, 0)
+    for same in (
+        {"sparsity": 0.5},
+        {"allocation": "evolution"},
+        {"search_samples": 3, "search_evaluations": 7},
+        {"budget": "flops"},
+    ):
+        assert known.levels(replace(base, **same), 0) is first, same
+    for other in (
+        {"criterion": "obs"},
+        {"reconstruct": "none"},
+        {"ridge": 0.5},
+        {"target": ("heads",)},
+        {"round_to": 8},
+        {"seed": 1},
+        {"bias": "always"},
+    ):
+        assert known.levels(replace(base, **other), 0) is not first, other
+    # its probabilities are learnt for a budget
+    policy = replace(base, criterion="policy")
+    assert known.levels(policy, 0) is not known.levels(replace(policy, sparsity=0.5), 0)
+    assert known.levels(policy, 0) is known.levels(replace(policy, allocation="evolution"), 0)
+
+
+def test_levels_that_were_not_asked_for_longest_make_room(monkeypatch):
+    known = Judgements()
+    recipes = [Recipe(allocation="spdy", seed=seed) for seed in range(3)]
+    first, second, _ = (known.levels(recipe, 0) for recipe in recipes)
+    assert known.levels(recipes[0], 0) is first
+    left = iter([10, 1000])
+    monkeypatch.setattr("liar_ext.engine.judgements.free_bytes", lambda device: next(left))
+    known.levels(Recipe(allocation="spdy", seed=9), 500)
+    monkeypatch.undo()
+    assert known.levels(recipes[0], 0) is first
+    assert known.levels(recipes[1], 0) is not second
