@@ -182,10 +182,17 @@ def criteria(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def aims(data: dict[str, Any]) -> list[str]:
+def aimed(data: dict[str, Any]) -> list[Row]:
+    """Rows of those cells that were run with several targets, by criterion."""
     rows = select(data["rows"], target_signal=None)
-    aimed = {row["criterion"] for row in rows if row["target_signal"] != "local"}
-    rows = [row for row in rows if row["criterion"] in aimed]
+    by = ("target", "criterion", "sparsity")
+    tried = {tuple(row[n] for n in by) for row in rows if row["target_signal"] != "local"}
+    rows = [row for row in rows if tuple(row[n] for n in by) in tried]
+    return sorted(rows, key=lambda row: (row["target"], row["criterion"], row["sparsity"]))
+
+
+def aims(data: dict[str, Any]) -> list[str]:
+    rows = aimed(data)
     names = values(rows, "target_signal")
     if len(names) < 2:
         return []
@@ -312,8 +319,6 @@ def write(data: dict[str, Any], folder: Path) -> None:
     (folder / f"grid-{data['model']}.md").write_text(markdown(data), encoding="utf-8")
     rows = select(data["rows"])
     grid_plots.draw(data, rows, "criterion", folder / f"grid-{data['model']}-criteria.svg")
-    aimed = {row["criterion"] for row in data["rows"] if row["target_signal"] != "local"}
-    both = [r for r in select(data["rows"], target_signal=None) if r["criterion"] in aimed]
-    if both:
+    if both := aimed(data):
         grid_plots.draw(data, both, "target_signal", folder / f"grid-{data['model']}-targets.svg")
     print(f"written: {folder}/grid-{data['model']}.md and its plots")
