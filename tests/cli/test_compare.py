@@ -17,10 +17,11 @@ import liar_ext
 from liar_ext import Recipe
 from liar_ext.cli import main
 from liar_ext.comparison.grid import make_grid
-from liar_ext.comparison.subject import Subject, twin
+from liar_ext.comparison.subject import Subject
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.driver import Driver
 from liar_ext.engine.repair import Repairer
+from liar_ext.models.twin import twin
 
 FIXED = ["--samples", "24", "--seq-len", "32", "--batch-size", "4"]
 # what differs between two runs of the same work

@@ -19,7 +19,7 @@ from liar_ext.bench.measure import machine_state
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
-from liar_ext.comparison.subject import reset_peak, twin
+from liar_ext.comparison.subject import reset_peak
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.allocator import steady_allocator
 from liar_ext.engine.api import prune
@@ -28,6 +28,7 @@ from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_devi
 from liar_ext.engine.plain import plain_forward
 from liar_ext.environment import environment
 from liar_ext.errors import InputError, LiarError
+from liar_ext.models.twin import twin
 from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report import Report

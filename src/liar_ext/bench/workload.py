@@ -86,7 +86,7 @@ def calls_of(
     for child in _outside(backbone, layers):
         materialise(child, device, dtype)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)
-    options: dict[str, Any] = {"use_cache": False} if adapter.decoder else {}
+    options = adapter.options
     if work.mode == "decode":
         # the model asks it for nothing but its length
         narrow = torch.zeros(work.batch, 1, work.seq_len, 1, device=device, dtype=dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import os
 import tempfile
@@ -45,6 +43,7 @@ from liar_ext.evaluation.mode import inference
 from liar_ext.evaluation.task import Evaluation
 from liar_ext.models import adapter_for, text_config
 from liar_ext.models.traced import KEY as TRACE
+from liar_ext.models.twin import twin
 from liar_ext.recipe import DEFAULT_RIDGE, Recipe
 from liar_ext.report import Report
 
@@ -195,16 +194,6 @@ class Subject:
             if id(parameter) not in dense:
                 as_stored(name, parameter, self._reader, recipe)
         return model, report
-
-
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A module tree of its own over the same tensors.
-
-    Pruning replaces tensors and writes into none, so a pruned twin costs the memory of what is
-    left of the pruned layers, and the original stays as it is.
-    """
-    shared = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def as_stored(

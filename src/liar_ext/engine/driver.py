@@ -155,7 +155,6 @@ class Driver:
                 self.progress,
                 self._open,
             )
-
         self._searcher: Searcher | None = None
         if ALLOCATIONS[self.recipe.allocation].search is not None:
             self._searcher = Searcher(
@@ -228,7 +227,7 @@ class Driver:
         self._measurer.entered = True
         with self.clock.phase("load"):
             self.store.open_outside()
-        options = {"use_cache": False} if self.adapter.decoder else {}
+        options = self.adapter.options
         backbone = self.adapter.backbone(self.store.model)[1]
         self._stream.embed(backbone, options, self.adapter.returns)
         self.store.close_outside()

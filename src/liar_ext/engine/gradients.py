@@ -37,8 +37,6 @@ from liar_ext.recipe import Recipe
 if TYPE_CHECKING:
     from liar_ext.engine.keeper import Keeper
 
-# decoders would otherwise keep keys and values
-_OPTIONS = {"use_cache": False}
 _FILE = "gradients"
 
 SiteGradients = dict[tuple[int, str], UnitGradients]
@@ -126,7 +124,7 @@ class GradientPass:
         hidden states."""
         with self.clock.phase("load"):
             self.store.open_outside()
-        self._stream.embed(self._backbone, _OPTIONS, self._adapter.returns)
+        self._stream.embed(self._backbone, self._adapter.options, self._adapter.returns)
         self.store.close_outside()
         layers = len(self._layers)
         self.progress.begin(2 * layers - self.targets.start, "gradients")
@@ -165,7 +163,7 @@ class GradientPass:
                         self._layers,
                         batch,
                         self.device,
-                        _OPTIONS,
+                        self._adapter.options,
                         final,
                         self._adapter.returns,
                     )

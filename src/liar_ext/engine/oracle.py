@@ -8,13 +8,11 @@ on the shelf is in memory.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from liar_ext.engine.statistics import valid_rows
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Stream
 from liar_ext.models import adapter_for
+from liar_ext.models.twin import twin
 from liar_ext.ops.divergence import distances, divergence
 
 # candidates whose hidden states of all windows wait at once; of fewer windows more
@@ -76,7 +75,7 @@ class ModelOracle:
         self._adapter = adapter_for(model.config)
         self._backbone = self._adapter.backbone(model)[1]
         self._layers = self._adapter.layer_list(model)[1]
-        self._options = {"use_cache": False} if self._adapter.decoder else {}
+        self._options = self._adapter.options
         self._first = min((layer for (layer, _), _ in self.sites), default=0)
         self._count = sum(len(batch.input_ids) for batch in self.windows)
 
@@ -146,8 +145,7 @@ class ModelOracle:
     def _shrunk(self, index: int, units: Candidate) -> Iterator[None]:
         """A layer with these widths in the place of the dense one."""
         dense = self._layers[index]
-        shared = chain(dense.parameters(), dense.buffers())
-        self._layers[index] = copy.deepcopy(dense, {id(tensor): tensor for tensor in shared})
+        self._layers[index] = twin(dense)
         try:
             own = [(key[1], whole) for key, whole in self.sites if key[0] == index]
             for (kind, whole), kept in zip(own, units, strict=True):

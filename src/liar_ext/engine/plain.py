@@ -16,7 +16,7 @@ def plain_forward(model: PreTrainedModel, batches: Sequence[Batch], device: torc
     """All batches through the headless model, for compression needs no head either; waits."""
     adapter = adapter_for(model.config)
     backbone = adapter.backbone(model)[1]
-    options = {"use_cache": False} if adapter.decoder else {}
+    options = adapter.options
     for batch in batches:
         mask = batch.mask_on(device)
         backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)

@@ -79,7 +79,7 @@ class PolicyPass:
         self._adapter = adapter_for(model.config)
         self._backbone = self._adapter.backbone(model)[1]
         self._layers = self._adapter.layer_list(model)[1]
-        self._options = {"use_cache": False} if self._adapter.decoder else {}
+        self._options = self._adapter.options
         self._predicts = predicts(model, self._adapter)
         self._stream = Stream(
             self.batches,

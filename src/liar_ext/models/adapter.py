@@ -57,6 +57,11 @@ class Adapter:
     traced: bool = False
     alias: str | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of a forward: decoders would otherwise keep keys and values."""
+        return {"use_cache": False} if self.decoder else {}
+
     def backbone(self, model: PreTrainedModel) -> tuple[str, nn.Module]:
         """The headless model inside `model` and its path ('' when it is `model` itself)."""
         for path, module in model.named_modules():
