@@ -64,10 +64,10 @@ def parts(name: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 
     every = EVERY[name]
     yield from everywhere("criteria", every, criteria=CRITERIA[name])
-    yield from everywhere("targets", every, target_signals=AIMS[name])
-    yield from everywhere("allocations", SOME, allocations=ALLOCATIONS)
     yield from everywhere("repairs", SOME, criteria=CRITERIA[name], reconstructions=REPAIRS)
     yield from everywhere("ridges", SOME, ridges=RIDGES)
+    yield from everywhere("targets", every, target_signals=AIMS[name])
+    yield from everywhere("allocations", SOME, allocations=ALLOCATIONS)
     yield from everywhere("more-repairs", SOME, reconstructions=("rotation", "admm"))
     yield from everywhere("oneshot", SOME, fixed={"statistics": "oneshot"})
     other = "always" if name == "demo" else "never"
@@ -103,9 +103,10 @@ def results(
 
     for part, axes, fixed in parts(name):
         whole = work / part / "comparison.json"
+        if whole.exists():  # also one of an earlier version, whose recipe had fewer fields
+            yield json.loads(whole.read_text())
+            continue
         if only_finished:
-            if whole.exists():
-                yield json.loads(whole.read_text())
             continue
         grid = make_grid(Recipe(calibration=calibration, **SIZES[name], **fixed), axes)
         result = compare(source, work / part, grid, [evaluation], resume=True)
