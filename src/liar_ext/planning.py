@@ -42,7 +42,7 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
-from liar_ext.engine.progress import Silent
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.source import with_trace
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
@@ -114,8 +114,9 @@ def plan(
     tokens = _tokens(folder, model, recipe, bytes_before is not None, notes)
     # checks the recipe against the model, and knows which biases are added
     host = torch.device("cpu")
-    driver = Driver(InMemory(model), (), recipe, host, Silent(), Clock(host))
-    costs = budgets(driver.store, recipe, tokens.seq_len)
+    store = InMemory(model)
+    driver = Driver(Runtime(store, host, Clock(host)), (), recipe)
+    costs = budgets(store, recipe, tokens.seq_len)
     targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)

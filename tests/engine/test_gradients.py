@@ -23,8 +23,7 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.gradients import GradientPass, SiteGradients
 from liar_ext.engine.loss import loss_gradient, next_tokens
-from liar_ext.engine.progress import Silent
-from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf
 from liar_ext.engine.store import InMemory
 from liar_ext.models import adapter_for, linear
@@ -54,16 +53,10 @@ def found_by_the_pass(
     recipe = Recipe(**values)
     layers = len(adapter_for(model.config).layer_list(model)[1])
     return GradientPass(
-        InMemory(model),
+        Runtime(InMemory(model), CPU, Clock(CPU), shelf=shelf or DeviceShelf()),
         batches,
         recipe,
         range(*(recipe.layers or (0, layers))),
-        CPU,
-        shelf or DeviceShelf(),
-        Ranks.single(),
-        Clock(CPU),
-        Silent(),
-        lambda index: None,
     ).results(None)
 
 

@@ -16,8 +16,7 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import FiledLevels, HeldLevels, Level
 from liar_ext.engine.oracle import TOGETHER, ModelOracle
-from liar_ext.engine.progress import Silent
-from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
@@ -38,6 +37,17 @@ def windows_of(padded, count=5, length=12):
     if padded:
         mask[-2:, length // 2 :] = False
     return tuple(Batch(i, m) for i, m in zip(ids.split(2), mask.split(2), strict=True))
+
+
+class Noting(InMemory):
+    """Notes the layers that are opened."""
+
+    def __init__(self, model, opened):
+        super().__init__(model)
+        self.opened = opened
+
+    def open(self, index):
+        self.opened.append(index)
 
 
 class Made:
@@ -65,17 +75,13 @@ class Made:
         self.opened = []
         self.prepared = 0
         self.oracle = ModelOracle(
-            store=InMemory(self.model),
+            runtime=Runtime(
+                Noting(self.model, self.opened), CPU, Clock(CPU), shelf=shelf or DeviceShelf()
+            ),
             windows=self.windows,
             sites=self.sites,
             levels=self.levels,
             ledger=SearchLedger(None),
-            device=CPU,
-            shelf=shelf or DeviceShelf(),
-            ranks=Ranks.single(),
-            clock=Clock(CPU),
-            progress=Silent(),
-            open_layer=self.opened.append,
             prepare=self._prepare,
         )
 
@@ -252,7 +258,7 @@ def test_hidden_states_that_wait_are_as_many_as_the_plan_says():
             return item
 
     made = Made("llama-mha", shelf=Counted())
-    shelf, batches = made.oracle.shelf, len(made.windows)
+    shelf, batches = made.oracle.runtime.shelf, len(made.windows)
     made.losses(made.candidates(4 * TOGETHER))
     # without shares of the windows
     assert (TOGETHER + 2) * batches < shelf.most <= (STATES - 2) * batches

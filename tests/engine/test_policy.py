@@ -28,8 +28,7 @@ from liar_ext.engine import policy as module
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.policy import MASKS, PolicyPass
-from liar_ext.engine.progress import Silent
-from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf
 from liar_ext.engine.store import InMemory
 from liar_ext.models import adapter_for, linear
@@ -56,16 +55,10 @@ def setting(tmp_path: Path, decoder: bool = True, **changes: Any) -> tuple[Recip
 def the_pass(model: Any, batches: Any, recipe: Recipe, shelf: Any = None) -> PolicyPass:
     layers = len(adapter_for(model.config).layer_list(model)[1])
     return PolicyPass(
-        InMemory(model),
+        Runtime(InMemory(model), CPU, Clock(CPU), shelf=shelf or DeviceShelf()),
         batches,
         recipe,
         range(*(recipe.layers or (0, layers))),
-        CPU,
-        shelf or DeviceShelf(),
-        Ranks.single(),
-        Clock(CPU),
-        Silent(),
-        lambda index: None,
     )
 
 
@@ -272,7 +265,7 @@ def test_dense_states_of_an_encoder_that_are_not_finite_are_refused(tmp_path):
 
 def test_masks_without_any_finite_loss_are_refused(tmp_path, monkeypatch):
     recipe, batches = setting(tmp_path, policy_steps=50)
-    monkeypatch.setattr(PolicyPass, "_loss", lambda self, number, item: float("nan"))
+    monkeypatch.setattr(PolicyPass, "_loss", lambda self, head, number, item: float("nan"))
     with pytest.raises(InputError, match="no mask of the last 6 steps has a finite loss"):
         liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
 

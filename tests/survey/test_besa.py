@@ -20,11 +20,9 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.gates import gated
-from liar_ext.engine.progress import Silent
-from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf
 from liar_ext.engine.store import InMemory
-from liar_ext.engine.stream import Stream
 from liar_ext.models import adapter_for, linear
 from liar_ext.survey import besa
 
@@ -205,16 +203,15 @@ def block_of(name: str, batches: Sequence[Batch], costs=(7, 3)):
     model = FAMILIES[name].build()
     adapter = adapter_for(model.config)
     layers = adapter.layer_list(model)[1]
-    stream = Stream(
-        batches, layers, device=CPU, shelf=DeviceShelf(), ranks=Ranks.single(), clock=Clock(CPU)
-    )
+    runtime = Runtime(InMemory(model), CPU, Clock(CPU))
+    stream = runtime.stream(batches)
     stream.keeps = True
     with torch.no_grad():
-        stream.embed(adapter.backbone(model)[1], {"use_cache": False} if adapter.decoder else {})
+        runtime.embed(stream)
         for index in range(2):
             stream.advance(stream.through(index, (), onward=True))
         sites = adapter.sites_of(model, 1, ("ffn", "heads"))
-        block = LayerBlock(layers[1], sites, costs, stream, CPU, Ranks.single(), Clock(CPU))
+        block = LayerBlock(runtime, sites, costs, stream)
     return block, layers[1], sites, stream
 
 
@@ -314,7 +311,7 @@ def test_nothing_is_left_on_the_shelf(tmp_path, monkeypatch, few_steps):
 
     monkeypatch.setattr(Driver, "_keep", counted)
     with torch.no_grad():
-        Driver(InMemory(model), batches, recipe, CPU, Silent(), Clock(CPU), shelf=shelf).run()
+        Driver(Runtime(InMemory(model), CPU, Clock(CPU), shelf=shelf), batches, recipe).run()
     assert most[:2] == [2 * len(batches)] * 2
     assert not list((tmp_path / "shelf").iterdir())
 

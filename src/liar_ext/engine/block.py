@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from liar_ext.engine.capture import layer_output
-from liar_ext.engine.clock import Clock
 from liar_ext.engine.frozen import frozen
 from liar_ext.engine.gates import Gates, gated
-from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.statistics import valid_rows
 from liar_ext.engine.stream import Stream
 from liar_ext.errors import InputError
@@ -35,25 +34,23 @@ class LayerBlock:
     bits on any number of ranks. Channels in which the dense output is zero throughout are left out.
 
     Args:
-        layer: open, with the Sites. costs: of one unit of each Site.
+        sites: of one layer, which is open. costs: of one unit of each of them.
     Raises:
         InputError: what leaves the layer is NaN or infinite.
     """
 
     def __init__(
         self,
-        layer: nn.Module,
+        runtime: Runtime,
         sites: Sequence[Site],
         costs: Sequence[float],
         stream: Stream,
-        device: torch.device,
-        ranks: Ranks,
-        clock: Clock,
     ) -> None:
         self.units: Sequence[int] = [site.units for site in sites]
         self.costs, self.batches = costs, stream.total
-        self._layer, self.sites = layer, sites
-        self._stream, self._device, self._ranks, self._clock = stream, device, ranks, clock
+        self._layer, self.sites = runtime.layers[sites[0].layer], sites
+        self._stream, self._device = stream, runtime.device
+        self._ranks, self._clock = ranks, clock = runtime.ranks, runtime.clock
         own: dict[int, tuple[int, Tensor]] = {}
         for number in stream.batches:
             with clock.phase("hold"):
@@ -66,11 +63,11 @@ class LayerBlock:
         squares = sum((part for _, part in every[1:]), every[0][1]) / max(sum(self._tokens), 1)
         if not bool(torch.isfinite(squares).all()):
             raise InputError(
-                f"layer {sites[0].layer}: hidden states are NaN or infinite; check the "
-                "checkpoint, or compute in a wider type with --dtype"
+                f"{runtime.layer_name(sites[0].layer)}: hidden states are NaN or infinite; check "
+                "the checkpoint, or compute in a wider type with --dtype"
             )
         weights = torch.where(squares > 0, 1 / squares.clamp(min=1e-300), 0.0) / len(squares)
-        self._weights = weights.to(device, torch.float32)
+        self._weights = weights.to(runtime.device, torch.float32)
 
     def slopes(self, trials: Sequence[Trial]) -> list[list[Tensor]]:
         found: dict[int, list[Tensor]] = {}

@@ -23,6 +23,7 @@ from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.statistics import held_out_tokens
 from liar_ext.engine.store import LayerStore
@@ -93,19 +94,10 @@ class Compression:
             if counts != "latency" or table is not None
         }
         parameters = _parameters(model)
-        driver = Driver(
-            self._store,
-            batches,
-            recipe,
-            self._device,
-            self._progress,
-            self.clock,
-            self._ranks,
-            self.shelf,
-            self.library,
-            self.keeper,
-            self.judgements,
+        runtime = Runtime(
+            self._store, self._device, self.clock, self._progress, self._ranks, self.shelf
         )
+        driver = Driver(runtime, batches, recipe, self.library, self.keeper, self.judgements)
         self._reset_peak()
         driver.run()
         sizes = {counts: _sizes(driver.sites, own) for counts, own in costs.items()}
@@ -197,7 +189,7 @@ def check_model(store: LayerStore, recipe: Recipe) -> None:
         InputError: as a compression would.
     """
     host = torch.device("cpu")
-    Driver(store, (), recipe, host, Silent(), Clock(host))
+    Driver(Runtime(store, host, Clock(host)), (), recipe)
 
 
 def check_possible(

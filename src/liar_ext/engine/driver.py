@@ -16,7 +16,6 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.costs import pricing
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.block import LayerBlock
-from liar_ext.engine.clock import Clock
 from liar_ext.engine.findings import find, learn
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
@@ -24,11 +23,9 @@ from liar_ext.engine.level_store import Key
 from liar_ext.engine.measure import Measured
 from liar_ext.engine.passes import PASSES, PriorPass
 from liar_ext.engine.paths import paths_for
-from liar_ext.engine.progress import Progress
-from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.search import Searcher
-from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Feed
@@ -84,10 +81,7 @@ class Driver:
     """State of one compression.
 
     Attributes:
-        store: the weights; batches: calibration tokens; recipe: what to do.
-        device, progress, clock: where, who watches, how long.
-        ranks: the processes that share the work.
-        shelf: where hidden states and paused forwards wait.
+        batches: calibration tokens; recipe: what to do.
         library: Moments of the dense path on disk, read if they are there and kept if not; with
             sequential statistics for the scores of an allocation only.
         keeper: keeps what an interrupted run goes on from.
@@ -95,14 +89,9 @@ class Driver:
         sites: reports in order, filled by `run`; facts: for the `run` field of the report.
     """
 
-    store: LayerStore
+    runtime: Runtime
     batches: Sequence[Batch]
     recipe: Recipe
-    device: torch.device
-    progress: Progress
-    clock: Clock
-    ranks: Ranks = field(default_factory=Ranks.single)
-    shelf: Shelf = field(default_factory=DeviceShelf)
     library: MomentsStore | None = None
     keeper: Keeper | None = None
     judgements: Judgements | None = None
@@ -110,66 +99,27 @@ class Driver:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.adapter = adapter_for(self.store.model.config)
-        self.targets = targeted_layers(self.store, self.recipe)
-        self._layers = self.adapter.layer_list(self.store.model)[1]
-        biased = layout.biased_kinds(self.store.model)
-        self._intercept = {kind: self._may_shift(kind in biased) for kind in self.recipe.target}
-        self.added_biases = [k for k, shift in self._intercept.items() if shift and k not in biased]
-        self._repairer = Repairer(
-            self.recipe, self._intercept, self.ranks, self.clock, self.judgements
-        )
-        paths = paths_for(self.recipe.target_signal, self.adapter, self.store.model.config)
-        self._stream = paths.stream(
-            self.batches,
-            self._layers,
-            device=self.device,
-            shelf=self.shelf,
-            ranks=self.ranks,
-            clock=self.clock,
-            least=least_segments(self.recipe),
-            specs=self.adapter.sites,
-        )
-        self._measurer = paths.measurer(
-            self.store.model,
-            self.adapter,
-            self.recipe,
-            self.targets,
-            self._stream,
-            self.library,
-            self.device,
-            self.ranks,
-            self.clock,
-        )
+        runtime, recipe, model = self.runtime, self.recipe, self.runtime.model
+        self.targets = targeted_layers(runtime.store, recipe)
+        biased = layout.biased_kinds(model)
+        intercept = {kind: self._may_shift(kind in biased) for kind in recipe.target}
+        self.added_biases = [k for k, shift in intercept.items() if shift and k not in biased]
+        self._repairer = Repairer(recipe, intercept, runtime.ranks, runtime.clock, self.judgements)
+        paths = paths_for(recipe.target_signal, runtime.adapter, model.config)
+        self._stream = runtime.stream(self.batches, least=least_segments(recipe), made=paths.stream)
+        self._measurer = paths.measurer(runtime, recipe, self.targets, self._stream, self.library)
         self._prior: PriorPass | None = None
-        if (prior := PASSES.get(CRITERIA[self.recipe.criterion].needs)) is not None:
-            self._prior = prior(
-                self.store,
-                self.batches,
-                self.recipe,
-                self.targets,
-                self.device,
-                self.shelf,
-                self.ranks,
-                self.clock,
-                self.progress,
-                self._open,
-            )
+        if (prior := PASSES.get(CRITERIA[recipe.criterion].needs)) is not None:
+            self._prior = prior(runtime, self.batches, recipe, self.targets)
         self._searcher: Searcher | None = None
-        if ALLOCATIONS[self.recipe.allocation].search is not None:
+        if ALLOCATIONS[recipe.allocation].search is not None:
             self._searcher = Searcher(
-                self.store,
+                runtime,
                 self.batches,
-                self.recipe,
-                self.device,
-                self.shelf,
-                self.ranks,
-                self.clock,
-                self.progress,
+                recipe,
                 self._measurer,
                 self._repairer,
                 lambda: self._enter(Position("survey")),
-                self._open,
                 self.keeper,
                 self.judgements,
             )
@@ -205,47 +155,42 @@ class Driver:
             # from here on statistics are of the pruned path, which no library has
             self._measurer.library = None
         self.sites = position.sites
-        self.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
+        self.runtime.store.prepare(self._kept(position.widths), self.added_biases, position.layer)
         if self._measurer.needed(position.layer):
             self._enter(position)
         self._catch_up(position)
-        self.progress.begin(len(self._layers), "pruning", position.layer)
-        for index in range(position.layer, len(self._layers)):
-            self._open(index)
+        self.runtime.progress.begin(len(self.runtime.layers), "pruning", position.layer)
+        for index in range(position.layer, len(self.runtime.layers)):
+            self.runtime.open(index)
             if index in self.targets:
                 self._shrink_layer(index, position)
             elif self._measurer.flows(index):
                 self._measurer.dense(index)
             self._add_biases(index)
-            with self.clock.phase("write"):
-                self.store.close(index, final=True)
+            with self.runtime.clock.phase("write"):
+                self.runtime.store.close(index, final=True)
             self._keep(position, index + 1)
-            self.progress.layer(index)
+            self.runtime.progress.layer(index)
 
     def _enter(self, position: Position) -> None:
         """Hidden states that enter the layer of `position`: embedded, or as they were kept."""
         self._measurer.entered = True
-        with self.clock.phase("load"):
-            self.store.open_outside()
-        options = self.adapter.options
-        backbone = self.adapter.backbone(self.store.model)[1]
-        self._stream.embed(backbone, options, self.adapter.returns)
-        self.store.close_outside()
+        self.runtime.embed(self._stream)
         if position.layer and self.keeper is not None:
-            with self.clock.phase("hold"):
-                self._stream.shelve(self.keeper.hidden(self._stream.batches, self.device))
+            with self.runtime.clock.phase("hold"):
+                self._stream.shelve(self.keeper.hidden(self._stream.batches, self.runtime.device))
 
     def _kept(self, widths: Widths) -> list[dict[str, int]]:
         """Units of every Site of every layer of the result, as `layout.read` gives them."""
         return [
             {kind: widths.get((index, kind), units) for kind, units in layer.items()}
-            for index, layer in enumerate(layout.read(self.store.model))
+            for index, layer in enumerate(layout.read(self.runtime.model))
         ]
 
     def _catch_up(self, position: Position) -> None:
         """Give the layers that an interrupted run has written the shapes that they have there."""
         for index in range(position.layer):
-            for site in self.adapter.sites_of(self.store.model, index, self.recipe.target):
+            for site in self.runtime.sites(index, self.recipe.target):
                 if (index, site.kind) in position.widths:
                     site.shrink(torch.arange(position.widths[index, site.kind]))
             self._add_biases(index)
@@ -254,20 +199,8 @@ class Driver:
         if self.keeper is not None:
             position.layer = layer
             position.generator = self._repairer.generator.get_state()
-            with self.clock.phase("write"):
+            with self.runtime.clock.phase("write"):
                 self.keeper.keep(position, self._stream.kept())
-
-    def _open(self, index: int) -> None:
-        """Make a layer available; InputError names a tensor with NaN or infinite weights."""
-        with self.clock.phase("load"):
-            self.store.open(index)
-            for name, parameter in self._layers[index].named_parameters():
-                if not bool(torch.isfinite(parameter).all()):
-                    path = self.adapter.layer_list(self.store.model)[0]
-                    raise InputError(
-                        f"{path}.{index}.{name}: has NaN or infinite weights; "
-                        "the checkpoint is damaged"
-                    )
 
     def _may_shift(self, has_bias: bool) -> bool:
         if RECONSTRUCTIONS[self.recipe.reconstruct].needs_bias or self.recipe.bias == "always":
@@ -275,7 +208,7 @@ class Driver:
         return has_bias and self.recipe.bias == "auto"
 
     def _budgets(self) -> dict[tuple[int, str], Budget]:
-        return budgets(self.store, self.recipe, longest(self.batches))
+        return budgets(self.runtime.store, self.recipe, longest(self.batches))
 
     def _allocate(self, position: Position) -> Widths:
         """Kept units of every targeted Site; after a survey if the allocation asks for one."""
@@ -297,7 +230,7 @@ class Driver:
                 "nothing: no smaller width is as close; lower --round-to or raise --sparsity"
             )
         # of what other GPUs found, ranks could make other widths
-        return dict(zip(known, self.ranks.broadcast(kept), strict=True))
+        return dict(zip(known, self.runtime.ranks.broadcast(kept), strict=True))
 
     def _survey(self, survey: Survey, budgets: dict[Key, Budget], position: Position) -> None:
         """Findings of every targeted Site on the dense path, from `position` on."""
@@ -307,33 +240,30 @@ class Driver:
         if self._measurer.needed(position.layer, reads):
             self._enter(position)
         self._stream.keeps = self._measurer.learns
-        self.progress.begin(self.targets.stop, survey.label, position.layer)
+        self.runtime.progress.begin(self.targets.stop, survey.label, position.layer)
         # without tokens nothing has to pass the layers before the first targeted one
         first = self.targets.start if reads == "weights" else 0
         for index in range(max(position.layer, first), self.targets.stop):
-            self._open(index)
+            self.runtime.open(index)
             similarity = self._similarity(index) if reads == "states" else None
             found = self._measurer.statistics(index, reads)
             sites = self._measurer.sites(index)
             find(survey, sites, found, similarity, self._repairer, position)
             if survey.learn is not None and sites:
                 costs = [budgets[index, site.kind].cost for site in sites]
-                layer, stream = self._layers[index], self._stream
-                block = LayerBlock(layer, sites, costs, stream, self.device, self.ranks, self.clock)
-                learn(survey.learn, block, position)
-            self.store.close(index, final=False)
+                learn(survey.learn, LayerBlock(self.runtime, sites, costs, self._stream), position)
+            self.runtime.close(index)
             self._keep(position, index + 1)
-            self.progress.layer(index)
+            self.runtime.progress.layer(index)
         self._stream.keeps = self._measurer.learns = False
         self._measurer.leave()
 
     def _similarity(self, index: int) -> float:
         found = self._measurer.similarity(index)
         if index in self.targets and not math.isfinite(found):
-            path = self.adapter.layer_list(self.store.model)[0]
             raise InputError(
-                f"{path}.{index}: hidden states are NaN or infinite; check the checkpoint, or "
-                "compute in a wider type with --dtype"
+                f"{self.runtime.layer_name(index)}: hidden states are NaN or infinite; check "
+                "the checkpoint, or compute in a wider type with --dtype"
             )
         return found
 
@@ -345,19 +275,19 @@ class Driver:
         if self.recipe.statistics == "sequential":
 
             def visit(site: Site, feed: Feed) -> Tensor:
-                before = dict(self.clock.seconds)
+                before = dict(self.runtime.clock.seconds)
                 measured = self._measurer.standing(site, feed)
                 units = widths[index, site.kind]
                 return self._repair(site, measured, noted[site.kind], units, before)
 
             self._stream.stopping(index, sites, visit, onward=self._measurer.onward(index))
             return
-        before = dict(self.clock.seconds)
+        before = dict(self.runtime.clock.seconds)
         found = self._measurer.dense(index)
         for site in sites:
             units, notes = widths[index, site.kind], noted[site.kind]
             self._repair(site, found.pop(site.kind), notes, units, before)
-            before = dict(self.clock.seconds)
+            before = dict(self.runtime.clock.seconds)
 
     def _repair(
         self,
@@ -372,14 +302,14 @@ class Driver:
         report, shrink = self._repairer.repair(
             site, measured.moments, notes, kept_units, held=measured.held, drift=measured.drift
         )
-        report.seconds = {k: self.clock.seconds[k] - before[k] for k in ("gram", "solve")}
+        report.seconds = {k: self.runtime.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:
-            self.progress.warn(f"{site.name}: {note}")
+            self.runtime.progress.warn(f"{site.name}: {note}")
         self.sites.append(report)
-        self.progress.site(report)
+        self.runtime.progress.site(report)
         return shrink()
 
     def _add_biases(self, index: int) -> None:
         """A bias flag of the config holds for all layers and for all linears it names."""
-        for site in self.adapter.sites_of(self.store.model, index, tuple(self.added_biases)):
+        for site in self.runtime.sites(index, tuple(self.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)

@@ -16,21 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.criteria import CRITERIA
-from liar_ext.engine.capture import last_hidden, layer_output
-from liar_ext.engine.clock import Clock
+from liar_ext.engine.capture import layer_output
 from liar_ext.engine.frozen import frozen
-from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens, predicts
-from liar_ext.engine.progress import Progress
-from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.shelf import Item, Shelf
-from liar_ext.engine.store import LayerStore
-from liar_ext.engine.stream import Stream
+from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
+from liar_ext.engine.runtime import Runtime
+from liar_ext.engine.shelf import Item
 from liar_ext.errors import InputError
-from liar_ext.models import Adapter, Site, adapter_for, linear
+from liar_ext.models import Site, linear
 from liar_ext.ops.saliency import UnitGradients, WeightGradients, gate_gradients, taylor_sums
 from liar_ext.recipe import Recipe
 
@@ -47,42 +42,23 @@ class GradientPass:
     """Gradients with respect to gates on the units of the targeted Sites, and Taylor sums.
 
     Attributes:
-        store, device, shelf, ranks, clock, progress: as of the driver.
         recipe: its first `gradient_samples` calibration windows are what the loss is of.
         targets: the layers that are pruned.
-        open_layer: opens a layer and checks it.
         facts: for the report.
     """
 
-    store: LayerStore
+    runtime: Runtime
     batches: Sequence[Batch]
     recipe: Recipe
     targets: range
-    device: torch.device
-    shelf: Shelf
-    ranks: Ranks
-    clock: Clock
-    progress: Progress
-    open_layer: Callable[[int], None]
     facts: dict[str, Any] = field(default_factory=dict)
     name = "gradients"
 
     def __post_init__(self) -> None:
-        model = self.store.model
-        self._adapter = adapter_for(model.config)
-        _refuse_without_loss(model, self._adapter, self.recipe.criterion)
+        _refuse_without_loss(self.runtime, self.recipe.criterion)
         self._weights = CRITERIA[self.recipe.criterion].needs == "weight_gradients"
-        self._backbone = self._adapter.backbone(model)[1]
-        self._layers = self._adapter.layer_list(model)[1]
         self._batches = first_samples(self.batches, self.recipe.gradient_samples)
-        self._stream = Stream(
-            self._batches,
-            self._layers,
-            device=self.device,
-            shelf=self.shelf,
-            ranks=self.ranks,
-            clock=self.clock,
-        )
+        self._stream = self.runtime.stream(self._batches)
         # predicted tokens of each example
         self._counts: dict[int, Tensor] = {}
         self._gates: dict[tuple[int, str], dict[int, Tensor]] = {}
@@ -102,19 +78,19 @@ class GradientPass:
             return _unflattened(kept[0])
         found = self._run()
         if keeper is not None:
-            with self.clock.phase("write"):
+            with self.runtime.clock.phase("write"):
                 keeper.put_aside(_FILE, _flattened(found), self.facts)
         return found
 
     def _run(self) -> SiteGradients:
-        with frozen(self.store.model):
+        with frozen(self.runtime.model):
             entered = self._forward()
             upstream = self._loss()
-            for index in reversed(range(self.targets.start, len(self._layers))):
-                self.open_layer(index)
+            for index in reversed(range(self.targets.start, len(self.runtime.layers))):
+                self.runtime.open(index)
                 self._backward(index, entered.pop(index), upstream)
-                self.store.close(index, final=False)
-                self.progress.layer(index)
+                self.runtime.close(index)
+                self.runtime.progress.layer(index)
         for item in upstream.values():
             item.free()
         return self._gathered()
@@ -122,22 +98,19 @@ class GradientPass:
     def _forward(self) -> dict[int, dict[int, Item]]:
         """What enters each layer from the first targeted one on; the last output is the stream's
         hidden states."""
-        with self.clock.phase("load"):
-            self.store.open_outside()
-        self._stream.embed(self._backbone, self._adapter.options, self._adapter.returns)
-        self.store.close_outside()
-        layers = len(self._layers)
-        self.progress.begin(2 * layers - self.targets.start, "gradients")
+        self.runtime.embed(self._stream)
+        layers = len(self.runtime.layers)
+        self.runtime.progress.begin(2 * layers - self.targets.start, "gradients")
         entered: dict[int, dict[int, Item]] = {}
         for index in range(layers):
-            self.open_layer(index)
+            self.runtime.open(index)
             later = self._stream.through(index, (), onward=True)
-            self.store.close(index, final=False)
+            self.runtime.close(index)
             if index in range(self.targets.start, layers):
                 entered[index], self._stream.hidden = self._stream.hidden, later
             else:
                 self._stream.advance(later)
-            self.progress.layer(index)
+            self.runtime.progress.layer(index)
         return entered
 
     def _loss(self) -> dict[int, Item]:
@@ -146,37 +119,29 @@ class GradientPass:
         Summed, not averaged, so that half precision has something to hold; what is averaged is
         divided at the end.
         """
-        with self.clock.phase("load"):
-            self.store.open_head()
-        head = self.store.model.get_output_embeddings()
+        with self.runtime.clock.phase("load"):
+            self.runtime.store.open_head()
+        head = self.runtime.model.get_output_embeddings()
         upstream: dict[int, Item] = {}
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for number, item in self._stream.hidden.items():
             batch = self._batches[number]
             targets = next_tokens(batch)
             self._counts[number] = (targets != NO_TARGET).sum(1)
-            with self.clock.phase("backward"):
+            with self.runtime.clock.phase("backward"):
                 final = item.fetch().detach().requires_grad_()
                 with torch.enable_grad():
-                    last = last_hidden(
-                        self._backbone,
-                        self._layers,
-                        batch,
-                        self.device,
-                        self._adapter.options,
-                        final,
-                        self._adapter.returns,
-                    )
-                gradient, loss = loss_gradient(head, last.detach(), targets.to(self.device))
+                    last = self.runtime.last_hidden(batch, final)
+                gradient, loss = loss_gradient(head, last.detach(), targets.to(self.runtime.device))
                 (own,) = torch.autograd.grad(last, final, gradient)
                 total += torch.stack((loss, self._counts[number].sum().to(loss)))
                 del final, last, gradient
-            with self.clock.phase("hold"):
+            with self.runtime.clock.phase("hold"):
                 item.free()
-                upstream[number] = self.shelf.put(own)
+                upstream[number] = self.runtime.shelf.put(own)
         self._stream.hidden = {}
-        self.store.close_head()
-        loss_sum, predicted = self.ranks.sum_(total).tolist()
+        self.runtime.store.close_head()
+        loss_sum, predicted = self.runtime.ranks.sum_(total).tolist()
         self._check_loss(loss_sum, int(predicted))
         self.facts = {
             "samples": sum(len(batch.input_ids) for batch in self._batches),
@@ -202,22 +167,22 @@ class GradientPass:
         """Through one layer, all batches of this rank; `upstream` goes on to what entered it."""
         sites: list[Site] = []
         if index in self.targets:
-            sites = self._adapter.sites_of(self.store.model, index, self.recipe.target)
-        with self.clock.phase("backward"):
-            taps = _Taps(self._layers[index], sites, self._weights)
+            sites = self.runtime.sites(index, self.recipe.target)
+        with self.runtime.clock.phase("backward"):
+            taps = _Taps(self.runtime.layers[index], sites, self._weights)
             sums = {path: self._sums(taps.modules[path]) for path in taps.weights}
         for number, item in entered.items():
-            with self.clock.phase("backward"):
+            with self.runtime.clock.phase("backward"):
                 states = self._batch(index, number, item, upstream[number], taps, sums)
-            with self.clock.phase("hold"):
+            with self.runtime.clock.phase("hold"):
                 for used in (item, upstream[number]):
                     used.free()
-                upstream[number] = self.shelf.put(states)
+                upstream[number] = self.runtime.shelf.put(states)
         if sums:
-            with self.clock.phase("backward"):
+            with self.runtime.clock.phase("backward"):
                 for own in sums.values():
-                    self.ranks.sum_(own.total)
-                    self.ranks.sum_(own.squares)
+                    self.runtime.ranks.sum_(own.total)
+                    self.runtime.ranks.sum_(own.squares)
                 for site in sites:
                     self._taylor[index, site.kind] = self._reduced(site, sums)
 
@@ -232,10 +197,10 @@ class GradientPass:
     ) -> Tensor:
         """One batch: gates and weight gradients from it, and the gradient of what entered."""
         batch, call = self._batches[number], self._stream.call(number, index)
-        mask = batch.mask_on(self.device)
+        mask = batch.mask_on(self.runtime.device)
         hidden = entered.fetch().detach().requires_grad_()
         with torch.enable_grad(), taps.recording():
-            output = layer_output(self._layers[index], hidden, call)
+            output = layer_output(self.runtime.layers[index], hidden, call)
         given = [taps.given[site.spec.consumer] for site in taps.sites]
         made = [taps.made[path] for path in sums]
         # nobody needs what enters the first targeted layer
@@ -283,10 +248,10 @@ class GradientPass:
 
     def _gathered(self) -> SiteGradients:
         """Examples of all ranks in the order of the batches."""
-        parts = self.ranks.gather(self._gates)
+        parts = self.runtime.ranks.gather(self._gates)
         found: SiteGradients = {}
         for index in self.targets:
-            for site in self._adapter.sites_of(self.store.model, index, self.recipe.target):
+            for site in self.runtime.sites(index, self.recipe.target):
                 key = index, site.kind
                 rows = {n: r for part in parts for n, r in part.get(key, {}).items()}
                 gates = torch.cat([rows[number] for number in sorted(rows)])
@@ -345,9 +310,10 @@ def _by_example(tensor: Tensor, examples: int) -> Tensor:
     return tensor.detach().reshape(examples, -1, tensor.shape[-1])
 
 
-def _refuse_without_loss(model: PreTrainedModel, adapter: Adapter, criterion: str) -> None:
-    if predicts(model, adapter):
+def _refuse_without_loss(runtime: Runtime, criterion: str) -> None:
+    if runtime.predicts:
         return
+    model, adapter = runtime.model, runtime.adapter
     reason = "has no language-model head" if adapter.plain_head else "scales or bounds its logits"
     if not adapter.decoder:
         reason = "is an encoder, which predicts none"

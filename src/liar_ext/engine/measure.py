@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 
 from liar_ext.criteria import Columns
-from liar_ext.engine.clock import Clock
-from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import refuse_non_finite
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.statistics import SiteColumns, SiteMoments, StateSimilarity, held_out
 from liar_ext.engine.stream import Comparison, Feed, Stream
-from liar_ext.models import Adapter, Site
+from liar_ext.models import Site
 from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.moments import ColumnMoments, Moments
 from liar_ext.recipe import Recipe
 from liar_ext.survey import Reads
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from liar_ext.engine.moments_store import MomentsStore
 
 # mean square over variance, summed over a Site's columns; at 140 the rounding of float32 sums, seen
@@ -82,15 +79,11 @@ class Measurer:
         learns: what enters and leaves each layer is wanted beside its statistics.
     """
 
-    model: PreTrainedModel
-    adapter: Adapter
+    runtime: Runtime
     recipe: Recipe
     targets: range
     stream: Stream
     library: MomentsStore | None
-    device: torch.device
-    ranks: Ranks
-    clock: Clock
     entered: bool = False
     learns: bool = False
     _last: int = field(init=False, default=0)
@@ -101,7 +94,7 @@ class Measurer:
         if chooses and self.stream.count == 1:
             raise RuntimeError("a ridge is chosen on tokens held out, and none are: see `fit_to`")
         # statistics end with the last targeted layer, or the last that other jobs ask for
-        layers = len(self.adapter.layer_list(self.model)[1])
+        layers = len(self.runtime.layers)
         asked = [index + 1 for index in range(layers) if self._extra(index)]
         self._last = max([self.targets.stop, *asked])
 
@@ -109,7 +102,7 @@ class Measurer:
         """The targeted Sites of a layer in forward order."""
         if index not in self.targets:
             return []
-        return self.adapter.sites_of(self.model, index, self.recipe.target)
+        return self.runtime.sites(index, self.recipe.target)
 
     def _names(self, kind: str) -> tuple[str, ...]:
         """The files of a Site in the library that this recipe needs."""
@@ -125,7 +118,7 @@ class Measurer:
         sites = [
             (i, name) for i in ahead for kind in self.recipe.target for name in self._names(kind)
         ]
-        return bool(self.ranks.broadcast(not self.library.complete(sites)))
+        return bool(self.runtime.ranks.broadcast(not self.library.complete(sites)))
 
     def flows(self, index: int) -> bool:
         """Whether hidden states go through a layer, on whichever ranks."""
@@ -152,12 +145,12 @@ class Measurer:
 
         Moments that the library is to have are made in the same pass.
         """
-        compared = StateSimilarity(self.device)
+        compared = StateSimilarity(self.runtime.device)
         if self.library is None or self._in_library(index):
             self.pass_on(index, compared)
         else:
             self._forward(index, compared)
-        return compared.finish(self.ranks)
+        return compared.finish(self.runtime.ranks)
 
     def _columns(self, index: int) -> Mapping[str, ColumnMoments]:
         """Column statistics.
@@ -166,14 +159,16 @@ class Measurer:
         in the same pass, and there is no second one.
         """
         if self.library is None:
-            taps = [(site, SiteColumns(site.columns, self.device)) for site in self.sites(index)]
+            taps = [
+                (site, SiteColumns(site.columns, self.runtime.device)) for site in self.sites(index)
+            ]
             self.stream.advance(self.stream.through(index, taps, onward=self.onward(index)))
-            return {site.kind: tap.finish(self.ranks) for site, tap in taps}
+            return {site.kind: tap.finish(self.runtime.ranks) for site, tap in taps}
         if self._in_library(index):
             self.pass_on(index)
-            with self.clock.phase("load"):
+            with self.runtime.clock.phase("load"):
                 return {
-                    site.kind: self.library.load_columns(index, site.kind, self.device)
+                    site.kind: self.library.load_columns(index, site.kind, self.runtime.device)
                     for site in self.sites(index)
                 }
         measured = self._forward(index)
@@ -183,11 +178,11 @@ class Measurer:
         """Moments of a layer's Sites on the dense path, by kind; hidden states advance."""
         if self.library is not None and self._in_library(index):
             self.pass_on(index)
-            with self.clock.phase("load"):
+            with self.runtime.clock.phase("load"):
                 found: dict[str, Measured] = {}
                 for site in self.sites(index):
                     whole, *held = (
-                        self.library.load(index, name, self.device)
+                        self.library.load(index, name, self.runtime.device)
                         for name in self._names(site.kind)
                     )
                     found[site.kind] = Measured(whole, held=Sample(held[0]) if held else None)
@@ -208,22 +203,22 @@ class Measurer:
         return self._finished(accumulator)
 
     def _finished(self, accumulator: SiteMoments) -> Measured:
-        with self.clock.phase("gram"):
-            moments = accumulator.finish(self.ranks)
-            held = accumulator.finish_held(self.ranks)
+        with self.runtime.clock.phase("gram"):
+            moments = accumulator.finish(self.runtime.ranks)
+            held = accumulator.finish_held(self.runtime.ranks)
             return Measured(moments, held=None if held is None else Sample(held))
 
     def _forward(self, index: int, compared: Comparison | None = None) -> dict[str, Measured]:
         """One forward of a layer, with all statistics that anybody asks for."""
         kinds = {site.kind for site in self.sites(index)} | set(self._extra(index))
-        sites = self.adapter.sites_of(self.model, index, tuple(kinds))
+        sites = self.runtime.sites(index, tuple(kinds))
         taps = [(site, self._both(site)) for site in sites]
         later = self.stream.through(index, taps, onward=self.onward(index), compared=compared)
         measured: dict[str, Measured] = {}
         for site, tap in taps:
             found = self._finished(tap.moments)
-            with self.clock.phase("gram"):
-                columns = None if tap.columns is None else tap.columns.finish(self.ranks)
+            with self.runtime.clock.phase("gram"):
+                columns = None if tap.columns is None else tap.columns.finish(self.runtime.ranks)
             if not self._centred(site, found.moments):
                 again = self._gram(site, torch.float64)
                 self.stream.through(index, [(site, again)], onward=False)
@@ -238,22 +233,22 @@ class Measurer:
 
     def _save(self, index: int, site: Site, found: Measured) -> None:
         if self.library is not None:
-            with self.clock.phase("write"):
-                if self.ranks.rank == 0:
+            with self.runtime.clock.phase("write"):
+                if self.runtime.ranks.rank == 0:
                     self.library.save(index, site.kind, found.moments, found.columns)
                     if found.held is not None:
                         self.library.save(index, held_name(site.kind), found.held.moments)
-                self.ranks.barrier()
+                self.runtime.ranks.barrier()
 
     def _both(self, site: Site) -> _Both:
-        columns = None if self.library is None else SiteColumns(site.columns, self.device)
+        columns = None if self.library is None else SiteColumns(site.columns, self.runtime.device)
         return _Both(self._gram(site, torch.float32), columns)
 
     def _gram(self, site: Site, dtype: torch.dtype) -> SiteMoments:
-        with self.clock.phase("gram"):
+        with self.runtime.clock.phase("gram"):
             return SiteMoments(
                 site.columns,
-                self.device,
+                self.runtime.device,
                 dtype=dtype,
                 alone=self.stream.alone,
                 held_out=self._held_out,
@@ -276,7 +271,7 @@ class Measurer:
         if self.library is None:
             return []
         missing = [k for k in self.library.wanted(index) if not self.library.has(index, k)]
-        return list(self.ranks.broadcast(missing))
+        return list(self.runtime.ranks.broadcast(missing))
 
     def _in_library(self, index: int) -> bool:
         """Whether nothing of a layer has to be measured."""
@@ -285,7 +280,7 @@ class Measurer:
         extra = self.flows(index) and self._extra(index)
         names = [name for kind in kinds for name in self._names(kind)]
         there = all(self.library.has(index, name) for name in names) and not extra
-        return bool(self.ranks.broadcast(there))
+        return bool(self.runtime.ranks.broadcast(there))
 
     def pass_on(self, index: int, compared: Comparison | None = None) -> None:
         """Take the hidden states, if there are any, through a layer as it is."""

@@ -19,18 +19,12 @@ from torch import Tensor, nn
 
 from liar_ext.allocation.search import Candidate
 from liar_ext.calibration.batches import Batch, first_samples
-from liar_ext.engine.capture import last_hidden
-from liar_ext.engine.clock import Clock
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import Key, Levels
-from liar_ext.engine.loss import predicts
-from liar_ext.engine.progress import Progress
-from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.runtime import Runtime
+from liar_ext.engine.shelf import Item
 from liar_ext.engine.statistics import valid_rows
-from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Stream
-from liar_ext.models import adapter_for
 from liar_ext.models.twin import twin
 from liar_ext.ops.divergence import distances, divergence
 
@@ -47,35 +41,22 @@ class ModelOracle:
     """Answers a search (`allocation.search.Oracle`).
 
     Attributes:
-        store, device, shelf, ranks, clock, progress: as of the driver.
         windows: what models are compared on; every rank has all, and runs its share.
         sites: the targeted Sites in the order of a candidate, with their dense units.
         levels: of every Site, all that are asked for but the dense ones.
         ledger: what is known already.
         prepare: makes the levels; called before the first candidate that is not known.
-        open_layer: opens a layer and checks it.
     """
 
-    store: LayerStore
+    runtime: Runtime
     windows: Sequence[Batch]
     sites: Sequence[tuple[Key, int]]
     levels: Levels
     ledger: SearchLedger
-    device: torch.device
-    shelf: Shelf
-    ranks: Ranks
-    clock: Clock
-    progress: Progress
-    open_layer: Callable[[int], None]
     prepare: Callable[[], None]
     _streams: dict[int, tuple[Stream, _States, _States]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        model = self.store.model
-        self._adapter = adapter_for(model.config)
-        self._backbone = self._adapter.backbone(model)[1]
-        self._layers = self._adapter.layer_list(model)[1]
-        self._options = self._adapter.options
         self._first = min((layer for (layer, _), _ in self.sites), default=0)
         self._count = sum(len(batch.input_ids) for batch in self.windows)
 
@@ -104,16 +85,16 @@ class ModelOracle:
         """Progress since the best loss and the candidates spent were these."""
         now = int(self.ledger.spent(self._count))
         for step in range(spent, now):
-            self.progress.layer(step)
+            self.runtime.progress.layer(step)
         if (loss := self.ledger.best(self._count)) < best:
-            self.progress.tell(f"search: {now} models tried, loss {loss:.5g}")
+            self.runtime.progress.tell(f"search: {now} models tried, loss {loss:.5g}")
 
     def _assembled(self, candidates: Sequence[Candidate], windows: int) -> list[float]:
         stream, entering, dense = self._stream(windows)
         states: dict[_Prefix, _States] = {(): entering}
-        last = len(self._layers) - 1
-        for index in range(self._first, len(self._layers)):
-            self.open_layer(index)
+        last = len(self.runtime.layers) - 1
+        for index in range(self._first, len(self.runtime.layers)):
+            self.runtime.open(index)
             later: dict[_Prefix, _States] = {}
             # all models with the same widths here, one after the other: a level is read once
             following = dict.fromkeys(self._prefix(c, index) for c in candidates)
@@ -128,7 +109,7 @@ class ModelOracle:
                         if not left[before] and states[before] is not entering:
                             _free(states[before])
             stream.hidden = {}
-            self.store.close(index, final=False)
+            self.runtime.close(index)
             states = later
         found = self._compared(stream, dense, states)
         return [found[self._prefix(candidate, last)] for candidate in candidates]
@@ -144,20 +125,20 @@ class ModelOracle:
     @contextmanager
     def _shrunk(self, index: int, units: Candidate) -> Iterator[None]:
         """A layer with these widths in the place of the dense one."""
-        dense = self._layers[index]
-        self._layers[index] = twin(dense)
+        dense = self.runtime.layers[index]
+        self.runtime.layers[index] = twin(dense)
         try:
             own = [(key[1], whole) for key, whole in self.sites if key[0] == index]
             for (kind, whole), kept in zip(own, units, strict=True):
                 if kept == whole:
                     continue
-                (site,) = self._adapter.sites_of(self.store.model, index, (kind,))
-                with self.clock.phase("load"):
-                    level = self.levels.load((index, kind), kept, self.device)
+                (site,) = self.runtime.sites(index, (kind,))
+                with self.runtime.clock.phase("load"):
+                    level = self.levels.load((index, kind), kept, self.runtime.device)
                 site.shrink(level.keep, level.weight, level.bias)
             yield
         finally:
-            self._layers[index] = dense
+            self.runtime.layers[index] = dense
 
     def _stream(self, windows: int) -> tuple[Stream, _States, _States]:
         """The first windows: their calls, what enters the first targeted layer, and the dense
@@ -165,24 +146,13 @@ class ModelOracle:
         if windows not in self._streams:
             batches = first_samples(self.windows, windows)
             # a rank has whole segments: as many as there are batches
-            stream = Stream(
-                batches,
-                self._layers,
-                device=self.device,
-                shelf=self.shelf,
-                ranks=self.ranks,
-                clock=self.clock,
-                least=len(batches),
-            )
-            with self.clock.phase("load"):
-                self.store.open_outside()
-            stream.embed(self._backbone, self._options, self._adapter.returns)
-            self.store.close_outside()
+            stream = self.runtime.stream(batches, least=len(batches))
+            self.runtime.embed(stream)
             entering = stream.hidden
-            for index in range(len(self._layers)):
-                self.open_layer(index)
+            for index in range(len(self.runtime.layers)):
+                self.runtime.open(index)
                 later = stream.through(index, (), onward=True)
-                self.store.close(index, final=False)
+                self.runtime.close(index)
                 if index < self._first:
                     _free(stream.hidden)
                     entering = later
@@ -197,20 +167,17 @@ class ModelOracle:
         self, stream: Stream, dense: _States, states: dict[_Prefix, _States]
     ) -> dict[_Prefix, float]:
         """The loss of each; what they left behind is freed."""
-        with self.clock.phase("load"):
-            self.store.open_head()
-        model = self.store.model
-        head = model.get_output_embeddings() if predicts(model, self._adapter) else None
         found: dict[_Prefix, float] = {}
-        for prefix, own in states.items():
-            sums = {n: self._batch(stream, n, dense[n], own[n], head) for n in own}
-            # in the order of the batches, whichever rank had them
-            every = {n: s for part in self.ranks.gather(sums) for n, s in part.items()}
-            above = sum(every[n][0] for n in sorted(every))
-            below = sum(every[n][1] for n in sorted(every))
-            found[prefix] = above / below if math.isfinite(above) else math.inf
-            _free(own)
-        self.store.close_head()
+        with self.runtime.head() as module:
+            head = module if self.runtime.predicts else None
+            for prefix, own in states.items():
+                sums = {n: self._batch(stream, n, dense[n], own[n], head) for n in own}
+                # in the order of the batches, whichever rank had them
+                every = {n: s for part in self.runtime.ranks.gather(sums) for n, s in part.items()}
+                above = sum(every[n][0] for n in sorted(every))
+                below = sum(every[n][1] for n in sorted(every))
+                found[prefix] = above / below if math.isfinite(above) else math.inf
+                _free(own)
         return found
 
     def _batch(
@@ -220,7 +187,7 @@ class ModelOracle:
         batch = stream.batch(number)
         valid = stream.valid(number)
         wanted, found = (self._last(batch, item, valid) for item in (dense, pruned))
-        with self.clock.phase("forward"):
+        with self.runtime.clock.phase("forward"):
             if head is None:
                 above, below = distances(wanted, found)
                 return float(above), float(below)
@@ -228,17 +195,8 @@ class ModelOracle:
 
     def _last(self, batch: Batch, item: Item, valid: Tensor | None) -> Tensor:
         """The backbone's output at the valid tokens, (tokens, d)."""
-        with self.clock.phase("forward"):
-            states = last_hidden(
-                self._backbone,
-                self._layers,
-                batch,
-                self.device,
-                self._options,
-                item.fetch(),
-                self._adapter.returns,
-            )
-            return valid_rows(states, valid)
+        with self.runtime.clock.phase("forward"):
+            return valid_rows(self.runtime.last_hidden(batch, item.fetch()), valid)
 
     def free(self) -> None:
         """Let go of what waits on the shelf."""

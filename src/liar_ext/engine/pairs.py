@@ -128,19 +128,19 @@ class PairMeasurer(Measurer):
     """Statistics of Sites where both paths are known."""
 
     def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Measured:
-        with self.clock.phase("gram"):
+        with self.runtime.clock.phase("gram"):
             accumulator = SitePairs(
                 site.weight().shape[0],
                 site.columns,
-                self.device,
+                self.runtime.device,
                 dtype=dtype,
                 alone=self.stream.alone,
                 held_out=self._held_out,
             )
         feed(accumulator)
-        with self.clock.phase("gram"):
-            whole = accumulator.finish_pair(self.ranks)
-            held = accumulator.finish_held_pair(self.ranks)
+        with self.runtime.clock.phase("gram"):
+            whole = accumulator.finish_pair(self.runtime.ranks)
+            held = accumulator.finish_held_pair(self.runtime.ranks)
         moments, drift = whole.moments, whole.drift
         assert drift is not None, "of pairs"
         refuse_non_finite(site, moments)

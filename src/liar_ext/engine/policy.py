@@ -8,29 +8,27 @@ whatever their number; what is masked is the consumers' inputs, and no weight ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import cos, isfinite, pi
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.criteria import CRITERIA, Evidence, unit_scores
-from liar_ext.engine.capture import last_hidden, layer_output
-from liar_ext.engine.clock import Clock
+from liar_ext.engine.capture import layer_output
 from liar_ext.engine.gates import gated
 from liar_ext.engine.keeper import Position
-from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens, predicts
-from liar_ext.engine.progress import Progress
+from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
 from liar_ext.engine.ranks import Ranks
-from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.engine.runtime import Runtime
+from liar_ext.engine.shelf import Item
 from liar_ext.engine.statistics import SiteColumns, valid_rows
-from liar_ext.engine.store import LayerStore
-from liar_ext.engine.stream import Stream
 from liar_ext.errors import InputError
-from liar_ext.models import Site, adapter_for
+from liar_ext.models import Site
 from liar_ext.ops.policy import Policy, initial
 from liar_ext.recipe import Recipe
 
@@ -53,42 +51,22 @@ class PolicyPass:
     Every rank has all batches and all probabilities, and masks of its own of each step.
 
     Attributes:
-        store, device, shelf, ranks, clock, progress: as of the driver.
         batches: the calibration; a step has one of them, in turn.
         recipe: its sparsity is what the search is told to remove, of each kind.
         targets: the layers that are pruned.
-        open_layer: opens a layer and checks it.
         facts: for the report.
     """
 
-    store: LayerStore
+    runtime: Runtime
     batches: Sequence[Batch]
     recipe: Recipe
     targets: range
-    device: torch.device
-    shelf: Shelf
-    ranks: Ranks
-    clock: Clock
-    progress: Progress
-    open_layer: Callable[[int], None]
     facts: dict[str, Any] = field(default_factory=dict)
     name = "policy"
 
     def __post_init__(self) -> None:
-        model = self.store.model
-        self._adapter = adapter_for(model.config)
-        self._backbone = self._adapter.backbone(model)[1]
-        self._layers = self._adapter.layer_list(model)[1]
-        self._options = self._adapter.options
-        self._predicts = predicts(model, self._adapter)
-        self._stream = Stream(
-            self.batches,
-            self._layers,
-            device=self.device,
-            shelf=self.shelf,
-            ranks=Ranks.single(self.device),
-            clock=self.clock,
-        )
+        self._alone = Ranks.single(self.runtime.device)
+        self._stream = self.runtime.stream(self.batches, ranks=self._alone)
         # in the order in which masks are laid out
         self._places = {
             (index, site.kind): site.units for index in self.targets for site in self._sites(index)
@@ -111,7 +89,7 @@ class PolicyPass:
         policy, losses = (None, []) if kept is None else _restored(kept[0])
         if policy is None or len(losses) < self.recipe.policy_steps:
             # other GPUs may find others
-            scores = self.ranks.broadcast(self._measure())
+            scores = self.runtime.ranks.broadcast(self._measure())
             policy = policy or self._started(scores)
             self._learn(policy, losses, keeper)
             for item in (*self._entering.values(), *self._wanted.values()):
@@ -120,38 +98,35 @@ class PolicyPass:
         return self._by_site(policy.keep)
 
     def _sites(self, index: int) -> list[Site]:
-        return self._adapter.sites_of(self.store.model, index, self.recipe.target)
+        return self.runtime.sites(index, self.recipe.target)
 
     def _measure(self) -> dict[tuple[int, str], Tensor]:
         """One dense forward of all batches: unit scores of Wanda, and what losses are compared
         with."""
-        with self.clock.phase("load"):
-            self.store.open_outside()
-        self._stream.embed(self._backbone, self._options, self._adapter.returns)
-        self.store.close_outside()
-        layers = len(self._layers)
-        self.progress.begin(layers, "measuring the dense model")
+        self.runtime.embed(self._stream)
+        layers = len(self.runtime.layers)
+        self.runtime.progress.begin(layers, "measuring the dense model")
         scores: dict[tuple[int, str], Tensor] = {}
         for index in range(layers):
-            self.open_layer(index)
+            self.runtime.open(index)
             sites = self._sites(index) if index in self.targets else []
-            taps = [(site, SiteColumns(site.columns, self.device)) for site in sites]
+            taps = [(site, SiteColumns(site.columns, self.runtime.device)) for site in sites]
             later = self._stream.through(index, taps, onward=True)
             for site, tap in taps:
-                evidence = Evidence(site, tap.finish(Ranks.single(self.device)))
+                evidence = Evidence(site, tap.finish(self._alone))
                 scores[index, site.kind] = unit_scores(site, CRITERIA["wanda"].score(evidence))
-            self.store.close(index, final=False)
+            self.runtime.close(index)
             if index == self.targets.start:
                 self._entering, self._stream.hidden = self._stream.hidden, later
             else:
                 self._stream.advance(later)
-            self.progress.layer(index)
+            self.runtime.progress.layer(index)
         self._compare()
         return {key: own.cpu() for key, own in scores.items()}
 
     def _compare(self) -> None:
         """What the dense model makes of each batch."""
-        if not self._predicts:
+        if not self.runtime.predicts:
             self._wanted, self._stream.hidden = self._stream.hidden, {}
             for number, item in self._wanted.items():
                 if not bool(torch.isfinite(item.fetch()[self._valid(number)]).all()):
@@ -160,16 +135,14 @@ class PolicyPass:
                         "infinite; check the checkpoint, or compute in a wider type with --dtype"
                     )
             return
-        self._open_head()
-        for number, item in self._stream.hidden.items():
-            self._dense[number] = self._next_token_loss(number, item)
-            if not isfinite(self._dense[number]):
-                raise InputError(
-                    f"--criterion policy: the dense model's loss on the calibration windows is "
-                    f"{self._dense[number]}; check the checkpoint, or compute in a wider type with "
-                    "--dtype"
-                )
-        self.store.close_head()
+        with self.runtime.head() as head:
+            for number, item in self._stream.hidden.items():
+                loss = self._dense[number] = self._next_token_loss(head, number, item)
+                if not isfinite(loss):
+                    raise InputError(
+                        "--criterion policy: the dense model's loss on the calibration windows is "
+                        f"{loss}; check the checkpoint, or compute in a wider type with --dtype"
+                    )
         self._stream.advance({})
 
     def _started(self, scores: Mapping[tuple[int, str], Tensor]) -> Policy:
@@ -187,7 +160,7 @@ class PolicyPass:
         start = Position(
             "survey", generator=torch.Generator().manual_seed(self.recipe.seed).get_state()
         )
-        self.progress.begin(steps, "learning masks", done)
+        self.runtime.progress.begin(steps, "learning masks", done)
         failed = 0
         for step in range(done, steps):
             masks = policy.draw(MASKS)
@@ -202,64 +175,64 @@ class PolicyPass:
                     "lower --sparsity, or compute in a wider type with --dtype"
                 )
             if keeper is not None:
-                with self.clock.phase("write"):
+                with self.runtime.clock.phase("write"):
                     keeper.keep_midway(start, _FILE, *self._stored(policy, losses))
-            self.progress.layer(step)
+            self.runtime.progress.layer(step)
         if keeper is not None:
-            with self.clock.phase("write"):
+            with self.runtime.clock.phase("write"):
                 keeper.put_aside(_FILE, *self._stored(policy, losses))
 
     def _losses(self, number: int, masks: Mapping[str, Tensor]) -> list[float]:
         """Of the masked models on one batch, the same on every rank."""
-        mine = self.ranks.share(MASKS)
+        mine = self.runtime.ranks.share(MASKS)
         states: dict[int, Item] = {}
         by_site = self._by_site(masks)
-        for index in range(self.targets.start, len(self._layers)):
-            with self.clock.phase("load"):
-                self.store.open(index)
+        for index in range(self.targets.start, len(self.runtime.layers)):
+            self.runtime.open_again(index)
             sites = self._sites(index) if index in self.targets else []
             with gated(sites) as gates:
                 for mask in mine:
                     gates.values = [
-                        by_site[index, site.kind][mask].to(self.device) for site in sites
+                        by_site[index, site.kind][mask].to(self.runtime.device) for site in sites
                     ]
                     states[mask] = self._through(index, number, states.get(mask))
-            self.store.close(index, final=False)
-        if self._predicts:
-            self._open_head()
+            self.runtime.close(index)
         own = {}
-        for mask, item in states.items():
-            own[mask] = self._loss(number, item)
-            item.free()
-        if self._predicts:
-            self.store.close_head()
-        every = {mask: loss for part in self.ranks.gather(own) for mask, loss in part.items()}
+        with self.runtime.head() if self.runtime.predicts else nullcontext() as head:
+            for mask, item in states.items():
+                own[mask] = self._loss(head, number, item)
+                item.free()
+        every = {
+            mask: loss for part in self.runtime.ranks.gather(own) for mask, loss in part.items()
+        }
         return [every[mask] for mask in range(MASKS)]
 
     def _through(self, index: int, number: int, before: Item | None) -> Item:
-        with self.clock.phase("hold"):
+        with self.runtime.clock.phase("hold"):
             states = (before or self._entering[number]).fetch()
-        with self.clock.phase("forward"):
-            after = layer_output(self._layers[index], states, self._stream.call(number, index))
-        with self.clock.phase("hold"):
+        with self.runtime.clock.phase("forward"):
+            after = layer_output(
+                self.runtime.layers[index], states, self._stream.call(number, index)
+            )
+        with self.runtime.clock.phase("hold"):
             if before is not None:
                 before.free()
-            return self.shelf.put(after)
+            return self.runtime.shelf.put(after)
 
-    def _loss(self, number: int, item: Item) -> float:
+    def _loss(self, head: nn.Module | None, number: int, item: Item) -> float:
         """How much worse than the dense model: nats a token, or the relative error of the last
         hidden states."""
-        if self._predicts:
-            return self._next_token_loss(number, item) - self._dense[number]
-        with self.clock.phase("hold"):
+        if head is not None:
+            return self._next_token_loss(head, number, item) - self._dense[number]
+        with self.runtime.clock.phase("hold"):
             found, wanted = item.fetch(), self._wanted[number].fetch()
-        with self.clock.phase("forward"):
+        with self.runtime.clock.phase("forward"):
             valid = self._stream.valid(number)
             rows = valid_rows(wanted, valid).double()
             error = (valid_rows(found, valid).double() - rows).square().sum()
             return float(error / rows.square().sum())
 
-    def _next_token_loss(self, number: int, item: Item) -> float:
+    def _next_token_loss(self, head: nn.Module, number: int, item: Item) -> float:
         batch = self.batches[number]
         targets = next_tokens(batch)
         predicted = int((targets != NO_TARGET).sum())
@@ -268,27 +241,14 @@ class PolicyPass:
                 "--criterion policy: a batch of calibration windows has no next token to predict; "
                 "give longer ones"
             )
-        with self.clock.phase("hold"):
+        with self.runtime.clock.phase("hold"):
             final = item.fetch()
-        with self.clock.phase("forward"):
-            last = last_hidden(
-                self._backbone,
-                self._layers,
-                batch,
-                self.device,
-                self._options,
-                final,
-                self._adapter.returns,
-            )
-            head = self.store.model.get_output_embeddings()
-            return float(loss_sum(head, last, targets.to(self.device))) / predicted
-
-    def _open_head(self) -> None:
-        with self.clock.phase("load"):
-            self.store.open_head()
+        with self.runtime.clock.phase("forward"):
+            last = self.runtime.last_hidden(batch, final)
+            return float(loss_sum(head, last, targets.to(self.runtime.device))) / predicted
 
     def _valid(self, number: int) -> Tensor:
-        return self.batches[number].attention_mask.to(self.device)
+        return self.batches[number].attention_mask.to(self.runtime.device)
 
     def _by_site(self, values: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
         """Each Site's part of (..., units of all layers) by kind."""
@@ -318,7 +278,7 @@ class PolicyPass:
             "steps": len(found),
             "masks": found.numel(),
             "dropped": int((~found.isfinite()).sum()),
-            "loss": "next token" if self._predicts else "last hidden states",
+            "loss": "next token" if self.runtime.predicts else "last hidden states",
             "first": float(found[:part][found[:part].isfinite()].mean()),
             "last": float(found[-part:][found[-part:].isfinite()].mean()),
         }

@@ -8,25 +8,19 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
-
 from liar_ext.allocation import Allocation, Budget
 from liar_ext.allocation.base import width_grid
 from liar_ext.allocation.levels import levels
 from liar_ext.allocation.search import Candidate, Problem, Search
 from liar_ext.calibration.batches import Batch, first_samples
-from liar_ext.engine.clock import Clock
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position
 from liar_ext.engine.ledger import FILE, SearchLedger
 from liar_ext.engine.level_store import FiledLevels, HeldLevels, Key, Levels, check_room
 from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.oracle import ModelOracle
-from liar_ext.engine.progress import Progress
-from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.repair import Repairer
-from liar_ext.engine.shelf import Shelf
-from liar_ext.engine.store import LayerStore
+from liar_ext.engine.runtime import Runtime
 from liar_ext.errors import InputError
 from liar_ext.models import Site
 from liar_ext.recipe import KINDS, Recipe
@@ -44,27 +38,20 @@ class Searcher:
     """Finds widths by trying whole models; see `ModelOracle` and `allocation.search`.
 
     Attributes:
-        store, batches, recipe, device, shelf, ranks, clock, progress: as of the driver.
+        batches, recipe: as of the driver.
         measurer: takes Moments of the dense path; repairer: makes levels of them.
         enter: puts the hidden states that enter the first layer into the measurer's stream.
-        open_layer: opens a layer and checks it.
         keeper: keeps what an interrupted run goes on from, with it the levels and what was tried.
         judgements: has levels that another compression of the model made.
         facts: for the report.
     """
 
-    store: LayerStore
+    runtime: Runtime
     batches: Sequence[Batch]
     recipe: Recipe
-    device: torch.device
-    shelf: Shelf
-    ranks: Ranks
-    clock: Clock
-    progress: Progress
     measurer: Measurer
     repairer: Repairer
     enter: Callable[[], None]
-    open_layer: Callable[[int], None]
     keeper: Keeper | None
     judgements: Judgements | None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -80,14 +67,14 @@ class Searcher:
         Raises:
             InputError: there is no room for them.
         """
-        if self.ranks.rank or self.facts:
+        if self.runtime.ranks.rank or self.facts:
             return
         needed = self._bytes(self._grids(budgets))
         folder = None if self.keeper is None else self.keeper.folder
         if folder is None and self.judgements is not None:
             self._store = self.judgements.levels(self.recipe, needed)
         where = "memory" if folder is None else f"{folder / FOLDER} until it is over"
-        self.progress.tell(f"search: its levels take {size(needed)} in {where}")
+        self.runtime.progress.tell(f"search: its levels take {size(needed)} in {where}")
         check_room(folder, needed, self._store.bytes)
 
     def remember(self) -> None:
@@ -133,20 +120,14 @@ class Searcher:
         def prepare() -> None:
             self._build(grids)
             label, spent = f"searching ({self.recipe.allocation})", int(ledger.spent(count))
-            self.progress.begin(self.recipe.search_evaluations, label, spent)
+            self.runtime.progress.begin(self.recipe.search_evaluations, label, spent)
 
         oracle = ModelOracle(
-            store=self.store,
+            runtime=self.runtime,
             windows=windows,
             sites=[(key, budget.units) for key, budget in budgets.items()],
             levels=self._store,
             ledger=ledger,
-            device=self.device,
-            shelf=self.shelf,
-            ranks=self.ranks,
-            clock=self.clock,
-            progress=self.progress,
-            open_layer=self.open_layer,
             prepare=prepare,
         )
         try:
@@ -161,8 +142,8 @@ class Searcher:
 
     def _discard(self) -> None:
         """The levels are not needed any more, and the output may need their room."""
-        self.ranks.barrier()
-        if self.ranks.rank == 0:
+        self.runtime.ranks.barrier()
+        if self.runtime.ranks.rank == 0:
             self._store.discard()
 
     def _opened(self, position: Position) -> SearchLedger:
@@ -170,17 +151,17 @@ class Searcher:
         if self.keeper is None:
             return SearchLedger(None)
         file = self.keeper.folder / FILE
-        if self.ranks.rank == 0 and self.keeper.resumed is None:
+        if self.runtime.ranks.rank == 0 and self.keeper.resumed is None:
             # of a run that was killed before anything said what it was
             self._store.discard()
             file.unlink(missing_ok=True)
-        self.ranks.barrier()
+        self.runtime.ranks.barrier()
         # from here on a run that is interrupted finds what there is
         self.keeper.keep(position, {}, now=True)
-        ledger = SearchLedger(file if self.ranks.rank == 0 else None)
+        ledger = SearchLedger(file if self.runtime.ranks.rank == 0 else None)
         # all ranks know the same
-        known = self.ranks.broadcast(list(ledger.items()))
-        if self.ranks.rank:
+        known = self.runtime.ranks.broadcast(list(ledger.items()))
+        if self.runtime.ranks.rank:
             for candidate, windows, loss in known:
                 ledger.add([candidate], windows, [loss])
         return ledger
@@ -202,15 +183,15 @@ class Searcher:
             for key, widths in grids.items()
         }
         # ranks look at one disk, but not at the same time
-        missing = self.ranks.broadcast({key: own for key, own in missing.items() if own})
+        missing = self.runtime.ranks.broadcast({key: own for key, own in missing.items() if own})
         if not missing:
             return
         if self.measurer.needed(0):
             self.enter()
         stop = max(layer for layer, _ in missing) + 1
-        self.progress.begin(stop, "making levels")
+        self.runtime.progress.begin(stop, "making levels")
         for index in range(stop):
-            self.open_layer(index)
+            self.runtime.open(index)
             if any(layer == index for layer, _ in missing):
                 found = self.measurer.dense(index)
                 for site in self.measurer.sites(index):
@@ -220,8 +201,8 @@ class Searcher:
                         self._make(site, measured, grids[key][:-1], missing[key])
             else:
                 self.measurer.pass_on(index)
-            self.store.close(index, final=False)
-            self.progress.layer(index)
+            self.runtime.close(index)
+            self.runtime.progress.layer(index)
         self.measurer.leave()
 
     def _make(
@@ -236,10 +217,10 @@ class Searcher:
             if units not in missing:
                 continue
             level = self.repairer.level(site, measured.moments, keep, held=measured.held)
-            with self.clock.phase("write"):
-                if self.ranks.rank == 0 or self.keeper is None:
+            with self.runtime.clock.phase("write"):
+                if self.runtime.ranks.rank == 0 or self.keeper is None:
                     self._store.save((site.layer, site.kind), units, level)
-                self.ranks.barrier()
+                self.runtime.ranks.barrier()
 
     def _say(self, ledger: SearchLedger, best: Candidate, count: int) -> None:
         whole = [loss for _, windows, loss in ledger.items() if windows == count]
