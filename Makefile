@@ -7,12 +7,13 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' requirements-dev.txt)
 NATIVE := $(shell find csrc -type f)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
-.PHONY: help venv demo test lint fmt bench docs clean
+.PHONY: help venv demo test test-slow lint fmt bench docs clean
 
 help:
 	@echo "make venv    create .venv: everything pinned, the extension built"
 	@echo "make demo    prune the model that ships with the package"
 	@echo "make test    run the tests (PYTEST_ARGS='-k gram' for some)"
+	@echo "make test-slow  run those that 'make test' skips for their time"
 	@echo "make lint    check style and types; make fmt rewrites to style"
 	@echo "make bench   measure the kernels"
 	@echo "make docs    test the examples in documents and docstrings"
@@ -37,6 +38,10 @@ demo: venv
 # a file of tests stays in one process: what it compiles or prunes once is not made again
 test: venv
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+# minutes for each at widths of real models
+test-slow: venv
+	$(BIN)/pytest -n 2 --slow -m slow $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -20,14 +20,21 @@ if not HAS_GPU:
 torch.set_num_threads(min(torch.get_num_threads(), 8))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU by name, with the reason, where there is none."""
-    if HAS_GPU:
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip by name, with the reason, what needs a GPU where there is none and what is slow."""
+    skips = {}
+    if not HAS_GPU:
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    if not config.getoption("--slow"):
+        skips["slow"] = pytest.mark.skip(reason="takes more than 20 s: --slow runs it")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for name, skip in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,10 @@ def parts_of(found: dict[str, Any], name: str) -> dict[str, int]:
 # what has to be predicted is the process; above what torch and transformers need, parts are seen
 MEASURED = {
     "float32 on the device": ((768, 3072, 2, "float32"), 8, {}),
+    "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),
+}
+# half a minute each, and minutes
+WIDE = {
     "with gradients of weights": (
         (768, 3072, 2, "float32"),
         8,
@@ -87,10 +91,6 @@ MEASURED = {
             "--reconstruct": "none",
         },
     ),
-    "bfloat16 file, on disk": ((1024, 3072, 3, "bfloat16"), 8, {"--hidden-states": "disk"}),
-}
-# half a minute each, and minutes
-WIDE = {
     "computed in bfloat16, one pass": (
         (768, 3072, 2, "bfloat16"),
         4,
@@ -127,12 +127,7 @@ WIDE = {
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
 }
 CASES = [pytest.param(*case, id=name) for name, case in MEASURED.items()]
-minutes = pytest.mark.skipif(
-    "LIAR_TEST_WIDE" not in os.environ, reason="takes minutes: set LIAR_TEST_WIDE=1 to run it"
-)
-CASES += [
-    pytest.param(*case, id=name, marks=[pytest.mark.slow, minutes]) for name, case in WIDE.items()
-]
+CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in WIDE.items()]
 
 
 @pytest.mark.parametrize(("shape", "batch", "options"), CASES)

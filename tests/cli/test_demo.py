@@ -14,6 +14,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("liar_ext.demo.run.HELDOUT_WINDOWS", 24)
+        patch.setattr("liar_ext.demo.run.CALIBRATION_WINDOWS", 48)
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *args, **_: lines.append(" ".join(map(str, args))))
         assert main(["demo", "--out", str(out), "--json"]) == 0

@@ -1,5 +1,7 @@
 """What every configuration compiles to, without a GPU: registers, shared memory, instructions.
 
+Those that are committed; with `--slow` the candidates of `liar bench gram --tune` as well.
+
 A compile gate and not a measurement: it fails on a spill, on more shared memory than a block has,
 on operands that leave the asynchronous copies, and on a lost second accumulator.
 """
@@ -28,15 +30,16 @@ INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(tmp_path_factory, request):
     """`compiled(arch)`: one process for each architecture, once."""
     found: dict[int, list[dict]] = {}
     cache = str(tmp_path_factory.mktemp("triton"))
+    more = ["--candidates"] if request.config.getoption("--slow") else []
 
     def rows(arch: int) -> list[dict]:
         if arch not in found:
             done = subprocess.run(
-                [sys.executable, "-P", str(SCRIPT), str(arch)],
+                [sys.executable, "-P", str(SCRIPT), str(arch), *more],
                 env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
                 capture_output=True,
                 text=True,
@@ -53,8 +56,8 @@ def products(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_configuration_was_compiled(compiled, arch):
-    """Each committed one and each candidate, for its dtype."""
+def test_every_configuration_was_compiled(compiled, arch, request):
+    """Each committed one and, with `--slow`, each candidate, for its dtype."""
     built = {
         (row["kernel"], row["dtype"], ProductConfig(**row["config"]))
         for row in products(compiled(arch))
@@ -65,7 +68,7 @@ def test_every_configuration_was_compiled(compiled, arch):
         if table.architecture == arch
         for entry in table.entries
     }
-    for kernel in KERNELS:
+    for kernel in KERNELS if request.config.getoption("--slow") else ():
         for dtype in DTYPES:
             due |= {(kernel, dtype, config) for config in tune.candidates(kernel, dtype, arch)}
     assert due <= built

@@ -120,8 +120,8 @@ def product_variant(kernel, dtype, config, capability, masked=False, odd=False):
     }
 
 
-def product_variants(capability):
-    """Every committed configuration and every candidate, each once.
+def product_variants(capability, candidates):
+    """Every committed configuration and, if wanted, every candidate, each once.
 
     Odd outputs for committed configurations only, and float16 with neither those nor masks.
     """
@@ -138,7 +138,7 @@ def product_variants(capability):
             yield product_variant(*key, capability, odd=True)
     for kernel in configs.KERNELS:
         for dtype in configs.DTYPES:
-            for config in tune.candidates(kernel, dtype, capability):
+            for config in tune.candidates(kernel, dtype, capability) if candidates else ():
                 masked = kernel == "pointer" and dtype == "bfloat16"
                 if (kernel, dtype, config, masked) not in seen:
                     yield product_variant(kernel, dtype, config, capability, masked)
@@ -180,7 +180,6 @@ def pack_variants(capability):
 
 
 if __name__ == "__main__":
-    for arch in map(int, sys.argv[1:]):
-        for variants in (pack_variants, product_variants):
-            for variant in variants(arch):
-                print(json.dumps({"arch": arch, **variant}), flush=True)
+    arch, candidates = int(sys.argv[1]), sys.argv[2:] == ["--candidates"]
+    for variant in (*pack_variants(arch), *product_variants(arch, candidates)):
+        print(json.dumps({"arch": arch, **variant}), flush=True)
