@@ -64,7 +64,7 @@ def parts(name: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 
     every = EVERY[name]
     yield from everywhere("criteria", every, criteria=CRITERIA[name])
-    yield from everywhere("repairs", SOME, criteria=CRITERIA[name], reconstructions=REPAIRS)
+    yield from everywhere("repairs", SOME, reconstructions=REPAIRS)
     yield from everywhere("ridges", SOME, ridges=RIDGES)
     yield from everywhere("targets", every, target_signals=AIMS[name])
     yield from everywhere("allocations", SOME, allocations=ALLOCATIONS)
@@ -72,6 +72,8 @@ def parts(name: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     yield from everywhere("oneshot", SOME, fixed={"statistics": "oneshot"})
     other = "always" if name == "demo" else "never"
     yield from everywhere("bias", SOME, fixed={"bias": other})
+    others = tuple(criterion for criterion in CRITERIA[name] if criterion not in ("wanda", "obs"))
+    yield from everywhere("all-repairs", SOME, criteria=others, reconstructions=REPAIRS)
 
 
 def rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
