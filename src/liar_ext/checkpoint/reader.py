@@ -354,8 +354,9 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Parameters that are another one's alias when the config ties embeddings."""
-    config = model.config.get_text_config()
-    if not (getattr(config, "tie_word_embeddings", False) or model.config.tie_word_embeddings):
+    # half of the config classes of transformers do not have the field
+    configs = (model.config, model.config.get_text_config())
+    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
         return set()
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
