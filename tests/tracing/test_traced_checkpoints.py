@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from liar_families import outputs, randomise, write_tokens
+from liar_families import batches_of, outputs, randomise, write_tokens
+from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 import liar_ext
@@ -46,3 +48,39 @@ def test_a_config_need_not_say_whether_embeddings_are_tied(tmp_path):
     assert [s.units_after for s in report.sites] == [12, 12]
     small = transformers.AutoModel.from_pretrained(tmp_path / "small").eval()
     assert torch.equal(outputs(small), outputs(liar_ext.load(tmp_path / "small")))
+
+
+def _apertus() -> PreTrainedModel:
+    """Its activation keeps its constants in buffers that are saved."""
+    config = transformers.ApertusConfig(**SMALL, rope_parameters={"rope_type": "default"})
+    model = randomise(transformers.AutoModelForCausalLM.from_config(config))
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn.beta.fill_(0.25 + index)
+        layer.mlp.act_fn.eps.fill_(-torch.inf)
+    return model
+
+
+def test_buffers_of_layers_are_those_of_the_checkpoint(tmp_path):
+    model = _apertus()
+    model.save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn", "heads"))
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe, trace=True)
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe, trace=True)
+    loaded = liar_ext.load(tmp_path / "small")
+    buffers = [(float(a.beta), float(a.eps)) for a in (m.mlp.act_fn for m in loaded.model.layers)]
+    assert buffers == [(0.25, -torch.inf), (1.25, -torch.inf)]
+    expected, got = outputs(model), outputs(loaded)
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert torch.equal(outputs(stock), got)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_loaded_buffer_keeps_a_dtype_of_its_own(stored, tmp_path):
+    model = _apertus().to(stored)
+    model.model.layers[0].mlp.act_fn.eps = model.model.layers[0].mlp.act_fn.eps.float()
+    model.save_pretrained(tmp_path)
+    activation = liar_ext.load(tmp_path, dtype=torch.float16).model.layers[0].mlp.act_fn
+    assert activation.beta.dtype == torch.float16
+    own = torch.float16 if stored == torch.float32 else torch.float32
+    assert activation.eps.dtype == own
