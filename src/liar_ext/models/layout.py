@@ -14,6 +14,7 @@ import accelerate
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -87,6 +88,11 @@ def shapes(
                 site.shrink(torch.arange(units[site.kind]))
             if site.kind in added_biases:
                 site.add_biases(filler=site.spec.bias_flag is not None)
+    return shapes_of(model)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model, in its order."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -251,8 +257,7 @@ def _text(data: dict[str, Any]) -> dict[str, Any]:
 
 def _builds(stock: dict[str, Any], dense: dict[str, Any], layers: list[dict[str, int]]) -> bool:
     """Whether stock transformers makes exactly the tensors of the pruned model from a config."""
-    built = empty_model(config_object(stock)).state_dict()
-    found = {name: tuple(tensor.shape) for name, tensor in built.items()}
+    found = shapes_of(empty_model(config_object(stock)))
     return found == shapes(config_object(dense), layers, [])
 
 
