@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.models import adapter_for, linear, text_config
-from liar_ext.models.traced import TracedFamily
+from liar_ext.models.traced import NO_LIMIT, TracedFamily
 from liar_ext.tracing import trace
 from liar_ext.tracing.dependence import graph
 from liar_ext.tracing.probe import LayerProbe
@@ -309,3 +309,39 @@ def test_a_skeleton_holds_no_weight_of_a_linear():
         if t.device.type == "cpu"
     }
     assert sum(held.values()) < 2**20
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GemmaConfig(
+            **SMALL, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True
+        ),
+        transformers.Gemma3TextConfig(
+            **SMALL, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_an_encoder_of_a_decoders_class_keeps_no_cache(config):
+    found = trace(config)
+    assert not found.family.decoder
+    assert [spec.kind for spec in found.family.sites] == ["heads", "ffn"]
+    assert found.family.adapter().options == {"use_cache": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            transformers.MptConfig(
+                vocab_size=97, d_model=32, n_heads=4, n_layers=1, max_seq_len=16
+            ),
+            16,
+        ),
+        (transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4), NO_LIMIT),
+    ],
+    ids=["max_seq_len", "no limit"],
+)
+def test_the_longest_input_is_what_the_config_states_under_any_name(config, expected):
+    assert trace(config).family.max_positions == expected

@@ -53,10 +53,6 @@ class Skeleton:
     returns: int = 0
     _known: dict[int, tuple[Tensor, list[LayerCall]]] = field(default_factory=dict)
 
-    def see(self, **options: bool) -> None:
-        """Take other options; what was recorded under the old ones is forgotten."""
-        self.options, self._known = dict(options), {}
-
     @property
     def linears(self) -> dict[str, nn.Module]:
         """All linears by their path in the model."""
@@ -117,6 +113,7 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> Skeleton
     every = [id(each) for layer in layers for each in linear.linears(layer)]
     if len(set(every)) < len(every):
         raise InputError("its layers share linears, so none can be pruned alone")
+    # encoders of decoder classes keep keys and values as well, unless they are told not to
     found = Skeleton(model, path, layers, {"use_cache": False})
     try:
         found.learn_returns()

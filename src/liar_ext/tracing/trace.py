@@ -130,7 +130,6 @@ def _trace(config: PretrainedConfig) -> Trace:
     causal = is_causal(found)
     if causal and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise InputError("no token sees what comes after it, but it has no language-model head")
-    found.see(**({"use_cache": False} if causal else {}))
     check_streaming(found)
     by_layer, refused, residual = _sites(found, _eager(found, config))
     first = by_layer[0]
@@ -151,6 +150,7 @@ def _trace(config: PretrainedConfig) -> Trace:
         residual=residual and len(specs) == 2,
         plain_head=causal and head_is_plain(found),
         returns=found.returns,
+        takes=found.options,
         explicit=explicit,
         sites=tuple(specs),
         refused=refused,
@@ -232,7 +232,6 @@ def _eager(found: Skeleton, config: PretrainedConfig) -> Skeleton | None:
     """The same model with attention written out, where it has that."""
     try:
         eager = skeleton(config, "eager")
-        eager.see(**found.options)
         eager.call(1, 0)
     except REFUSALS:
         return None
