@@ -9,11 +9,10 @@ import pytest
 import torch
 import transformers
 from liar_families import batches_of, outputs, randomise, write_tokens
-from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 import liar_ext
-from liar_ext import Recipe
+from liar_ext import InputError, Recipe
 
 SMALL = {
     "vocab_size": 97,
@@ -44,7 +43,9 @@ def test_a_config_need_not_say_whether_embeddings_are_tied(tmp_path):
     config = transformers.SplinterConfig(**SMALL)
     assert not hasattr(config, "tie_word_embeddings"), "else this shows nothing"
     _dense(tmp_path / "dense", transformers.AutoModel, config)
-    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", _recipe(tmp_path), trace=True)
+    report = liar_ext.compress(
+        tmp_path / "dense", tmp_path / "small", _recipe(tmp_path), trace=True
+    )
     assert [s.units_after for s in report.sites] == [12, 12]
     small = transformers.AutoModel.from_pretrained(tmp_path / "small").eval()
     assert torch.equal(outputs(small), outputs(liar_ext.load(tmp_path / "small")))
@@ -84,3 +85,18 @@ def test_a_loaded_buffer_keeps_a_dtype_of_its_own(stored, tmp_path):
     assert activation.beta.dtype == torch.float16
     own = torch.float16 if stored == torch.float32 else torch.float32
     assert activation.eps.dtype == own
+
+
+def test_a_layout_that_transformers_converts_is_named_and_pruned_in_memory(tmp_path):
+    """NomicBERT's projections are stored fused; its modules have them apart."""
+    _dense(tmp_path / "dense", transformers.AutoModel, transformers.NomicBertConfig(**SMALL))
+    recipe = _recipe(tmp_path)
+    with pytest.raises(InputError, match=r"q_proj\.weight is not in .* has .*Wqkv") as caught:
+        liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe, trace=True)
+    assert "then liar_ext.prune and liar_ext.save" in str(caught.value)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "dense").eval()
+    report = liar_ext.prune(model, batches_of(recipe, decoder=False), recipe, trace=True)
+    liar_ext.save(model, tmp_path / "small", report)
+    stock = transformers.AutoModel.from_pretrained(tmp_path / "small").eval()
+    assert torch.equal(outputs(stock), outputs(model))
+    assert torch.equal(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
