@@ -207,6 +207,12 @@ def test_what_is_no_site_is_refused_by_name(trouble, says):
             "is not called in a forward",
         ),
         (transformers.LlamaConfig(**SMALL, quantization_config={"bits": 4}), "quantised"),
+        (
+            transformers.LlamaConfig(
+                **SMALL, num_experts=0, per_layer_config={1: {"num_experts": 4}}
+            ),
+            "its layers have a num_experts of their own",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
@@ -345,3 +351,12 @@ def test_an_encoder_of_a_decoders_class_keeps_no_cache(config):
 )
 def test_the_longest_input_is_what_the_config_states_under_any_name(config, expected):
     assert trace(config).family.max_positions == expected
+
+
+def test_a_package_that_a_models_code_needs_is_named(monkeypatch):
+    def needs(self, config):
+        raise ImportError("SplinterModel requires the detectron2 library")
+
+    monkeypatch.setattr(transformers.SplinterModel, "__init__", needs)
+    with pytest.raises(UnsupportedModelError, match="'splinter' cannot be traced: .* detectron2"):
+        trace(transformers.SplinterConfig(**SMALL))

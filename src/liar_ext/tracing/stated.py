@@ -27,8 +27,9 @@ from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import same_columns
 from liar_ext.tracing.stand_ins import Skeleton, skeleton
 
-# what building a model from a config that means nothing may raise
+# what building a model may raise: its config means nothing, or its code asks for a package
 REFUSALS = (
+    ImportError,
     *(InputError, StrictDataclassError, ValueError, TypeError, RuntimeError),
     *(AssertionError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError),
 )
