@@ -199,9 +199,16 @@ def test_what_is_no_site_is_refused_by_name(trouble, says):
         (transformers.AlbertConfig(**SMALL, embedding_size=16), "do not simply follow each other"),
         (
             transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=48),
-            "cannot be traced",
+            "cannot be traced: its layers, one after the other: RuntimeError: ",
         ),
-        (transformers.MambaConfig(vocab_size=97, hidden_size=32), "cannot be traced"),
+        (
+            transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1),
+            "cannot be traced: its first layer, run alone: RuntimeError: ",
+        ),
+        (
+            transformers.NemotronConfig(**SMALL),
+            "cannot be traced: made from its config: TypeError: ",
+        ),
         (
             transformers.ElectraConfig(**SMALL, is_decoder=True, add_cross_attention=True),
             "is not called in a forward",

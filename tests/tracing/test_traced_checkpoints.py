@@ -100,3 +100,18 @@ def test_a_layout_that_transformers_converts_is_named_and_pruned_in_memory(tmp_p
     stock = transformers.AutoModel.from_pretrained(tmp_path / "small").eval()
     assert torch.equal(outputs(stock), outputs(model))
     assert torch.equal(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
+
+
+def test_layers_may_give_back_lists(tmp_path):
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=97, n_embd=16, n_layer=2, n_head=2, n_positions=64
+    )
+    model = _dense(tmp_path / "dense", transformers.AutoModelForCausalLM, config)
+    assert isinstance(model.transformer.h[0](torch.zeros(1, 3, 16)), list), (
+        "else this shows nothing"
+    )
+    recipe = _recipe(tmp_path, target=("ffn", "heads"))
+    liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe, trace=True)
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe, trace=True)
+    expected, got = outputs(model), outputs(liar_ext.load(tmp_path / "small"))
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

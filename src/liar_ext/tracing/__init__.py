@@ -1,5 +1,6 @@
 """Sites found by running layers instead of knowing their family; no weight is ever read.
 
+attempt.py     what code of models may raise, with what was tried before it
 stand_ins.py   a backbone whose linears compute nothing of their own
 dependence.py  which rows of which linears each column of a consumer depends on
 removal.py     units removed against columns that are looked away from; integers a module keeps

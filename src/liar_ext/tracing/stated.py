@@ -16,23 +16,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from liar_ext.errors import InputError
 from liar_ext.models import layout, linear
+from liar_ext.tracing.attempt import REFUSALS
 from liar_ext.tracing.dependence import Units
 from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import same_columns
 from liar_ext.tracing.stand_ins import Skeleton, skeleton
-
-# what building a model may raise: its config means nothing, or its code asks for a package
-REFUSALS = (
-    ImportError,
-    *(InputError, StrictDataclassError, ValueError, TypeError, RuntimeError),
-    *(AssertionError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError),
-)
 
 
 def stated_fields(

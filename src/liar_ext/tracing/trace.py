@@ -14,6 +14,7 @@ from liar_ext.models import ADAPTERS, layout, linear, refusal, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.models.traced import KEY, NO_LIMIT, TracedFamily
+from liar_ext.tracing.attempt import REFUSALS, attempt
 from liar_ext.tracing.dependence import NoSite, Units, graph, units
 from liar_ext.tracing.passage import (
     check_pruned,
@@ -25,7 +26,7 @@ from liar_ext.tracing.passage import (
 from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import with_attributes
 from liar_ext.tracing.stand_ins import Skeleton, skeleton
-from liar_ext.tracing.stated import REFUSALS, stated_fields
+from liar_ext.tracing.stated import stated_fields
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,16 @@ def _trace(config: PretrainedConfig) -> Trace:
             raise InputError(f"its config states no {name}")
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != KEY})
     found = skeleton(config)
-    causal = is_causal(found)
+    with attempt("the model, on a few tokens"):
+        causal = is_causal(found)
     if causal and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise InputError("no token sees what comes after it, but it has no language-model head")
-    check_streaming(found)
+    with attempt("its layers, one after the other"):
+        check_streaming(found)
     by_layer, refused, residual = _sites(found, _eager(found, config))
     first = by_layer[0]
-    check_pruned(found, by_layer)
+    with attempt("the model, without some units of each layer"):
+        check_pruned(found, by_layer)
     specs: list[SiteSpec] = []
     explicit: dict[str, Any] = {}
     probe = _probe(found, 0)
@@ -141,14 +145,18 @@ def _trace(config: PretrainedConfig) -> Trace:
         fields, beside = stated_fields(found, own, probe, config)
         explicit |= beside
         specs.append(replace(own.spec, config_fields=fields))
+    with attempt("the model, on as many tokens as it takes"):
+        longest = longest_input(found)
+    with attempt("its language-model head"):
+        plain_head = causal and head_is_plain(found)
     family = TracedFamily(
         model_type=config.model_type,
         layers=found.path,
         decoder=causal,
         head_dim=max(own.head_dim for own in first.values()),
-        max_positions=longest_input(found) or NO_LIMIT,
+        max_positions=longest or NO_LIMIT,
         residual=residual and len(specs) == 2,
-        plain_head=causal and head_is_plain(found),
+        plain_head=plain_head,
         returns=found.returns,
         takes=found.options,
         explicit=explicit,
