@@ -17,6 +17,7 @@ from liar_ext.models.traced import NO_LIMIT, TracedFamily
 from liar_ext.tracing import trace
 from liar_ext.tracing.dependence import graph
 from liar_ext.tracing.probe import LayerProbe
+from liar_ext.tracing.signature import signature
 from liar_ext.tracing.stand_ins import Cut, skeleton, surrogates
 
 SMALL = {
@@ -367,3 +368,58 @@ def test_a_package_that_a_models_code_needs_is_named(monkeypatch):
     monkeypatch.setattr(transformers.SplinterModel, "__init__", needs)
     with pytest.raises(UnsupportedModelError, match="'splinter' cannot be traced: .* detectron2"):
         trace(transformers.SplinterConfig(**SMALL))
+
+
+class _Layer(nn.Module):
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6, device="meta")
+        self.register_buffer("slopes", settings.pop("slopes", torch.ones(2)))
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "same"),
+    [
+        ({}, True),
+        ({"layer_idx": 1}, True),
+        ({"block_index": 1}, True),
+        ({"layer_idx": 5}, False),
+        ({"layer_is_sparse": True}, False),
+        ({"kernel": [1, 2]}, False),
+        ({"shape": (1, (2, 3))}, False),
+        ({"slopes": torch.full((2,), 2.0)}, False),
+        ({"slopes": torch.ones(2, dtype=torch.float64)}, False),
+        ({"activation": nn.GELU()}, False),
+    ],
+    ids=str,
+)
+def test_layers_share_a_trace_if_they_differ_in_their_number_alone(setting, same):
+    plain = {"layer_idx": 0, "block_index": 0, "layer_is_sparse": False, "kernel": [1], "shape": ()}
+    layers = [_Layer(**plain), _Layer(**{**plain, "layer_idx": 1, "block_index": 1, **setting})]
+    assert (signature(layers[0], 0) == signature(layers[1], 1)) == same
+
+
+class _ManyNumbers(nn.Module):
+    """Twelve integers as large as its width, and a table of that width that nothing shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6, device="meta"), nn.Linear(6, 4, device="meta")
+        self.scale = torch.arange(1.0, 7.0, dtype=torch.float64)
+        for number in range(12):
+            setattr(self, f"width_{number}", 6)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.down(self.up(hidden_states) * self.scale)
+
+
+def test_the_search_for_integers_that_follow_a_width_ends_and_says_so():
+    from liar_ext.tracing.dependence import NoSite, units
+    from liar_ext.tracing.removal import with_attributes
+
+    probe = _probe(_ManyNumbers(), 4)
+    found = units(probe, graph(probe), "down")
+    with pytest.raises(NoSite, match=r"cannot be removed.* \(12 integers .* 128 choices of them"):
+        with_attributes([probe], found)

@@ -25,6 +25,7 @@ from liar_ext.tracing.passage import (
 )
 from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import with_attributes
+from liar_ext.tracing.signature import signature
 from liar_ext.tracing.stand_ins import Skeleton, skeleton
 from liar_ext.tracing.stated import stated_fields
 
@@ -188,7 +189,7 @@ def _sites(
     """Of every layer the units by consumer; why other consumers have none; whether all layers are
     sums of their input and their Sites' outputs.
 
-    Layers of the same modules, shapes and settings are looked at once.
+    Layers of the same signature are looked at once.
 
     Raises:
         InputError: no layer has a Site, or layers have others than the first.
@@ -196,11 +197,11 @@ def _sites(
     known: dict[str, tuple[dict[str, Units], dict[str, str], bool]] = {}
     by_layer = []
     for index, layer in enumerate(found.layers):
-        own = _signature(layer)
+        own = signature(layer, index)
         if own not in known:
             known[own] = _layer_sites(found, eager, index)
         by_layer.append(known[own][0])
-    sites, refused, _ = known[_signature(found.layers[0])]
+    sites, refused, _ = known[signature(found.layers[0], 0)]
     for other, _, _ in known.values():
         if [entry.spec for entry in other.values()] != [entry.spec for entry in sites.values()]:
             raise InputError("its layers differ: not all have the Sites of the first")
@@ -248,24 +249,6 @@ def _eager(found: Skeleton, config: PretrainedConfig) -> Skeleton | None:
 
 def _probe(found: Skeleton, index: int) -> LayerProbe:
     return LayerProbe(found.layers[index], lambda count: found.call(count, index))
-
-
-def _signature(layer: nn.Module) -> str:
-    """Modules, shapes and settings of a layer, but for its number."""
-    parts = []
-    for path, module in layer.named_modules():
-        settings = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, int | float | str | None) and not _is_number(name)
-        }
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-        parts.append((path, type(module).__name__, settings, shapes))
-    return repr(parts)
-
-
-def _is_number(name: str) -> bool:
-    return "idx" in name or name.startswith("layer_i")
 
 
 def _agrees(adapter: Adapter, config: PretrainedConfig, layer: nn.Module, own: Units) -> bool:
