@@ -209,7 +209,7 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not all(isinstance(layout.get(k), list) for k in ("layers", "added_biases")):
         raise InputError(f"config.json: {KEY} has no lists of layers and added_biases")
     config = config_object(base_data(data))
-    _trace_holds(config)
+    _renew_trace(config)
     model = empty_model(config)
     adapter = adapter_for(config)
     count = len(adapter.layer_list(model)[1])
@@ -232,8 +232,13 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _trace_holds(config: PretrainedConfig) -> None:
-    """Raises InputError if a model was traced under another release, where its Sites differ."""
+def _renew_trace(config: PretrainedConfig) -> None:
+    """Trace a model again that was traced under another release: how layers are called is of the
+    release that runs them.
+
+    Raises:
+        InputError: its Sites differ there.
+    """
     family = traced.traced_family(config)
     if family is None or family.transformers == transformers.__version__:
         return
@@ -246,6 +251,7 @@ def _trace_holds(config: PretrainedConfig) -> None:
             f"{transformers.__version__} the layers of {family.model_type!r} have other Sites. "
             "Install that release"
         )
+    setattr(config, traced.KEY, now.to_json())
 
 
 def _text(data: dict[str, Any]) -> dict[str, Any]:
