@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.models import adapter_for, linear, text_config
-from liar_ext.models.traced import TracedFamily
+from liar_ext.models.traced import NO_LIMIT, TracedFamily
 from liar_ext.tracing import trace
 from liar_ext.tracing.dependence import graph
 from liar_ext.tracing.probe import LayerProbe
+from liar_ext.tracing.signature import signature
 from liar_ext.tracing.stand_ins import Cut, skeleton, surrogates
 
 SMALL = {
@@ -199,14 +200,27 @@ def test_what_is_no_site_is_refused_by_name(trouble, says):
         (transformers.AlbertConfig(**SMALL, embedding_size=16), "do not simply follow each other"),
         (
             transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=48),
-            "cannot be traced",
+            "cannot be traced: its layers, one after the other: RuntimeError: ",
         ),
-        (transformers.MambaConfig(vocab_size=97, hidden_size=32), "cannot be traced"),
+        (
+            transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1),
+            "cannot be traced: its first layer, run alone: RuntimeError: ",
+        ),
+        (
+            transformers.NemotronConfig(**SMALL),
+            "cannot be traced: made from its config: TypeError: ",
+        ),
         (
             transformers.ElectraConfig(**SMALL, is_decoder=True, add_cross_attention=True),
             "is not called in a forward",
         ),
         (transformers.LlamaConfig(**SMALL, quantization_config={"bits": 4}), "quantised"),
+        (
+            transformers.LlamaConfig(
+                **SMALL, num_experts=0, per_layer_config={1: {"num_experts": 4}}
+            ),
+            "its layers have a num_experts of their own",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
@@ -309,3 +323,103 @@ def test_a_skeleton_holds_no_weight_of_a_linear():
         if t.device.type == "cpu"
     }
     assert sum(held.values()) < 2**20
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GemmaConfig(
+            **SMALL, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True
+        ),
+        transformers.Gemma3TextConfig(
+            **SMALL, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_an_encoder_of_a_decoders_class_keeps_no_cache(config):
+    found = trace(config)
+    assert not found.family.decoder
+    assert [spec.kind for spec in found.family.sites] == ["heads", "ffn"]
+    assert found.family.adapter().options == {"use_cache": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            transformers.MptConfig(
+                vocab_size=97, d_model=32, n_heads=4, n_layers=1, max_seq_len=16
+            ),
+            16,
+        ),
+        (transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4), NO_LIMIT),
+    ],
+    ids=["max_seq_len", "no limit"],
+)
+def test_the_longest_input_is_what_the_config_states_under_any_name(config, expected):
+    assert trace(config).family.max_positions == expected
+
+
+def test_a_package_that_a_models_code_needs_is_named(monkeypatch):
+    def needs(self, config):
+        raise ImportError("SplinterModel requires the detectron2 library")
+
+    monkeypatch.setattr(transformers.SplinterModel, "__init__", needs)
+    with pytest.raises(UnsupportedModelError, match="'splinter' cannot be traced: .* detectron2"):
+        trace(transformers.SplinterConfig(**SMALL))
+
+
+class _Layer(nn.Module):
+    def __init__(self, **settings) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6, device="meta")
+        self.register_buffer("slopes", settings.pop("slopes", torch.ones(2)))
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "same"),
+    [
+        ({}, True),
+        ({"layer_idx": 1}, True),
+        ({"block_index": 1}, True),
+        ({"layer_idx": 5}, False),
+        ({"layer_is_sparse": True}, False),
+        ({"kernel": [1, 2]}, False),
+        ({"shape": (1, (2, 3))}, False),
+        ({"slopes": torch.full((2,), 2.0)}, False),
+        ({"slopes": torch.ones(2, dtype=torch.float64)}, False),
+        ({"activation": nn.GELU()}, False),
+    ],
+    ids=str,
+)
+def test_layers_share_a_trace_if_they_differ_in_their_number_alone(setting, same):
+    plain = {"layer_idx": 0, "block_index": 0, "layer_is_sparse": False, "kernel": [1], "shape": ()}
+    layers = [_Layer(**plain), _Layer(**{**plain, "layer_idx": 1, "block_index": 1, **setting})]
+    assert (signature(layers[0], 0) == signature(layers[1], 1)) == same
+
+
+class _ManyNumbers(nn.Module):
+    """Twelve integers as large as its width, and a table of that width that nothing shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6, device="meta"), nn.Linear(6, 4, device="meta")
+        self.scale = torch.arange(1.0, 7.0, dtype=torch.float64)
+        for number in range(12):
+            setattr(self, f"width_{number}", 6)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.down(self.up(hidden_states) * self.scale)
+
+
+def test_the_search_for_integers_that_follow_a_width_ends_and_says_so():
+    from liar_ext.tracing.dependence import NoSite, units
+    from liar_ext.tracing.removal import with_attributes
+
+    probe = _probe(_ManyNumbers(), 4)
+    found = units(probe, graph(probe), "down")
+    with pytest.raises(NoSite, match=r"cannot be removed.* \(12 integers .* 128 choices of them"):
+        with_attributes([probe], found)

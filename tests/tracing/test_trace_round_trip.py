@@ -216,9 +216,11 @@ def test_a_trace_of_another_release_is_proved_again(tmp_path):
     liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe, trace=True)
     path = tmp_path / "small" / "config.json"
     data = json.loads(path.read_text())
-    data[KEY]["transformers"] = "5.0.0"
+    now = dict(data[KEY])
+    # layers that gave back tuples, and kept keys and values
+    data[KEY] |= {"transformers": "5.0.0", "returns": 2, "takes": {}}
     path.write_text(json.dumps(data))
-    layout.build(data)
+    assert getattr(layout.build(data).config, KEY) == now
     # as if the modules had kept their width elsewhere then
     data[KEY]["sites"][0]["attributes"] = []
     with pytest.raises(InputError, match="is of transformers 5.0.0"):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from liar_ext.checkpoint.buffers import fill_buffers
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.errors import InputError
 from liar_ext.models import layout
@@ -74,10 +75,7 @@ def load(
         if name in reader:
             tensor = reader.get(name).to(device, dtype)
             _assign(model, name, tensor, parameter.requires_grad)
-    for name, buffer in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        value = reader.get(name) if name in reader else buffer
-        model.get_submodule(owner)._buffers[leaf] = value.to(device)
+    fill_buffers(model, reader, device, dtype)
     if tied_names(model):
         model.tie_weights()
     if model.can_generate() and (folder / "generation_config.json").exists():

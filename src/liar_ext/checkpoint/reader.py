@@ -21,6 +21,7 @@ from liar_ext.checkpoint.identity import (
     opened,
     read_into,
 )
+from liar_ext.checkpoint.names import candidates, library_names
 from liar_ext.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -57,8 +58,6 @@ TORCH_DTYPES = DTYPES | {
     "C64": torch.complex64,
 }
 PIECE_BYTES = 64 * 1024**2
-# names that only old checkpoints use, and the ones modules have had since
-LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -183,13 +182,13 @@ class CheckpointReader:
         tied = tied_names(model)
         prefix = model.base_model_prefix
         missing = []
-        renamed: dict[str, str] | None = None
+        rules: tuple[dict[str, str], dict[str, str]] | None = None
         for name, expected in model.state_dict().items():
-            found = next((c for c in _candidates(name, prefix) if c in self._stored), None)
+            found = next((c for c in candidates(name, prefix) if c in self._stored), None)
             if found is None and name not in tied:
                 # only here: the usual names need no knowledge of a release's renamings
-                renamed = _library_names(model, list(self._stored)) if renamed is None else renamed
-                found = renamed.get(name)
+                rules = library_names(model, list(self._stored)) if rules is None else rules
+                found = rules[0].get(name)
             if found is None:
                 if name not in tied:
                     missing.append(name)
@@ -201,6 +200,15 @@ class CheckpointReader:
                     f"{tuple(expected.shape)}; the config does not belong to these weights"
                 )
             self._names[name] = found
+        computed = {} if rules is None else rules[1]
+        for name in missing:
+            if name in computed:
+                raise InputError(
+                    f"{self.folder}: {name} is not in the checkpoint, which has {computed[name]} "
+                    "instead, stored in another layout (fused or transposed) that only "
+                    "transformers takes apart: load it with from_pretrained, then liar_ext.prune "
+                    "and liar_ext.save"
+                )
         if missing:
             raise InputError(
                 f"{self.folder}: {len(missing)} tensors of {type(model).__name__} are not in the "
@@ -209,7 +217,7 @@ class CheckpointReader:
             )
         # buffers that modules now make themselves (position ids, causal masks) are no loss
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        buffers = {c for name, _ in model.named_buffers() for c in _candidates(name, prefix)}
+        buffers = {c for name, _ in model.named_buffers() for c in candidates(name, prefix)}
         left_over = set(self._stored) - set(self._names.values()) - buffers
         return sorted(n for n in left_over if not any(re.search(p, n) for p in ignored))
 
@@ -354,36 +362,11 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Parameters that are another one's alias when the config ties embeddings."""
-    config = model.config.get_text_config()
-    if not (getattr(config, "tie_word_embeddings", False) or model.config.tie_word_embeddings):
+    # half of the config classes of transformers do not have the field
+    configs = (model.config, model.config.get_text_config())
+    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
         return set()
     return set(getattr(model, "_tied_weights_keys", None) or ())
-
-
-def _candidates(name: str, prefix: str) -> list[str]:
-    """How a checkpoint may call a parameter: as the model, or with or without the base prefix."""
-    names = [name, f"{prefix}.{name}"]
-    if name.startswith(f"{prefix}."):
-        names.append(name.removeprefix(f"{prefix}."))
-    for new, old in LEGACY:
-        names += [n.removesuffix(new) + old for n in names if n.endswith(new)]
-    return names
-
-
-def _library_names(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
-    """Model name -> stored name, by the renamings transformers itself applies when it loads.
-
-    Nested models (LLaVA) are stored under the names they had before transformers 5.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return {}  # an older release: the missing names are then reported as they are
-    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    expected = model.state_dict()
-    prefix = model.base_model_prefix
-    return {rename_source_key(name, rules, [], prefix, expected)[0]: name for name in stored}
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from liar_ext.checkpoint.buffers import fill_buffers
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorDigest, TensorSpec
 from liar_ext.checkpoint.writer import storage_dtype
@@ -47,6 +48,8 @@ class Placement:
 class CheckpointStore:
     """LayerStore over safetensors files.
 
+    Buffers go from file to file, those of the layers too: what is computed with is a copy.
+
     Attributes:
         model: the module tree, on `meta` but for what is open.
         writer: the output's files, from `prepare` on.
@@ -67,6 +70,7 @@ class CheckpointStore:
             [f"{self._layers_path}.{index}.{name}" for name, _ in layer.named_parameters()]
             for index, layer in enumerate(self._layers)
         ]
+        self._buffers = {name for name, _ in model.named_buffers()}
         self._written: dict[str, str | Future[str]] = dict(placement.done)
         self._reads = ThreadPoolExecutor(1, "liar-ext-read")
         self._writes = ThreadPoolExecutor(1, "liar-ext-write")
@@ -78,9 +82,8 @@ class CheckpointStore:
     def open_outside(self) -> None:
         for name, full, _ in self._outside():
             self._set(self._backbone, name, full, self._reader.get(full))
-        for name, buffer in self.model.named_buffers():
-            path, _, leaf = name.rpartition(".")
-            self.model.get_submodule(path)._buffers[leaf] = buffer.to(self._place.device)
+        # those of the layers as well: they are small and stay
+        fill_buffers(self.model, self._reader, self._place.device, self._compute_dtype)
 
     def close_outside(self) -> None:
         for name, _, parameter in self._outside():
@@ -143,26 +146,26 @@ class CheckpointStore:
             self._set(layer, full.removeprefix(prefix), full, tensors.pop(full))
 
     def close(self, index: int, *, final: bool) -> None:
-        layer = self._layers[index]
+        layer, prefix = self._layers[index], f"{self._layers_path}.{index}."
         mine = final and self._mine(index)
         stored: list[tuple[str, Tensor]] = []
         for name, parameter in list(layer.named_parameters()):
             if final:
-                full = f"{self._layers_path}.{index}.{name}"
-                tensor = self._as_stored(full, parameter.detach())
+                tensor = self._as_stored(prefix + name, parameter.detach())
                 if mine:
                     # from a GPU the writing thread fetches it, while the next layer is computed
-                    stored.append((full, tensor))
+                    stored.append((prefix + name, tensor))
             _assign(layer, name, parameter.detach().to("meta"))
         if final and self.writer is not None:
+            names = [prefix + name for name, _ in layer.named_parameters()]
+            kept = [n for n in self._buffers if n.startswith(prefix) and n in self._order]
             if mine:
+                stored += [(full, self._copied(full, self._reader.get(full))) for full in kept]
                 self._wait()
                 self._writing = self._writes.submit(self._write, stored)
                 self._written[str(index)] = self._writing
             else:
-                self.writer.mark_written(
-                    f"{self._layers_path}.{index}.{name}" for name, _ in layer.named_parameters()
-                )
+                self.writer.mark_written([*names, *kept])
 
     def written(self) -> dict[str, str]:
         """Digests of the layers that are on disk, after those under way are there, too."""
@@ -237,11 +240,12 @@ class CheckpointStore:
         return stored
 
     def _copied(self, name: str, piece: Tensor) -> Tensor:
-        """A piece of a tensor outside the layers in the dtype of its file."""
+        """A piece of what is not computed with, in the dtype of its file."""
         if not piece.is_floating_point():
             return piece
         stored = piece.to(self._stored_dtype(name))
-        if not bool(torch.isfinite(stored).all()):
+        # buffers may mean infinity: bounds, masks
+        if name not in self._buffers and not bool(torch.isfinite(stored).all()):
             raise InputError(f"{name}: has NaN or infinite weights; the checkpoint is damaged")
         return stored
 

@@ -164,7 +164,7 @@ def shared(calls: list[LayerCall], known: dict[tuple[Any, ...], list[Tensor]]) -
 def layer_output(layer: nn.Module, states: Tensor, call: LayerCall) -> Tensor:
     """What a layer makes of the hidden states that enter it."""
     output = layer(states, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager

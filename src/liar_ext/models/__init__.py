@@ -60,6 +60,11 @@ def refusal(config: PretrainedConfig) -> str | None:
             return "its weights are quantised; prune the original first, then quantise"
         if getattr(part, "is_encoder_decoder", False):
             return "it is an encoder-decoder"
+    # transformers raises where such a field is asked for
+    own = getattr(text, "per_layer_attributes", None) or ()
+    for name in (*EXPERT_FIELDS, "num_kv_shared_layers"):
+        if name in own:
+            return f"its layers have a {name} of their own (per_layer_config)"
     for name in EXPERT_FIELDS:
         if (getattr(text, name, None) or 0) > 1:
             return f"it is a mixture of experts ({name}={getattr(text, name)})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Adapter:
         refuse: config -> reason why this variant cannot be pruned, or None.
         returns: entries of the tuple that a layer gives back, hidden states first; 0 where it gives
             back hidden states alone.
+        takes: further arguments of a forward; None is the same for all decoders, see `options`.
         plain_head: logits are what the output embedding makes of the last hidden states.
         traced: its Sites were found by running layers, see `liar_ext.tracing`.
         alias: another model_type with the same modules and weight names, for head counts that
@@ -53,6 +54,7 @@ class Adapter:
     residual: Callable[[PretrainedConfig], bool] = lambda config: False
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
     returns: int = 0
+    takes: Mapping[str, bool] | None = None
     plain_head: bool = True
     traced: bool = False
     alias: str | None = None
@@ -60,6 +62,8 @@ class Adapter:
     @property
     def options(self) -> dict[str, Any]:
         """Further arguments of a forward: decoders would otherwise keep keys and values."""
+        if self.takes is not None:
+            return dict(self.takes)
         return {"use_cache": False} if self.decoder else {}
 
     def backbone(self, model: PreTrainedModel) -> tuple[str, nn.Module]:

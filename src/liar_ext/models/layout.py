@@ -14,6 +14,7 @@ import accelerate
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -87,6 +88,11 @@ def shapes(
                 site.shrink(torch.arange(units[site.kind]))
             if site.kind in added_biases:
                 site.add_biases(filler=site.spec.bias_flag is not None)
+    return shapes_of(model)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model, in its order."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -203,7 +209,7 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not all(isinstance(layout.get(k), list) for k in ("layers", "added_biases")):
         raise InputError(f"config.json: {KEY} has no lists of layers and added_biases")
     config = config_object(base_data(data))
-    _trace_holds(config)
+    _renew_trace(config)
     model = empty_model(config)
     adapter = adapter_for(config)
     count = len(adapter.layer_list(model)[1])
@@ -226,8 +232,13 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _trace_holds(config: PretrainedConfig) -> None:
-    """Raises InputError if a model was traced under another release, where its Sites differ."""
+def _renew_trace(config: PretrainedConfig) -> None:
+    """Trace a model again that was traced under another release: how layers are called is of the
+    release that runs them.
+
+    Raises:
+        InputError: its Sites differ there.
+    """
     family = traced.traced_family(config)
     if family is None or family.transformers == transformers.__version__:
         return
@@ -240,6 +251,7 @@ def _trace_holds(config: PretrainedConfig) -> None:
             f"{transformers.__version__} the layers of {family.model_type!r} have other Sites. "
             "Install that release"
         )
+    setattr(config, traced.KEY, now.to_json())
 
 
 def _text(data: dict[str, Any]) -> dict[str, Any]:
@@ -251,8 +263,7 @@ def _text(data: dict[str, Any]) -> dict[str, Any]:
 
 def _builds(stock: dict[str, Any], dense: dict[str, Any], layers: list[dict[str, int]]) -> bool:
     """Whether stock transformers makes exactly the tensors of the pruned model from a config."""
-    built = empty_model(config_object(stock)).state_dict()
-    found = {name: tuple(tensor.shape) for name, tensor in built.items()}
+    found = shapes_of(empty_model(config_object(stock)))
     return found == shapes(config_object(dense), layers, [])
 
 

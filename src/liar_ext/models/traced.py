@@ -27,7 +27,7 @@ class TracedFamily:
     """What a trace says of a family; all of it is data.
 
     Attributes:
-        model_type, layers, decoder, returns: as `Adapter` has them.
+        model_type, layers, decoder, returns, takes: as `Adapter` has them.
         head_dim, max_positions: of this config.
         residual: layers are sums, see `Adapter`.
         plain_head: logits are the output embedding of the last hidden states.
@@ -45,6 +45,7 @@ class TracedFamily:
     residual: bool
     plain_head: bool
     returns: int
+    takes: dict[str, bool]
     explicit: dict[str, Any]
     sites: tuple[SiteSpec, ...]
     refused: dict[str, str]
@@ -79,6 +80,7 @@ class TracedFamily:
             explicit=lambda config: dict(self.explicit),
             residual=lambda config: self.residual,
             returns=self.returns,
+            takes=dict(self.takes),
             plain_head=self.plain_head,
             traced=True,
         )

@@ -36,6 +36,8 @@ from liar_ext.tracing.stand_ins import (
     without_weights,
 )
 
+# config fields that state a longest sequence: MPT's tables of slopes end at max_seq_len
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions")
 # positions are tried out up to that length
 _LONGEST_TRIED = 8192
 # RoBERTa's begin behind the padding token's number
@@ -158,9 +160,11 @@ def longest_input(skeleton: Skeleton) -> int | None:
         InputError: it does not run at the length that its config states.
     """
     config = skeleton.model.config
-    stated = getattr(config, "max_position_embeddings", None)
-    if not isinstance(stated, int) or stated < 1:
+    limits = {name: getattr(config, name, None) for name in _LENGTHS}
+    held = [(name, value) for name, value in limits.items() if type(value) is int and value > 0]
+    if not held:
         return None
+    field, stated = held[0]
     vocabulary = skeleton.model.get_input_embeddings()
     tables = [
         module.num_embeddings
@@ -180,7 +184,7 @@ def longest_input(skeleton: Skeleton) -> int | None:
         except (IndexError, RuntimeError):
             continue
         return length
-    raise InputError(f"it does not run on max_position_embeddings={stated} tokens")
+    raise InputError(f"it does not run on {field}={stated} tokens")
 
 
 def head_is_plain(skeleton: Skeleton) -> bool:

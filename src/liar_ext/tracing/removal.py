@@ -21,11 +21,14 @@ from liar_ext.errors import InputError
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.tracing.dependence import NoSite, Units
 from liar_ext.tracing.probe import LayerProbe
+from liar_ext.tracing.signature import numbers_a_layer
 
 # of the largest value; norms inside attention compute in float32
 EQUAL = 1e-6
 # a module keeps its width in that many integers at most
 _MOST_ATTRIBUTES = 4
+# each costs a few forwards of the layer; families that can be pruned need under 20
+_MOST_CHOICES = 128
 
 
 def with_attributes(probes: Sequence[LayerProbe], found: Units) -> SiteSpec:
@@ -37,15 +40,23 @@ def with_attributes(probes: Sequence[LayerProbe], found: Units) -> SiteSpec:
         NoSite: the layer does not run, or not the same, without a unit, whatever is changed.
     """
     candidates = list(_candidates(probes[0].layer, found))
-    for count in range(min(_MOST_ATTRIBUTES, len(candidates)) + 1):
-        for chosen in itertools.combinations(candidates, count):
-            spec = replace(found.spec, attributes=chosen)
-            if difference(probes, replace(found, spec=spec)) is None:
-                return spec
+    choices = itertools.chain.from_iterable(
+        itertools.combinations(candidates, count) for count in range(_MOST_ATTRIBUTES + 1)
+    )
+    for chosen in itertools.islice(choices, _MOST_CHOICES):
+        spec = replace(found.spec, attributes=chosen)
+        if difference(probes, replace(found, spec=spec)) is None:
+            return spec
+    given_up = ""
+    if next(choices, None) is not None:
+        given_up = (
+            f" ({len(candidates)} integers of its modules are as large as a width; "
+            f"{_MOST_CHOICES} choices of them were tried)"
+        )
     # what is in the way when every count of heads is right
     counts = tuple(entry for entry in candidates if entry[2] != "columns")
     problem = difference(probes, replace(found, spec=replace(found.spec, attributes=counts)))
-    raise NoSite(f"{found.spec.consumer}: units cannot be removed: {problem}")
+    raise NoSite(f"{found.spec.consumer}: units cannot be removed: {problem}{given_up}")
 
 
 def difference(probes: Sequence[LayerProbe], found: Units) -> str | None:
@@ -118,11 +129,7 @@ def _candidates(layer: nn.Module, found: Units) -> Iterator[tuple[str, str, str]
             around[path] = None
     for path in [*around, ""]:
         for name, value in vars(layer.get_submodule(path)).items():
-            if type(value) is int and not name.startswith("_") and not _numbers_a_layer(name):
+            if type(value) is int and not name.startswith("_") and not numbers_a_layer(name):
                 for what, size in sizes.items():
                     if value == size:
                         yield path, name, what
-
-
-def _numbers_a_layer(name: str) -> bool:
-    return name in ("layer_idx", "layer_id", "layer_index", "idx")

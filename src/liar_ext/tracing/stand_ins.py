@@ -25,6 +25,7 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.engine.capture import LayerCall, record_calls
 from liar_ext.errors import InputError
 from liar_ext.models import linear
+from liar_ext.tracing.attempt import attempt
 
 HOST = torch.device("cpu")
 # above that a parameter outside the linears is a weight after all (fused experts)
@@ -43,7 +44,7 @@ class Skeleton:
         model: linears on `meta`; norms have random values, embeddings random rows.
         path: of the layer list; layers: the list.
         options: what the forward is given beside tokens.
-        returns: entries of the tuple that a layer gives back; 0 is no tuple.
+        returns: entries of the tuple or list that a layer gives back; 0 is neither.
     """
 
     model: PreTrainedModel
@@ -52,10 +53,6 @@ class Skeleton:
     options: dict[str, bool]
     returns: int = 0
     _known: dict[int, tuple[Tensor, list[LayerCall]]] = field(default_factory=dict)
-
-    def see(self, **options: bool) -> None:
-        """Take other options; what was recorded under the old ones is forgotten."""
-        self.options, self._known = dict(options), {}
 
     @property
     def linears(self) -> dict[str, nn.Module]:
@@ -89,7 +86,7 @@ class Skeleton:
         states, (call,) = self._record(1, first)
         with torch.no_grad(), answering(self.linears, surrogates(self.linears)):
             output = self.layers[0](states, *call.args, **call.kwargs)
-        self.returns = len(output) if isinstance(output, tuple) else 0
+        self.returns = len(output) if isinstance(output, tuple | list) else 0
 
 
 def full_batch(ids: Tensor) -> Batch:
@@ -112,17 +109,20 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> Skeleton
     if attention is not None:
         config = copy.deepcopy(config)
         config._attn_implementation = attention
-    model = without_weights(cast("type[PreTrainedModel]", mapping[type(config)]), config)
+    with attempt("made from its config"):
+        model = without_weights(cast("type[PreTrainedModel]", mapping[type(config)]), config)
     path, layers = layer_list(model)
     every = [id(each) for layer in layers for each in linear.linears(layer)]
     if len(set(every)) < len(every):
         raise InputError("its layers share linears, so none can be pruned alone")
+    # encoders of decoder classes keep keys and values as well, unless they are told not to
     found = Skeleton(model, path, layers, {"use_cache": False})
-    try:
-        found.learn_returns()
-    except TypeError:
-        found.options = {}
-        found.learn_returns()
+    with attempt("its first layer, run alone"):
+        try:
+            found.learn_returns()
+        except TypeError:
+            found.options = {}
+            found.learn_returns()
     return found
 
 

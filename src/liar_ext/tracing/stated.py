@@ -2,8 +2,8 @@
 
 A field is one that holds the width now (or nothing, where the width is derived from others) and
 with another width in it makes a model that has exactly the tensors of the pruned one, and whose
-layer gives its consumer what the pruned one gives it. Without such fields the result needs this
-package's own loader.
+layer gives its consumer what the pruned one gives it. Of two fields, each has to make a difference
+of its own. Without such fields the result needs this package's own loader.
 """
 
 from __future__ import annotations
@@ -16,22 +16,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from liar_ext.errors import InputError
-from liar_ext.models import linear
+from liar_ext.models import layout, linear
+from liar_ext.tracing.attempt import REFUSALS
 from liar_ext.tracing.dependence import Units
 from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import same_columns
 from liar_ext.tracing.stand_ins import Skeleton, skeleton
-
-# what building a model from a config that means nothing may raise
-REFUSALS = (
-    *(InputError, StrictDataclassError, ValueError, TypeError, RuntimeError),
-    *(AssertionError, KeyError, AttributeError, IndexError, ZeroDivisionError, NotImplementedError),
-)
 
 
 def stated_fields(
@@ -54,9 +47,28 @@ def stated_fields(
     after = {what: size * keep.numel() // units for what, size in values.items()}
     for fields, beside in _guesses(config, found, values):
         changes = {name: after[what] for name, what in fields.items()} | beside
-        if _states(changes, config, wanted, found, probe, keep):
+        if not _states(changes, config, wanted, found, probe, keep):
+            continue
+        alone = [{name: changes[name]} | beside for name in fields]
+        if len(fields) == 1 or all(_matters(each, config, dense) for each in alone):
             return fields, beside
     return None, {}
+
+
+def _matters(changes: Mapping[str, Any], config: PretrainedConfig, dense: Skeleton) -> bool:
+    """Whether other tensors, or none, are made with them: a field that holds the same number by
+    chance, as that of a token, makes no difference."""
+    built = _built(changes, config)
+    return built is None or layout.shapes_of(built.model) != layout.shapes_of(dense.model)
+
+
+def _built(changes: Mapping[str, Any], config: PretrainedConfig) -> Skeleton | None:
+    """What transformers makes of a config with other values in it, or None."""
+    try:
+        with _silent():
+            return skeleton(type(config).from_dict(config.to_dict() | dict(changes)))
+    except REFUSALS:
+        return None
 
 
 def _guesses(
@@ -93,12 +105,8 @@ def _states(
     probe: LayerProbe,
     keep: torch.Tensor,
 ) -> bool:
-    try:
-        with _silent():
-            built = skeleton(type(config).from_dict(config.to_dict() | dict(changes)))
-    except REFUSALS:
-        return False
-    if _tensor_shapes(built.model) != wanted:
+    built = _built(changes, config)
+    if built is None or layout.shapes_of(built.model) != wanted:
         return False
     try:
         smaller = LayerProbe(built.layers[0], lambda count: built.call(count, 0))
@@ -120,7 +128,7 @@ def _silent() -> Iterator[None]:
 
 def _shapes(dense: Skeleton, found: Units, keep: torch.Tensor) -> dict[str, tuple[int, ...]]:
     """Shapes of the headless model whose layers all lost the same units of this consumer."""
-    shapes = _tensor_shapes(dense.model)
+    shapes = layout.shapes_of(dense.model)
     kept = keep.numel()
     lengths = {found.spec.consumer: None} | {p: r[keep].numel() for p, r in found.rows.items()}
     for index in range(len(dense.layers)):
@@ -137,7 +145,3 @@ def _shapes(dense: Skeleton, found: Units, keep: torch.Tensor) -> dict[str, tupl
             transposed = not isinstance(module, nn.Linear)
             shapes[f"{name}.weight"] = (into, out) if transposed else (out, into)
     return shapes
-
-
-def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -14,6 +14,7 @@ from liar_ext.models import ADAPTERS, layout, linear, refusal, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.models.traced import KEY, NO_LIMIT, TracedFamily
+from liar_ext.tracing.attempt import REFUSALS, attempt
 from liar_ext.tracing.dependence import NoSite, Units, graph, units
 from liar_ext.tracing.passage import (
     check_pruned,
@@ -24,8 +25,9 @@ from liar_ext.tracing.passage import (
 )
 from liar_ext.tracing.probe import LayerProbe
 from liar_ext.tracing.removal import with_attributes
+from liar_ext.tracing.signature import signature
 from liar_ext.tracing.stand_ins import Skeleton, skeleton
-from liar_ext.tracing.stated import REFUSALS, stated_fields
+from liar_ext.tracing.stated import stated_fields
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,16 @@ def _trace(config: PretrainedConfig) -> Trace:
             raise InputError(f"its config states no {name}")
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != KEY})
     found = skeleton(config)
-    causal = is_causal(found)
+    with attempt("the model, on a few tokens"):
+        causal = is_causal(found)
     if causal and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise InputError("no token sees what comes after it, but it has no language-model head")
-    found.see(**({"use_cache": False} if causal else {}))
-    check_streaming(found)
+    with attempt("its layers, one after the other"):
+        check_streaming(found)
     by_layer, refused, residual = _sites(found, _eager(found, config))
     first = by_layer[0]
-    check_pruned(found, by_layer)
+    with attempt("the model, without some units of each layer"):
+        check_pruned(found, by_layer)
     specs: list[SiteSpec] = []
     explicit: dict[str, Any] = {}
     probe = _probe(found, 0)
@@ -142,15 +146,20 @@ def _trace(config: PretrainedConfig) -> Trace:
         fields, beside = stated_fields(found, own, probe, config)
         explicit |= beside
         specs.append(replace(own.spec, config_fields=fields))
+    with attempt("the model, on as many tokens as it takes"):
+        longest = longest_input(found)
+    with attempt("its language-model head"):
+        plain_head = causal and head_is_plain(found)
     family = TracedFamily(
         model_type=config.model_type,
         layers=found.path,
         decoder=causal,
         head_dim=max(own.head_dim for own in first.values()),
-        max_positions=longest_input(found) or NO_LIMIT,
+        max_positions=longest or NO_LIMIT,
         residual=residual and len(specs) == 2,
-        plain_head=causal and head_is_plain(found),
+        plain_head=plain_head,
         returns=found.returns,
+        takes=found.options,
         explicit=explicit,
         sites=tuple(specs),
         refused=refused,
@@ -180,7 +189,7 @@ def _sites(
     """Of every layer the units by consumer; why other consumers have none; whether all layers are
     sums of their input and their Sites' outputs.
 
-    Layers of the same modules, shapes and settings are looked at once.
+    Layers of the same signature are looked at once.
 
     Raises:
         InputError: no layer has a Site, or layers have others than the first.
@@ -188,11 +197,11 @@ def _sites(
     known: dict[str, tuple[dict[str, Units], dict[str, str], bool]] = {}
     by_layer = []
     for index, layer in enumerate(found.layers):
-        own = _signature(layer)
+        own = signature(layer, index)
         if own not in known:
             known[own] = _layer_sites(found, eager, index)
         by_layer.append(known[own][0])
-    sites, refused, _ = known[_signature(found.layers[0])]
+    sites, refused, _ = known[signature(found.layers[0], 0)]
     for other, _, _ in known.values():
         if [entry.spec for entry in other.values()] != [entry.spec for entry in sites.values()]:
             raise InputError("its layers differ: not all have the Sites of the first")
@@ -232,7 +241,6 @@ def _eager(found: Skeleton, config: PretrainedConfig) -> Skeleton | None:
     """The same model with attention written out, where it has that."""
     try:
         eager = skeleton(config, "eager")
-        eager.see(**found.options)
         eager.call(1, 0)
     except REFUSALS:
         return None
@@ -241,24 +249,6 @@ def _eager(found: Skeleton, config: PretrainedConfig) -> Skeleton | None:
 
 def _probe(found: Skeleton, index: int) -> LayerProbe:
     return LayerProbe(found.layers[index], lambda count: found.call(count, index))
-
-
-def _signature(layer: nn.Module) -> str:
-    """Modules, shapes and settings of a layer, but for its number."""
-    parts = []
-    for path, module in layer.named_modules():
-        settings = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, int | float | str | None) and not _is_number(name)
-        }
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-        parts.append((path, type(module).__name__, settings, shapes))
-    return repr(parts)
-
-
-def _is_number(name: str) -> bool:
-    return "idx" in name or name.startswith("layer_i")
 
 
 def _agrees(adapter: Adapter, config: PretrainedConfig, layer: nn.Module, own: Units) -> bool:
