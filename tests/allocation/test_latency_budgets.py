@@ -135,6 +135,19 @@ def test_beyond_the_units_of_the_fixed_price_every_site_goes_on_shrinking(name):
         assert all(abs(a - b) < 2 for a, b in zip(whole, widths, strict=True))
 
 
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_nothing_goes_that_saves_no_time(name, sparsity, round_to):
+    level = Prices((1, 2, 3, 4), (1.0, 1.0, 1.0, 1.0))
+    budgets = problem(name, 2, tables=(level, FFN))
+    widths = ALLOCATIONS[name].widths(budgets, sparsity, round_to)
+    assert widths[::2] == [4] * 4
+    for budget, kept in zip(budgets, widths, strict=True):
+        more = kept + (round_to if budget.kind == "ffn" else 1)
+        assert kept == budget.units or budget.price(more) > budget.price(kept)
+
+
 def test_bisection_meets_a_line_to_a_thousandth_of_a_unit():
     line = Prices((1, 101), (1.0, 101.0))
     budgets = [Budget("ffn", 101, line.secant, None, line)] * 3
