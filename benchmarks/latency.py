@@ -31,7 +31,7 @@ from liar_ext import Recipe, load
 from liar_ext.bench import latency as bench
 from liar_ext.bench.measure import machine_state
 from liar_ext.bench.stopwatch import Stopwatch
-from liar_ext.bench.workload import Workload, unchanged
+from liar_ext.bench.workload import unchanged
 from liar_ext.checkpoint.load import resolve
 from liar_ext.cli.output import print_table
 from liar_ext.comparison.subject import twin
@@ -39,7 +39,7 @@ from liar_ext.demo import CALIBRATION, MODEL
 from liar_ext.engine.api import prune
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.environment import environment
-from liar_ext.latency import LatencyTable
+from liar_ext.latency import MODES, LatencyTable, Workload
 from liar_ext.models import Site, adapter_for, layout
 from liar_ext.planning import dense_config
 from liar_ext.report.text import latency, workload
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", default=str(MODEL), help="default the demo LLaMA")
     parser.add_argument("--latency", type=Path, metavar="FILE", help="default: measured now")
-    parser.add_argument("--mode", choices=("prefill", "decode"), default="prefill")
+    parser.add_argument("--mode", choices=MODES, default="prefill")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--device", default="auto")

@@ -15,13 +15,13 @@ from transformers import DynamicCache
 from liar_ext import InputError
 from liar_ext.bench import latency as bench
 from liar_ext.bench.stopwatch import Stopwatch
-from liar_ext.bench.workload import Workload, cache_for, calls_of, unchanged, with_cache
+from liar_ext.bench.workload import cache_for, calls_of, unchanged, with_cache
 from liar_ext.calibration import Batch
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.cli import main
 from liar_ext.demo import MODEL
 from liar_ext.engine.capture import layer_output, record_calls
-from liar_ext.latency import LatencyTable
+from liar_ext.latency import LatencyTable, Workload
 from liar_ext.models import adapter_for, layout
 
 CPU = torch.device("cpu")

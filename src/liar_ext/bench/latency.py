@@ -26,14 +26,7 @@ from transformers import PreTrainedModel
 
 from liar_ext.bench.measure import machine_state
 from liar_ext.bench.stopwatch import Stopwatch
-from liar_ext.bench.workload import (
-    Workload,
-    cache_for,
-    calls_of,
-    materialise,
-    unchanged,
-    with_cache,
-)
+from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged, with_cache
 from liar_ext.checkpoint.load import resolve
 from liar_ext.cli.output import Watcher, print_table
 from liar_ext.engine.capture import LayerCall
@@ -41,7 +34,7 @@ from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.environment import device_name, environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
-from liar_ext.latency import VERSION, shape_of
+from liar_ext.latency import MODES, VERSION, Workload, shape_of
 from liar_ext.models import Site, adapter_for, layout, text_config
 from liar_ext.planning import dense_config
 from liar_ext.recipe import Recipe
@@ -57,7 +50,7 @@ LARGEST_MULTIPLE = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id; only its config is read")
-    parser.add_argument("--mode", choices=("prefill", "decode"), default="prefill")
+    parser.add_argument("--mode", choices=MODES, default="prefill")
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="sequences at a time (default 1)"
     )

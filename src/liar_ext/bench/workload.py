@@ -1,10 +1,9 @@
-"""A workload for one layer: hidden states, the arguments its model gives it, and its cache."""
+"""A workload, for one layer: hidden states, the arguments its model gives it, and its cache."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.capture import LayerCall, record_calls
-from liar_ext.errors import InputError
+from liar_ext.latency import Workload
 from liar_ext.models import Site, adapter_for, text_config
-
-Mode = Literal["prefill", "decode"]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a forward works on.
-
-    Attributes:
-        mode: `prefill`, `batch` sequences of `seq_len` tokens at once; `decode`, the next token of
-            each after `seq_len` that are in the cache.
-    """
-
-    mode: str
-    batch: int
-    seq_len: int
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError for what the model cannot do."""
-        adapter = adapter_for(model.config)
-        if self.mode == "decode" and not adapter.decoder:
-            raise InputError(
-                f"--mode decode: a {adapter.model_type} model generates no tokens; use prefill"
-            )
-        limit = adapter.max_positions(text_config(model.config)) - (self.mode == "decode")
-        if self.seq_len > limit:
-            raise InputError(
-                f"--seq-len {self.seq_len}: the model takes {limit} tokens at most here"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Of each sequence that a forward computes."""
-        return 1 if self.mode == "decode" else self.seq_len
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
