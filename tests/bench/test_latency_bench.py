@@ -183,6 +183,18 @@ def test_only_the_kinds_that_are_asked_for_are_made_smaller():
     assert [own["shape"]["kind"] for own in found["tables"]] == ["ffn"]
 
 
+@pytest.mark.parametrize("stated", ["outer", "nested"])
+def test_the_dtype_of_a_nested_model_may_be_stated_outside(stated):
+    data = FAMILIES["llava"].build().config.to_dict()
+    places = {"outer": data, "nested": data["text_config"]}
+    for place in places.values():
+        place.pop("dtype", None)
+    places[stated]["dtype"] = "bfloat16"
+    model = layout.empty_model(layout.config_object(data))
+    found = bench.measure(model, Workload("prefill", 1, 4), CPU, points=2, repeats=1)
+    assert found["dtype"] == "bfloat16"
+
+
 # -- which widths ------------------------------------------------------------------------------
 
 
@@ -275,6 +287,14 @@ def test_the_file_has_to_be_named(capsys, tmp_path):
     assert f"--out {file}: " in capsys.readouterr().err
 
 
+def test_the_table_names_the_folder_that_one_stands_in(tmp_path, monkeypatch):
+    file = tmp_path / "t.json"
+    monkeypatch.chdir(MODEL)
+    words = ["--points", "2", "--repeats", "1", "--seq-len", "4", "--device", "cpu"]
+    assert main(["bench", "latency", ".", "--out", str(file), *words]) == 0
+    assert json.loads(file.read_text())["source"] == MODEL.name
+
+
 def test_a_lack_of_memory_names_the_options_to_lower(monkeypatch, tmp_path, capsys):
     def fails(*words, **more):
         raise MemoryError
@@ -320,6 +340,18 @@ def test_a_pruned_model_is_timed_beside_what_a_table_predicts(mode, tmp_path, ca
     assert pruned["predicted_seconds"] == pytest.approx(0.75 * dense["predicted_seconds"], rel=1e-3)
     out = capsys.readouterr().out
     assert "predicted" in out and "of dense" in out
+
+
+def test_of_a_table_of_both_kinds_only_what_is_targeted_is_predicted(tmp_path):
+    model = layout.empty_model(layout.config_object(read_json(MODEL / "config.json")))
+    work = {"mode": "prefill", "batch": 1, "seq_len": 8}
+    table = write_table(tmp_path / "t.json", model, dtype="float32", workload=work)
+    words = ("--target", "heads", "--repeats", "1", "--sparsities", "0.2")
+    calibration = ("--samples", "8", "--calibration-seq-len", "32", "--allocations", "uniform")
+    dense, pruned = run_script(tmp_path, "--latency", table, *words, *calibration)
+    assert dense["predicted_seconds"] == pytest.approx(5 * 170e-6)
+    price = LatencyTable.read(table).budget(sites(model, ("heads",))[0], model.config).price
+    assert pruned["predicted_seconds"] == pytest.approx(sum(map(price, pruned["units"]["heads"])))
 
 
 @pytest.mark.slow

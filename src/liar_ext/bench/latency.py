@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liar_ext.bench.measure import machine_state
+from liar_ext.bench.measure import machine_state, source_name
 from liar_ext.bench.stopwatch import Stopwatch
 from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged, with_cache
 from liar_ext.checkpoint.load import resolve
@@ -36,6 +35,7 @@ from liar_ext.environment import device_name, environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
 from liar_ext.latency import MODES, VERSION, Workload, shape_of
 from liar_ext.models import Site, adapter_for, layout, text_config
+from liar_ext.models.adapter import stated_dtype
 from liar_ext.planning import dense_config
 from liar_ext.recipe import Recipe
 from liar_ext.report.text import latency, workload
@@ -112,7 +112,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
             raise OutOfMemory(
                 "out of memory with copies of a layer; lower --batch, --seq-len or --points"
             ) from error
-        result = {"source": Path(arguments.source).name, **found}
+        result = {"source": source_name(arguments.source), **found}
         for text in disturbances(result):
             progress.warn(text)
     print_table(shown(result))
@@ -141,7 +141,7 @@ def measure(
     progress = progress or Silent()
     adapter = adapter_for(model.config)
     work.check(model)
-    dtype = dtype or getattr(text_config(model.config), "dtype", None) or torch.float32
+    dtype = dtype or stated_dtype(model.config)
     before = machine_state()
     shapes = _shapes(model, target)
     tables: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS
-from liar_ext.bench.measure import machine_state
+from liar_ext.bench.measure import machine_state, source_name
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
@@ -123,7 +123,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "methods",
         "device": device.type,
         "date": datetime.date.today().isoformat(),
-        "source": arguments.name or Path(arguments.source).name,
+        "source": arguments.name or source_name(arguments.source),
         "tokens": sum(batch.tokens for batch in batches),
         "repeats": arguments.repeats,
         "forward_seconds": _spread(forward),
