@@ -29,18 +29,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 from liar_ext import Recipe, load
 from liar_ext.bench import latency as bench
-from liar_ext.bench.measure import machine_state
+from liar_ext.bench.measure import machine_state, source_name
 from liar_ext.bench.stopwatch import Stopwatch
-from liar_ext.bench.workload import Workload, unchanged
+from liar_ext.bench.workload import unchanged
 from liar_ext.checkpoint.load import resolve
 from liar_ext.cli.output import print_table
-from liar_ext.comparison.subject import twin
 from liar_ext.demo import CALIBRATION, MODEL
 from liar_ext.engine.api import prune
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.environment import environment
-from liar_ext.latency import LatencyTable
+from liar_ext.latency import MODES, LatencyTable, Workload
 from liar_ext.models import Site, adapter_for, layout
+from liar_ext.models.twin import twin
 from liar_ext.planning import dense_config
 from liar_ext.report.text import latency, workload
 
@@ -67,8 +67,7 @@ def forward_of(model: PreTrainedModel, work: Workload) -> Callable[[], Any]:
 
     if work.mode == "prefill":
         ids = drawn(work.seq_len)
-        options = {"use_cache": False} if adapter.decoder else {}
-        return lambda: backbone(input_ids=ids, **options)
+        return lambda: backbone(input_ids=ids, **adapter.options)
     cache = DynamicCache(config=backbone.config)
     backbone(input_ids=drawn(work.seq_len), past_key_values=cache, use_cache=True)
     ids = drawn(1)
@@ -111,12 +110,13 @@ def spread(samples: Sequence[Sequence[float]]) -> dict[str, float]:
     return dict(zip(("p20", "p50", "p80"), values.tolist(), strict=True))
 
 
-def predicted(model: PreTrainedModel, table: LatencyTable, dense: PreTrainedModel) -> float:
-    """What the table says of a model's widths."""
-    kinds = {kind for kind, *_ in table.prices}
+def predicted(
+    model: PreTrainedModel, table: LatencyTable, dense: PreTrainedModel, target: Sequence[str]
+) -> float:
+    """What the table says of the widths of a model's targeted Sites."""
     return sum(
         table.budget(was, dense.config).price(now.units)
-        for was, now in zip(sites_of(dense, kinds), sites_of(model, kinds), strict=True)
+        for was, now in zip(sites_of(dense, target), sites_of(model, target), strict=True)
     )
 
 
@@ -137,8 +137,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             target=target,
             repeats=arguments.repeats,
         )
-        file.write_text(json.dumps({"source": source.name, **found}))
-        print_table(bench.shown({"source": source.name, **found}))
+        file.write_text(json.dumps({"source": source_name(arguments.source), **found}))
+        print_table(bench.shown({"source": source_name(arguments.source), **found}))
     table = LatencyTable.read(file)
     work = Workload(**table.origin["workload"])
     dense = load(source, dtype=getattr(torch, table.origin["dtype"]), device=device)
@@ -175,14 +175,14 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     kind: [site.units for site in sites_of(model, target) if site.kind == kind]
                     for kind in target
                 },
-                "predicted_seconds": predicted(model, table, dense),
+                "predicted_seconds": predicted(model, table, dense, target),
                 "measured_seconds": spread(sites[number]),
                 "whole_seconds": spread([whole[number]]),
             }
         )
     return {
         "benchmark": "predicted-latency",
-        "source": source.name,
+        "source": source_name(arguments.source),
         "date": datetime.date.today().isoformat(),
         "repeats": arguments.repeats,
         "latency": table.to_json(),
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", default=str(MODEL), help="default the demo LLaMA")
     parser.add_argument("--latency", type=Path, metavar="FILE", help="default: measured now")
-    parser.add_argument("--mode", choices=("prefill", "decode"), default="prefill")
+    parser.add_argument("--mode", choices=MODES, default="prefill")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--device", default="auto")

@@ -134,6 +134,13 @@ def first(data):
         (damaged(lambda d: first(d)["seconds"].update(p50=[0.0] * 4)), "a time above 0"),
         (damaged(lambda d: first(d)["seconds"].update(p50=["a"] * 4)), "is damaged (could not"),
         (damaged(lambda d: d.update(tables=3)), "is damaged"),
+        (damaged(lambda d: d.update(tables=[])), "is damaged (it has no tables)"),
+        (damaged(lambda d: d.update(tables={})), "is damaged (it has no tables)"),
+        (damaged(lambda d: d["tables"].append(first(d))), "heads of 4 units (32 inputs, 32 co"),
+        (damaged(lambda d: d.update(workload=5)), "is damaged ("),
+        (damaged(lambda d: d.update(workload={"mode": "prefill", "batch": 1})), "'seq_len'"),
+        (damaged(lambda d: d["workload"].update(mode="train")), "must be prefill or decode"),
+        (damaged(lambda d: d["workload"].update(batch="4")), "batch '4': must be a whole number"),
     ],
     ids=lambda value: "" if value is None or value.startswith(("{", "[")) else value,
 )

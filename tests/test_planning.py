@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import liar_families
 import numpy as np
 import pytest
 import torch
@@ -395,3 +396,12 @@ def test_transformers_agrees_on_the_loader(checkpoint, calibration, tmp_path):
     assert package == "transformers"
     model = getattr(transformers, auto).from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_without_weights_the_dtype_of_a_nested_model_may_be_stated_outside(tmp_path):
+    data = liar_families.FAMILIES["llava"].build().config.to_dict()
+    data["text_config"].pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**data, "dtype": "bfloat16"}))
+    found = planning.plan(tmp_path, Recipe(), rates=RATES)
+    assert any("the config's dtype, torch.bfloat16" in note for note in found["notes"])
+    assert found["bytes"]["before"] == 2 * found["parameters"]["before"]

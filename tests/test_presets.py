@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from liar_families import UNLISTED
 from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, T5Config
 
 import liar_ext
@@ -14,6 +15,7 @@ from liar_ext.demo import CALIBRATION, MODEL
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.presets import PRESETS, preset_fields
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction import RECONSTRUCTIONS
 
 PRE_NORM = (LlamaConfig(), GPT2Config(), OPTConfig(do_layer_norm_before=True))
 POST_NORM = (BertConfig(), OPTConfig(do_layer_norm_before=False))
@@ -45,6 +47,38 @@ def test_an_unknown_preset_and_an_unsupported_model_are_refused():
 def test_a_folder_and_fields_that_win():
     found = liar_ext.preset("best", MODEL, sparsity=0.5, target_signal="dense")
     assert found == Recipe(**{**PRESETS["best"].fields, "sparsity": 0.5, "target_signal": "dense"})
+
+
+def test_a_traced_family_has_presets_too(tmp_path):
+    UNLISTED["phi"].build().config.save_pretrained(tmp_path)
+    found = liar_ext.preset("best", tmp_path, trace=True, sparsity=0.5)
+    assert found == Recipe(
+        **{**PRESETS["best"].fields, **PRESETS["best"].residual, "sparsity": 0.5}
+    )
+    with pytest.raises(UnsupportedModelError, match="not a family this version knows"):
+        liar_ext.preset("best", tmp_path)
+
+
+def test_an_unknown_preset_is_noticed_before_the_source_is_looked_for():
+    with pytest.raises(InputError, match="--preset better: unknown"):
+        liar_ext.preset("better", "nobody/has-this")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("reconstruct", RECONSTRUCTIONS)
+@pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
+def test_repairs_and_statistics_win_over_a_preset_whatever_they_can_aim_at(
+    name, reconstruct, statistics
+):
+    words = ["--preset", name, "--reconstruct", reconstruct, "--statistics", statistics]
+    found = parsed(*words)
+    assert (found.reconstruct, found.statistics) == (reconstruct, statistics)
+    able = RECONSTRUCTIONS[reconstruct].follows and statistics == "sequential"
+    assert found.target_signal == ("stream" if name == "best" and able else "local")
+    assert liar_ext.preset(name, MODEL, reconstruct=reconstruct, statistics=statistics) == found
+    if not able:
+        with pytest.raises(InputError, match="--target-signal stream with"):
+            parsed(*words, "--target-signal", "stream")
 
 
 def parsed(*words):
@@ -88,12 +122,16 @@ def test_jobs_name_presets_and_win_over_them(tmp_path):
         {"out": "a"},
         {"out": "b", "preset": "fast"},
         {"out": "c", "criterion": "flap"},
+        {"out": "d", "reconstruct": "bias"},
     ]
     file = tmp_path / "jobs.jsonl"
     file.write_text(
         "\n".join(json.dumps({**common, **x, "out": str(tmp_path / x["out"])}) for x in lines)
     )
-    first, second, third = (job.recipe for job in read_jobs(file, {"sparsity": 0.4}, preset="best"))
+    first, second, third, fourth = (
+        job.recipe for job in read_jobs(file, {"sparsity": 0.4}, preset="best")
+    )
     assert first == liar_ext.preset("best", MODEL, sparsity=0.4, calibration=str(CALIBRATION))
     assert second == liar_ext.preset("fast", MODEL, sparsity=0.4, calibration=str(CALIBRATION))
     assert third.criterion == "flap" and third.target_signal == first.target_signal
+    assert fourth.reconstruct == "bias" and fourth.target_signal == "local"

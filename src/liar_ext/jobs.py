@@ -194,8 +194,9 @@ def _parse(
     # no shell has seen these
     source, out = (os.path.expanduser(own[key]) for key in ("source", "out"))
     start = own.get("preset", preset)
-    under = {} if start is None else fields_for(start, source)
-    recipe = Recipe.from_json({**under, **defaults, **data})
+    given = {**defaults, **data}
+    under = {} if start is None else fields_for(start, source, given)
+    recipe = Recipe.from_json({**under, **given})
     if recipe.calibration is None:
         raise InputError("calibration is missing; give it in the line or as --calibration")
     refuse_missing_path(recipe.calibration)

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.allocation import Budget
 from liar_ext.allocation.prices import Prices
 from liar_ext.errors import InputError
-from liar_ext.models import Site, linear, text_config
+from liar_ext.models import Site, adapter_for, linear, text_config
 
 VERSION = 1
 HOW = "make one with: liar bench latency SRC --out FILE"
+MODES = ("prefill", "decode")
 # values in the 16 bytes that matrix products on tensor cores read at once
 ALIGNED = 8
 # in this order in a file, and in what is said of it
@@ -60,6 +61,47 @@ def shape_of(site: Site, config: PretrainedConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """What a forward works on.
+
+    Attributes:
+        mode: `prefill`, `batch` sequences of `seq_len` tokens at once; `decode`, the next token of
+            each after `seq_len` that are in the cache.
+    Raises:
+        ValueError: another mode, or a number below 1.
+    """
+
+    mode: str
+    batch: int
+    seq_len: int
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}: must be {' or '.join(MODES)}")
+        for name, value in (("batch", self.batch), ("seq_len", self.seq_len)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} {value!r}: must be a whole number of at least 1")
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError for what the model cannot do."""
+        adapter = adapter_for(model.config)
+        if self.mode == "decode" and not adapter.decoder:
+            raise InputError(
+                f"--mode decode: a {adapter.model_type} model generates no tokens; use prefill"
+            )
+        limit = adapter.max_positions(text_config(model.config)) - (self.mode == "decode")
+        if self.seq_len > limit:
+            raise InputError(
+                f"--seq-len {self.seq_len}: the model takes {limit} tokens at most here"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Of each sequence that a forward computes."""
+        return 1 if self.mode == "decode" else self.seq_len
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """One file, read.
 
@@ -93,7 +135,8 @@ class LatencyTable:
             )
         try:
             origin = {name: data[name] for name in _ORIGIN}
-            prices = dict(_prices_of(table) for table in data["tables"])
+            Workload(**origin["workload"])
+            prices = _prices_by_shape(data["tables"])
         except (KeyError, TypeError, ValueError) as error:
             said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: is damaged ({said}); {HOW}") from error
@@ -134,6 +177,18 @@ class LatencyTable:
     def to_json(self) -> dict[str, Any]:
         """For a report."""
         return {"sha256": self.sha256, **self.origin}
+
+
+def _prices_by_shape(tables: Any) -> dict[tuple[Any, ...], Prices]:
+    found: dict[tuple[Any, ...], Prices] = {}
+    for table in tables:
+        shape, prices = _prices_of(table)
+        if shape in found:
+            raise ValueError(f"{_shown(dict(zip(SHAPE, shape, strict=True)))} is there twice")
+        found[shape] = prices
+    if not found:
+        raise ValueError("it has no tables")
+    return found
 
 
 def _prices_of(table: Any) -> tuple[tuple[Any, ...], Prices]:

@@ -58,7 +58,7 @@ from liar_ext.errors import InputError
 from liar_ext.gradient_memory import learning_graph
 from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, layout, text_config
-from liar_ext.models.adapter import Adapter
+from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.planning_loader import loader_of
 from liar_ext.prior_costs import prior_plan
@@ -235,7 +235,7 @@ def _stored(
         if left_over:
             notes.append(f"{len(left_over)} tensors are no part of the model, first {left_over[0]}")
         return reader.dtypes(), reader.bytes()
-    dtype = getattr(text_config(model.config), "dtype", None) or torch.float32
+    dtype = stated_dtype(model.config)
     notes.append(f"no safetensors weights in {folder}: bytes assume the config's dtype, {dtype}")
     tied = tied_names(model)
     return {name: NAMES[dtype] for name in model.state_dict() if name not in tied}, None

@@ -56,28 +56,53 @@ PRESETS = {
 }
 
 
-def preset_fields(name: str, config: PretrainedConfig) -> dict[str, Any]:
+def preset_fields(
+    name: str, config: PretrainedConfig, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Recipe fields of a preset for a model.
 
+    Args:
+        given: fields that will win. Where these can aim at no residual stream, neither does the
+            preset.
     Raises:
         InputError: an unknown preset. UnsupportedModelError: a model without an adapter.
     """
     from liar_ext.models import adapter_for, text_config
 
-    if name not in PRESETS:
-        raise InputError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
-    found = PRESETS[name]
+    found = _known(name)
     adapter = adapter_for(config)
-    residual = found.residual if adapter.residual(text_config(config)) else {}
+    streams = adapter.residual(text_config(config)) and _follows({**found.fields, **(given or {})})
+    residual = found.residual if streams else {}
     return {**found.fields, **residual, **({} if adapter.decoder else found.encoder)}
 
 
-def fields_for(name: str, source: str | Path, *, trace: bool = False) -> dict[str, Any]:
+def _known(name: str) -> Preset:
+    if name not in PRESETS:
+        raise InputError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _follows(fields: Mapping[str, Any]) -> bool:
+    """Whether a recipe with these fields may aim at the dense path, as `Recipe` says."""
+    from liar_ext.reconstruction import RECONSTRUCTIONS
+
+    unable = [name for name, method in RECONSTRUCTIONS.items() if not method.follows]
+    return fields["reconstruct"] not in unable and fields.get("statistics") != "oneshot"
+
+
+def fields_for(
+    name: str,
+    source: str | Path,
+    given: Mapping[str, Any] | None = None,
+    *,
+    trace: bool = False,
+) -> dict[str, Any]:
     """`preset_fields` for the checkpoint in a folder or of a hub id; reads its config only.
 
     Args:
         trace: as `compress` will get it.
     """
+    _known(name)  # before anything is fetched
     from liar_ext.checkpoint.load import resolve
     from liar_ext.checkpoint.reader import read_json
     from liar_ext.models import layout
@@ -88,17 +113,18 @@ def fields_for(name: str, source: str | Path, *, trace: bool = False) -> dict[st
         from liar_ext.engine.source import with_trace
 
         data = with_trace(data, ())
-    return preset_fields(name, layout.config_object(data))
+    return preset_fields(name, layout.config_object(data), given)
 
 
-def preset(name: str, source: str | Path, **fields: Any) -> Recipe:
+def preset(name: str, source: str | Path, *, trace: bool = False, **fields: Any) -> Recipe:
     """The recipe of a preset for a checkpoint.
 
     Args:
         name: a key of `PRESETS`; source: folder or hub id; fields: of the Recipe, which win.
+        trace: as `compress` will get it.
     Raises:
         InputError: an unknown preset or bad fields. UnsupportedModelError: an unsupported model.
     """
     from liar_ext.recipe import Recipe
 
-    return Recipe(**{**fields_for(name, source), **fields})
+    return Recipe(**{**fields_for(name, source, fields, trace=trace), **fields})

@@ -17,6 +17,9 @@ from liar_ext.allocation.prices import Prices
 # a constant, stairs, a line: what a decoder's FFN and its four KV groups may take
 FFN = Prices((1, 8, 16, 24, 32, 48, 64), (3.0, 3.0, 3.5, 5.0, 5.0, 7.5, 8.0))
 HEADS = Prices((1, 2, 3, 4), (2.0, 2.25, 3.5, 4.0))
+# that bend: a hinge gives 10 of 64 neurons for the price of one, but they are not free
+BENT_FFN = Prices((1, 32, 64), (0.5, 2.5, 5.2))
+BENT_HEADS = Prices((1, 2, 4), (2.7, 3.1, 4.1))
 
 
 def finding(survey: str | None, units: int, scale: int, generator) -> torch.Tensor | None:
@@ -37,12 +40,14 @@ def finding(survey: str | None, units: int, scale: int, generator) -> torch.Tens
     return None if survey is None else scale * drawn(columns[survey])
 
 
-def problem(name: str, seed: int, layers: int = 4) -> list[Budget]:
+def problem(
+    name: str, seed: int, layers: int = 4, tables: tuple[Prices, Prices] = (HEADS, FFN)
+) -> list[Budget]:
     generator = torch.Generator().manual_seed(seed)
     survey = ALLOCATIONS[name].survey
     made = []
     for layer in range(layers):
-        for kind, prices in (("heads", HEADS), ("ffn", FFN)):
+        for kind, prices in zip(("heads", "ffn"), tables, strict=True):
             units = prices.units[-1]
             found = finding(survey, units, layer + 1, generator)
             made.append(Budget(kind, units, prices.secant, found, prices))
@@ -105,8 +110,42 @@ def test_what_is_asked_for_costs_what_the_budget_allows(name, sparsity):
     own = [s / 1000 for s in range(1, 1000)]
     answers = [wanted(budgets, s) for s in own]
     fitting = [price(budgets, answer) for answer in answers]
-    best = max((p for p in fitting if p <= most), default=0.0)
-    assert price(budgets, found) >= best - 1e-6
+    assert price(budgets, found) >= max(p for p in fitting if p <= most) - 1e-6
+
+
+@pytest.mark.parametrize("name", ["ranked", "kwon"])
+def test_beyond_the_units_of_the_fixed_price_every_site_goes_on_shrinking(name):
+    """These answer no fewer than a hinge gives for the price of one unit."""
+    budgets = problem(name, 1, tables=(BENT_HEADS, BENT_FFN))
+    wanted = ALLOCATIONS[name].wanted
+    least = wanted(budgets, 1.0)
+    assert least == [b.hinge.free for b in budgets] and max(least) > 5
+    bend = 1 - price(budgets, least) / dense(budgets)
+    end = 1 - price(budgets, [1.0] * len(budgets)) / dense(budgets)
+    asked_for = [bend + (end - bend) * part / 10 for part in range(11)]
+    found = [asked(wanted, budgets, sparsity) for sparsity in asked_for]
+    assert found[0] == pytest.approx(least, abs=0.01)
+    assert found[-1] == pytest.approx([1.0] * len(budgets), abs=0.01)
+    for less, more in itertools.pairwise(found):
+        assert all(a >= b for a, b in zip(less, more, strict=True))
+    for sparsity, widths in zip(asked_for, found, strict=True):
+        assert price(budgets, widths) == pytest.approx((1 - sparsity) * dense(budgets), abs=FINEST)
+        # the same everywhere, and a step of the grid settles what is left over
+        whole = ALLOCATIONS[name].widths(budgets, sparsity)
+        assert all(abs(a - b) < 2 for a, b in zip(whole, widths, strict=True))
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_nothing_goes_that_saves_no_time(name, sparsity, round_to):
+    level = Prices((1, 2, 3, 4), (1.0, 1.0, 1.0, 1.0))
+    budgets = problem(name, 2, tables=(level, FFN))
+    widths = ALLOCATIONS[name].widths(budgets, sparsity, round_to)
+    assert widths[::2] == [4] * 4
+    for budget, kept in zip(budgets, widths, strict=True):
+        more = kept + (round_to if budget.kind == "ffn" else 1)
+        assert kept == budget.units or budget.price(more) > budget.price(kept)
 
 
 def test_bisection_meets_a_line_to_a_thousandth_of_a_unit():

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from liar_families import FAMILIES
+from liar_families import FAMILIES, UNLISTED
 from liar_latency import write_table
 from transformers import DynamicCache
 
 from liar_ext import InputError
 from liar_ext.bench import latency as bench
 from liar_ext.bench.stopwatch import Stopwatch
-from liar_ext.bench.workload import Workload, cache_for, calls_of, unchanged, with_cache
+from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged, with_cache
 from liar_ext.calibration import Batch
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.cli import main
 from liar_ext.demo import MODEL
 from liar_ext.engine.capture import layer_output, record_calls
-from liar_ext.latency import LatencyTable
-from liar_ext.models import adapter_for, layout
+from liar_ext.engine.source import with_trace
+from liar_ext.latency import LatencyTable, Workload
+from liar_ext.models import adapter_for, layout, linear
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "latency.py"
@@ -146,16 +148,59 @@ def test_decoding_is_the_next_token_of_a_prefill(name):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_cache_is_as_wide_as_what_a_model_keeps(name):
+    real, model = FAMILIES[name].build(), empty(name)
+    adapter, config = adapter_for(real.config), real.config.get_text_config()
+    work = Workload("decode", 2, 5)
+    kept = DynamicCache(config=config)
+    with torch.no_grad():
+        ids = torch.full((2, 5), 3)
+        adapter.backbone(real)[1](input_ids=ids, use_cache=True, past_key_values=kept)
+        hidden, calls = calls_of(model, work, CPU, torch.float32)
+        for index, layer in enumerate(adapter.layer_list(real)[1]):
+            cache = cache_for(model, index, layer, hidden, calls[index], work)
+            assert cache.layers[index].keys.shape == kept.layers[index].keys.shape
+            assert cache.layers[index].values.shape == kept.layers[index].values.shape
+
+
 def test_a_cache_has_the_heads_that_are_left_and_stays_as_it_is():
-    model = FAMILIES["llama-gqa-biases"].build()
-    heads = sites(model, ("heads",))[0]
+    real, model = FAMILIES["llama-gqa-biases"].build(), empty("llama-gqa-biases")
+    heads = sites(real, ("heads",))[0]
     heads.shrink(torch.arange(3))
-    cache = cache_for(model, heads, Workload("decode", 2, 10), CPU, torch.float32)
+    work = Workload("decode", 2, 10)
+    with torch.no_grad():
+        hidden, calls = calls_of(model, work, CPU, torch.float32)
+        cache = cache_for(model, 0, heads.module, hidden, calls[0], work)
     assert cache.layers[0].keys.shape == (2, 3, 10, heads.head_dim)
     twin = unchanged(cache)
     new = torch.zeros(2, 3, 1, heads.head_dim)
     assert twin.update(new, new, 0)[0].shape[2] == 11
     assert cache.layers[0].keys.shape[2] == cache.get_seq_length() == 10
+
+
+def test_layers_that_keep_nothing_do_not_decode():
+    work, model = Workload("decode", 1, 4), empty("llama-mha")
+    with torch.no_grad():
+        hidden, calls = calls_of(model, work, CPU, torch.float32)
+        with pytest.raises(InputError, match="llama model keep no keys and values; use prefill"):
+            cache_for(model, 0, ForgetfulLayer(), hidden, calls[0], work)
+
+
+class ForgetfulLayer(torch.nn.Module):
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "gpt2"])
+def test_random_matrices_keep_the_variance_of_what_they_are_given(name):
+    """Of GPT-2 as well, whose linears have their inputs first."""
+    layer = adapter_for(empty(name).config).layer_list(empty(name))[1][0]
+    torch.manual_seed(0)
+    materialise(layer, CPU, torch.float32)
+    for module in linear.linears(layer):
+        weight = linear.weight(module)
+        assert float(weight.std() * weight.shape[1] ** 0.5) == pytest.approx(1, abs=0.1)
 
 
 def test_copies_share_no_weights(monkeypatch):
@@ -181,6 +226,32 @@ def test_only_the_kinds_that_are_asked_for_are_made_smaller():
         empty("llama-mha"), Workload("prefill", 1, 4), CPU, target=("ffn",), points=4, repeats=1
     )
     assert [own["shape"]["kind"] for own in found["tables"]] == ["ffn"]
+
+
+@pytest.mark.parametrize("stated", ["outer", "nested"])
+def test_the_dtype_of_a_nested_model_may_be_stated_outside(stated):
+    data = FAMILIES["llava"].build().config.to_dict()
+    places = {"outer": data, "nested": data["text_config"]}
+    for place in places.values():
+        place.pop("dtype", None)
+    places[stated]["dtype"] = "bfloat16"
+    model = layout.empty_model(layout.config_object(data))
+    found = bench.measure(model, Workload("prefill", 1, 4), CPU, points=2, repeats=1)
+    assert found["dtype"] == "bfloat16"
+
+
+def test_without_a_target_it_is_every_kind_and_one_that_is_not_there_is_refused(monkeypatch):
+    work, model = Workload("prefill", 1, 4), empty("llama-mha")
+    found = bench.measure(model, work, CPU, points=2, repeats=1)
+    assert sorted(own["shape"]["kind"] for own in found["tables"]) == ["ffn", "heads"]
+    adapter = adapter_for(model.config)
+    alone = replace(adapter, sites=tuple(spec for spec in adapter.sites if spec.kind == "ffn"))
+    monkeypatch.setattr(bench, "adapter_for", lambda config: alone)
+    found = bench.measure(empty("llama-mha"), work, CPU, points=2, repeats=1)
+    assert [own["shape"]["kind"] for own in found["tables"]] == ["ffn"]
+    for target in (("heads",), ("ffn", "heads")):
+        with pytest.raises(InputError, match="--target heads: this model has none; it has ffn"):
+            bench.measure(empty("llama-mha"), work, CPU, target=target, points=2, repeats=1)
 
 
 # -- which widths ------------------------------------------------------------------------------
@@ -275,6 +346,34 @@ def test_the_file_has_to_be_named(capsys, tmp_path):
     assert f"--out {file}: " in capsys.readouterr().err
 
 
+def test_a_family_without_an_adapter_is_traced(tmp_path, capsys):
+    """One whose heads cannot be pruned: a decoder all the same."""
+    config, file = UNLISTED["olmo2"].build().config, tmp_path / "t.json"
+    config.save_pretrained(tmp_path)
+    words = ["--mode", "decode", "--points", "2", "--repeats", "1", "--seq-len", "8"]
+    words = ["bench", "latency", str(tmp_path), "--out", str(file), *words, "--device", "cpu"]
+    assert main(words) == 2
+    assert "`liar trace`" in capsys.readouterr().err
+    assert main([*words, "--trace"]) == 0
+    model = layout.empty_model(
+        layout.config_object(with_trace(read_json(tmp_path / "config.json"), ()))
+    )
+    (ffn,) = sites(model)
+    assert LatencyTable.read(file).budget(ffn, model.config).units == 48
+    file.unlink()
+    assert main([*words, "--trace", "--target", "ffn,heads"]) == 2
+    assert "--target heads: the trace of 'olmo2' found none" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_the_table_names_the_folder_that_one_stands_in(tmp_path, monkeypatch):
+    file = tmp_path / "t.json"
+    monkeypatch.chdir(MODEL)
+    words = ["--points", "2", "--repeats", "1", "--seq-len", "4", "--device", "cpu"]
+    assert main(["bench", "latency", ".", "--out", str(file), *words]) == 0
+    assert json.loads(file.read_text())["source"] == MODEL.name
+
+
 def test_a_lack_of_memory_names_the_options_to_lower(monkeypatch, tmp_path, capsys):
     def fails(*words, **more):
         raise MemoryError
@@ -320,6 +419,18 @@ def test_a_pruned_model_is_timed_beside_what_a_table_predicts(mode, tmp_path, ca
     assert pruned["predicted_seconds"] == pytest.approx(0.75 * dense["predicted_seconds"], rel=1e-3)
     out = capsys.readouterr().out
     assert "predicted" in out and "of dense" in out
+
+
+def test_of_a_table_of_both_kinds_only_what_is_targeted_is_predicted(tmp_path):
+    model = layout.empty_model(layout.config_object(read_json(MODEL / "config.json")))
+    work = {"mode": "prefill", "batch": 1, "seq_len": 8}
+    table = write_table(tmp_path / "t.json", model, dtype="float32", workload=work)
+    words = ("--target", "heads", "--repeats", "1", "--sparsities", "0.2")
+    calibration = ("--samples", "8", "--calibration-seq-len", "32", "--allocations", "uniform")
+    dense, pruned = run_script(tmp_path, "--latency", table, *words, *calibration)
+    assert dense["predicted_seconds"] == pytest.approx(5 * 170e-6)
+    price = LatencyTable.read(table).budget(sites(model, ("heads",))[0], model.config).price
+    assert pruned["predicted_seconds"] == pytest.approx(sum(map(price, pruned["units"]["heads"])))
 
 
 @pytest.mark.slow

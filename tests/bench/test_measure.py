@@ -78,3 +78,13 @@ def test_a_forced_backend_would_be_every_variant(monkeypatch, name):
     monkeypatch.setenv(name, "torch")
     with pytest.raises(InputError, match=f"{name}=torch: this benchmark runs every version"):
         measure.refuse_forcing()
+
+
+def test_a_model_is_called_by_its_folder_wherever_one_stands(tmp_path, monkeypatch):
+    folder = tmp_path / "models" / "llama"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    for source in (".", "../llama", "../llama/", str(folder)):
+        assert measure.source_name(source) == "llama"
+    assert measure.source_name("..") == "models"
+    assert measure.source_name("meta-llama/Llama-3.1-8B") == "Llama-3.1-8B"

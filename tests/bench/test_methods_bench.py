@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from liar_ext.bench import methods
 from liar_ext.bench.methods import METHODS, rows_of
+from liar_ext.bench.methods import prune as methods_prune
 from liar_ext.cli import main
 from liar_ext.demo import CALIBRATION, MODEL
 from liar_ext.errors import InputError
@@ -49,6 +51,42 @@ def test_what_a_model_cannot_do_is_skipped_with_the_reason(tmp_path, capsys):
     assert skipped["name"] == "stream" and "post-norm" in skipped["reason"]
     assert [row["name"] for row in result["rows"]] == ["", "dense"]
     assert "stream: skipped" in capsys.readouterr().out
+
+
+def failing(name: str, error: BaseException):
+    """`prune` that raises for one reconstruction."""
+
+    def prune(model, batches, recipe):
+        if recipe.reconstruct == name:
+            raise error
+        return methods_prune(model, batches, recipe)
+
+    return prune
+
+
+def test_a_method_that_fails_costs_no_other_its_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "reconstruct", ("none", "bias", "liar", "mask-tuning"))
+    monkeypatch.setattr(methods, "prune", failing("bias", RuntimeError("no such\nkernel")))
+    file = tmp_path / "result.json"
+    words = [*FEW, "--vary", "reconstruct", "--device", "cpu", "--json", str(file)]
+    assert main(["bench", "methods", str(MODEL), *words]) == 1
+    assert "error: reconstruct bias: RuntimeError: no such kernel" in capsys.readouterr().err
+    result = json.loads(file.read_text())
+    assert [row["name"] for row in result["skipped"]] == ["bias"]
+    assert [row["name"] for row in result["rows"]] == ["", "none", "mask-tuning"]
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "reconstruct", ("none", "bias", "liar", "mask-tuning"))
+    monkeypatch.setattr(methods, "prune", failing("bias", KeyboardInterrupt()))
+    file = tmp_path / "result.json"
+    words = [*FEW, "--vary", "reconstruct", "--device", "cpu", "--json", str(file)]
+    assert main(["bench", "methods", str(MODEL), *words]) == 2
+    assert f"interrupted; {file} has what was measured" in capsys.readouterr().err
+    result = json.loads(file.read_text())
+    assert [row["name"] for row in result["rows"]] == ["", "none"]
+    left = {row["name"]: row["reason"] for row in result["skipped"]}
+    assert left == {"bias": "not measured yet", "mask-tuning": "not measured yet"}
 
 
 def test_impossible_recipes_are_no_rows():

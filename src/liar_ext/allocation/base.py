@@ -90,7 +90,8 @@ class Allocation:
 
         Rounding each Site alone drifts from the budget (4 KV groups cannot lose 30 %), so after
         rounding the cheapest distortions are taken, one step at a time, while they bring the
-        total closer. A step goes to the next width on the grid that has another price.
+        total closer. A step goes to the next width on the grid that has another price, and in the
+        end every Site has the most units that it can have at its price.
 
         Args:
             wanted: what a search has found in the place of `self.wanted`.
@@ -143,6 +144,8 @@ class Allocation:
             _, _, group, position = best
             kept += price(group, position) - price(group, chosen[group])
             chosen[group] = position
+        # what saves nothing stays: up to the last width of that price
+        chosen = [bisect_right(own, own[at]) - 1 for own, at in zip(prices, chosen, strict=True)]
         widths = [0] * len(budgets)
         for group, indices in enumerate(members):
             for index in indices:

@@ -7,11 +7,13 @@ one unit, and the cost of a unit is counted from its weights, which covers group
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from liar_ext.allocation.base import Allocation, Budget
+from liar_ext.allocation.ranking import nearest
 
 # a spread of scores below so much of the largest is their rounding
 _ROUNDING = 1e-12
@@ -28,23 +30,9 @@ def standardised(budget: Budget) -> Tensor:
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
-    ranked = [standardised(budget) for budget in budgets]
-    scores = torch.cat(ranked)
-    owner = torch.cat([torch.full((len(z),), i) for i, z in enumerate(ranked)])
-    cost = torch.cat(
-        [
-            torch.full((len(z),), float(b.cost), dtype=torch.float64)
-            for z, b in zip(ranked, budgets, strict=True)
-        ]
-    )
-    # the best unit of each Site goes first: no Site is emptied
-    for site, z in enumerate(ranked):
-        scores[(owner == site).nonzero()[int(z.argmax())]] = float("inf")
-    order = scores.argsort(descending=True, stable=True)
-    budget_kept = float(cost.sum()) * (1 - sparsity)
-    spent = cost[order].cumsum(0)
-    count = max(int((spent - budget_kept).abs().argmin()) + 1, len(budgets))
-    return torch.bincount(owner[order[:count]], minlength=len(budgets)).double().tolist()
+    # a unit costs the same wherever its Site stands on a table of prices
+    alike = [replace(budget, prices=None) for budget in budgets]
+    return nearest(alike, sparsity, standardised)
 
 
 GLOBAL = Allocation("global", wanted, survey="scores", equal=False)

@@ -10,23 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from liar_ext.allocation.base import Allocation, Budget
-from liar_ext.allocation.ranking import ranked
+from liar_ext.allocation.ranking import nearest
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     kept = [0.0] * len(budgets)
     for kind in dict.fromkeys(budget.kind for budget in budgets):
         places = [place for place, budget in enumerate(budgets) if budget.kind == kind]
-        _, cost, owner = ranked([budgets[place] for place in places])
-        spent = cost.cumsum(0)
-        nearest = int((spent - (1 - sparsity) * float(spent[-1])).abs().argmin()) + 1
-        least = sum(budgets[place].hinge.free for place in places)
-        counts = torch.bincount(owner[: max(nearest, least)], minlength=len(places))
-        for place, units in zip(places, counts.tolist(), strict=True):
-            kept[place] = float(units)
+        units = nearest([budgets[place] for place in places], sparsity)
+        for place, count in zip(places, units, strict=True):
+            kept[place] = count
     return kept
 
 

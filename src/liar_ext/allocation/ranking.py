@@ -1,8 +1,8 @@
-"""One ranking of the units of several Sites by their raw scores."""
+"""One ranking of the units of several Sites."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,23 @@ from torch import Tensor
 from liar_ext.allocation.base import Budget
 
 
-def ranked(budgets: Sequence[Budget]) -> tuple[Tensor, Tensor, Tensor]:
+def raw(budget: Budget) -> Tensor:
+    """The criterion's scores as they are, summed over each unit, (units,) float64."""
+    return budget.known.double().reshape(budget.units, -1).sum(1)
+
+
+def ranked(
+    budgets: Sequence[Budget], score: Callable[[Budget], Tensor] = raw
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, costs and Sites of all units of some Sites, each (units of all,), best first.
 
     Those that come at the fixed price of their Site, at least its best one, are before all others:
     no Site is emptied. Together they cost that price.
+
+    Args:
+        score: (units,) float64 of a Site.
     """
-    scores = [b.known.double().reshape(b.units, -1).sum(1) for b in budgets]
+    scores = [score(budget) for budget in budgets]
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
     cost, first = map(
         torch.cat, zip(*(_priced(*both) for both in zip(budgets, scores, strict=True)), strict=True)
@@ -24,6 +34,19 @@ def ranked(budgets: Sequence[Budget]) -> tuple[Tensor, Tensor, Tensor]:
     flat = torch.cat(scores)
     order = torch.where(first, torch.inf, flat).argsort(descending=True, stable=True)
     return flat[order], cost[order], owner[order]
+
+
+def nearest(
+    budgets: Sequence[Budget], sparsity: float, score: Callable[[Budget], Tensor] = raw
+) -> list[float]:
+    """Units of each Site in the first part of the ranking that is nearest to the budget, and at
+    least in that of the fixed prices."""
+    _, cost, owner = ranked(budgets, score)
+    spent = cost.cumsum(0)
+    count = int((spent - (1 - sparsity) * float(spent[-1])).abs().argmin()) + 1
+    least = sum(budget.hinge.free for budget in budgets)
+    units = torch.bincount(owner[: max(count, least)], minlength=len(budgets))
+    return units.double().tolist()
 
 
 def _priced(budget: Budget, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,27 +23,23 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liar_ext.bench.measure import machine_state
+from liar_ext.bench.measure import machine_state, source_name
 from liar_ext.bench.stopwatch import Stopwatch
-from liar_ext.bench.workload import (
-    Workload,
-    cache_for,
-    calls_of,
-    materialise,
-    unchanged,
-    with_cache,
-)
+from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged, with_cache
 from liar_ext.checkpoint.load import resolve
 from liar_ext.cli.output import Watcher, print_table
+from liar_ext.cli.prune import add_trace
 from liar_ext.engine.capture import LayerCall
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.progress import Progress, Silent
+from liar_ext.engine.source import with_trace
 from liar_ext.environment import device_name, environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
-from liar_ext.latency import VERSION, shape_of
+from liar_ext.latency import MODES, VERSION, Workload, shape_of
 from liar_ext.models import Site, adapter_for, layout, text_config
+from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.planning import dense_config
-from liar_ext.recipe import Recipe
+from liar_ext.recipe import KINDS, Recipe
 from liar_ext.report.text import latency, workload
 
 # the first calls pay for threads, libraries and compilers, and a GPU's clock rises
@@ -57,7 +52,7 @@ LARGEST_MULTIPLE = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id; only its config is read")
-    parser.add_argument("--mode", choices=("prefill", "decode"), default="prefill")
+    parser.add_argument("--mode", choices=MODES, default="prefill")
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="sequences at a time (default 1)"
     )
@@ -67,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of each; with decode those in the cache (default 512, or the model's limit)",
     )
-    parser.add_argument("--target", default="ffn,heads", metavar="KINDS", help="default ffn,heads")
+    parser.add_argument(
+        "--target", metavar="KINDS", help="ffn, heads, or ffn,heads (default: what the model has)"
+    )
     parser.add_argument(
         "--points", type=int, default=12, metavar="N", help="widths of a Site (default 12)"
     )
@@ -78,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", metavar="NAME", help="auto, float32, bfloat16, float16"
     )
+    add_trace(parser)
 
 
 def execute(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -92,9 +90,16 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     # checks the names
-    wanted = Recipe(target=arguments.target, device=arguments.device, dtype=arguments.dtype)
-    folder = resolve(arguments.source, config_only=True)
-    model = layout.empty_model(layout.config_object(dense_config(folder)))
+    wanted = Recipe(
+        target=KINDS if arguments.target is None else arguments.target,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    target = None if arguments.target is None else wanted.target
+    data = dense_config(resolve(arguments.source, config_only=True))
+    if arguments.trace:
+        data = with_trace(data, target or ())
+    model = layout.empty_model(layout.config_object(data))
     device = resolve_device(wanted.device)
     length = arguments.seq_len
     if length is None:
@@ -108,7 +113,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
                 work,
                 device,
                 compute_dtype(wanted.dtype, device),
-                target=wanted.target,
+                target=target,
                 points=arguments.points,
                 repeats=arguments.repeats,
                 progress=progress,
@@ -119,7 +124,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
             raise OutOfMemory(
                 "out of memory with copies of a layer; lower --batch, --seq-len or --points"
             ) from error
-        result = {"source": Path(arguments.source).name, **found}
+        result = {"source": source_name(arguments.source), **found}
         for text in disturbances(result):
             progress.warn(text)
     print_table(shown(result))
@@ -132,7 +137,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype | None = None,
     *,
-    target: Sequence[str] = ("ffn", "heads"),
+    target: Sequence[str] | None = None,
     points: int = 12,
     repeats: int = 50,
     progress: Progress | None = None,
@@ -142,15 +147,16 @@ def measure(
     Args:
         model: on `meta`, dense; parts of it are made real and changed.
         dtype: of weights and hidden states; None is the config's.
+        target: kinds of Site; None is all that the model has.
     Raises:
-        InputError: the model cannot do that work.
+        InputError: the model cannot do that work, or has no Site of a kind.
     """
     progress = progress or Silent()
     adapter = adapter_for(model.config)
     work.check(model)
-    dtype = dtype or getattr(text_config(model.config), "dtype", None) or torch.float32
+    dtype = dtype or stated_dtype(model.config)
     before = machine_state()
-    shapes = _shapes(model, target)
+    shapes = _shapes(model, _targets(adapter, target))
     tables: dict[tuple[Any, ...], dict[str, Any]] = {}
     layers = []
     with torch.no_grad():
@@ -159,7 +165,8 @@ def measure(
         for index, own in shapes.items():
             chosen = widths(own, points)
             variants = [
-                _variant(model, index, kept, calls[index], work, device, dtype) for kept in chosen
+                _variant(model, index, kept, hidden, calls[index], work, device, dtype)
+                for kept in chosen
             ]
             times, whole = _rounds(variants, hidden, device, repeats, progress)
             for kind, shape in own.items():
@@ -195,6 +202,14 @@ def measure(
         "tables": list(tables.values()),
         "dense_layers": layers,
     }
+
+
+def _targets(adapter: Adapter, target: Sequence[str] | None) -> tuple[str, ...]:
+    kinds = tuple(spec.kind for spec in adapter.sites)
+    for kind in target or ():
+        if kind not in kinds:
+            raise InputError(f"--target {kind}: this model has none; it has {', '.join(kinds)}")
+    return kinds if target is None else tuple(target)
 
 
 def _shapes(model: PreTrainedModel, target: Sequence[str]) -> dict[int, dict[str, dict[str, Any]]]:
@@ -233,6 +248,7 @@ def _variant(
     model: PreTrainedModel,
     index: int,
     kept: dict[str, int],
+    hidden: Tensor,
     call: LayerCall,
     work: Workload,
     device: torch.device,
@@ -242,18 +258,13 @@ def _variant(
     adapter = adapter_for(model.config)
     layer = copy.deepcopy(adapter.layer_list(model)[1][index])
     sites = []
-    heads = None
-    for spec in adapter.sites:
-        whole = adapter.sites_of(model, index, (spec.kind,))[0]
-        site = Site(spec, index, layer, whole.head_dim, whole.name)
-        if spec.kind in kept:
-            site.shrink(torch.arange(kept[spec.kind]))
-            sites.append(site)
-        heads = site if spec.kind == "heads" else heads
+    for whole in adapter.sites_of(model, index, tuple(kept)):
+        site = Site(whole.spec, index, layer, whole.head_dim, whole.name)
+        site.shrink(torch.arange(kept[site.kind]))
+        sites.append(site)
     materialise(layer, device, dtype)
     if work.mode == "decode":
-        assert heads is not None, "every decoder has attention"
-        cache = cache_for(model, heads, work, device, dtype)
+        cache = cache_for(model, index, layer, hidden, call, work)
 
         def step(hidden: Tensor) -> Any:
             own = with_cache(call, unchanged(cache))

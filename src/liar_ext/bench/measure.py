@@ -30,6 +30,11 @@ CEILING_SIDE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 
 
+def source_name(source: str) -> str:
+    """What a result calls a model: the last part of a hub id, or of the whole path of a folder."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(source)))
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one.
 

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS
-from liar_ext.bench.measure import machine_state
+from liar_ext.bench import Keep
+from liar_ext.bench.measure import machine_state, source_name
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
@@ -46,7 +47,11 @@ LONG_SECONDS = 60.0
 
 @dataclass
 class Row:
-    """One method in place of the base recipe's; `method` is empty for the base itself."""
+    """One method in place of the base recipe's; `method` is empty for the base itself.
+
+    Attributes:
+        problem: why there is nothing to measure; failed: that is a fault, not what it says itself.
+    """
 
     method: str
     name: str
@@ -55,6 +60,11 @@ class Row:
     bytes: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     problem: str | None = None
+    failed: bool = False
+
+    @property
+    def measured(self) -> bool:
+        return self.problem is None and bool(self.seconds)
 
     @property
     def done(self) -> bool:
@@ -90,8 +100,8 @@ def rows_of(base: Recipe, fields: Sequence[str]) -> tuple[list[Row], list[dict[s
     return found, skipped
 
 
-def execute(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print.
+def execute(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Measure and print; `keep` what there is after each method.
 
     In memory: each compression is of a twin that shares the dense tensors, so that `bytes` is what
     comes on top of the dense model, with the pruned layers.
@@ -111,6 +121,36 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     # the first pass pays for threads and libraries; a batch is enough for that
     plain_forward(dense, batches[:1], device)
     forward: list[float] = []
+    versions = environment(device)
+
+    def found() -> dict[str, Any]:
+        base = statistics.median(forward)
+        return {
+            "benchmark": "methods",
+            "device": device.type,
+            "date": datetime.date.today().isoformat(),
+            "source": arguments.name or source_name(arguments.source),
+            "tokens": sum(batch.tokens for batch in batches),
+            "repeats": arguments.repeats,
+            "forward_seconds": _spread(forward),
+            "rows": [_row(row, base) for row in rows if row.measured],
+            "skipped": skipped
+            + [
+                {
+                    "method": row.method,
+                    "name": row.name,
+                    "reason": row.problem or "not measured yet",
+                }
+                for row in rows
+                if not row.measured
+            ],
+            # names, not this machine's folders
+            "recipe": recipe.to_json() | {"calibration": Path(str(recipe.calibration)).name},
+            "environment": versions,
+            "machine": machine_state(),
+            "problems": [f"{r.method} {r.name}: {r.problem}" for r in rows if r.failed],
+        }
+
     for _ in range(arguments.repeats):
         start = time.perf_counter()
         plain_forward(dense, batches, device)
@@ -118,27 +158,8 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         for row in rows:
             if not row.done:
                 _measure(row, dense, batches, device)
-    base = statistics.median(forward)
-    result = {
-        "benchmark": "methods",
-        "device": device.type,
-        "date": datetime.date.today().isoformat(),
-        "source": arguments.name or Path(arguments.source).name,
-        "tokens": sum(batch.tokens for batch in batches),
-        "repeats": arguments.repeats,
-        "forward_seconds": _spread(forward),
-        "rows": [_row(row, base) for row in rows if row.problem is None],
-        "skipped": skipped
-        + [
-            {"method": row.method, "name": row.name, "reason": row.problem}
-            for row in rows
-            if row.problem is not None
-        ],
-        # names, not this machine's folders
-        "recipe": recipe.to_json() | {"calibration": Path(str(recipe.calibration)).name},
-        "environment": environment(device),
-        "machine": machine_state(),
-    }
+                keep(found())
+    result = found()
     _show(result)
     return result
 
@@ -152,11 +173,13 @@ def _measure(
     start = time.perf_counter()
     try:
         report: Report = prune(model, batches, row.recipe)
-    except LiarError as error:
+    except Exception as error:
         if not row.method:
             raise
         # such as a criterion that needs a loss, of a model without one
-        row.problem = str(error)
+        row.failed = not isinstance(error, LiarError)
+        named = f"{type(error).__name__}: {error}" if row.failed else str(error)
+        row.problem = " ".join(named.split())
         return
     row.seconds.append(time.perf_counter() - start)
     row.bytes = max(row.bytes, _peak(device) - before)

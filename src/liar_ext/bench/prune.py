@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.bench.measure import machine_state
+from liar_ext.bench.measure import machine_state, source_name
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
@@ -84,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "prune",
         "device": device.type,
         "date": datetime.date.today().isoformat(),
-        "source": arguments.name or Path(arguments.source).name,
+        "source": arguments.name or source_name(arguments.source),
         "streamed": arguments.streamed,
         "layers": len({site.layer for site in reports[-1].sites}),
         "tokens": tokens,

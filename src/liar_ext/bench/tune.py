@@ -14,6 +14,7 @@ import torch
 
 from liar_ext.bench.gram import DTYPES
 from liar_ext.bench.measure import machine_state
+from liar_ext.bench.result import check_file
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 
@@ -34,8 +35,10 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print. A candidate with a wrong result is not timed.
 
     Raises:
-        InputError: no GPU, no triton, or a size that makes no sense.
+        InputError: no GPU, no triton, a size that makes no sense, or nowhere to write.
     """
+    if args.out is not None:
+        check_file("--out", args.out)
     if not torch.cuda.is_available():
         raise InputError("liar bench tune times kernels on a GPU, and torch sees no CUDA device")
     if find_spec("triton") is None:

@@ -1,53 +1,20 @@
-"""A workload for one layer: hidden states, the arguments its model gives it, and its cache."""
+"""A workload, for one layer: hidden states, the arguments its model gives it, and its cache."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.capture import LayerCall, record_calls
 from liar_ext.errors import InputError
-from liar_ext.models import Site, adapter_for, text_config
-
-Mode = Literal["prefill", "decode"]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a forward works on.
-
-    Attributes:
-        mode: `prefill`, `batch` sequences of `seq_len` tokens at once; `decode`, the next token of
-            each after `seq_len` that are in the cache.
-    """
-
-    mode: str
-    batch: int
-    seq_len: int
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError for what the model cannot do."""
-        adapter = adapter_for(model.config)
-        if self.mode == "decode" and not adapter.decoder:
-            raise InputError(
-                f"--mode decode: a {adapter.model_type} model generates no tokens; use prefill"
-            )
-        limit = adapter.max_positions(text_config(model.config)) - (self.mode == "decode")
-        if self.seq_len > limit:
-            raise InputError(
-                f"--seq-len {self.seq_len}: the model takes {limit} tokens at most here"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Of each sequence that a forward computes."""
-        return 1 if self.mode == "decode" else self.seq_len
+from liar_ext.latency import Workload
+from liar_ext.models import adapter_for, text_config
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -61,7 +28,8 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             if parameter is not None:
                 value = torch.randn(parameter.shape, device=device)
                 if value.dim() > 1:
-                    value *= value.shape[-1] ** -0.5
+                    # (in, out) or (out, in)
+                    value *= value.shape[0 if isinstance(part, Conv1D) else -1] ** -0.5
                 part._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
         for name, buffer in part._buffers.items():
             if buffer is not None:
@@ -99,15 +67,53 @@ def calls_of(
     return torch.randn_like(hidden), calls
 
 
+class _Added(Exception):
+    """Keys and values of a layer's new tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+
+class _Asked(DynamicCache):
+    """A cache that tells what is added to it, and where the layer is left."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise _Added(key_states, value_states)
+
+
 def cache_for(
-    model: PreTrainedModel, heads: Site, work: Workload, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    index: int,
+    layer: nn.Module,
+    hidden: Tensor,
+    call: LayerCall,
+    work: Workload,
 ) -> DynamicCache:
-    """Random keys and values of `seq_len` tokens, for the heads that a layer has now."""
-    shape = (work.batch, heads.units, work.seq_len, heads.head_dim)
-    cache = DynamicCache(config=text_config(model.config))
-    keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    cache.update(keys, values, heads.layer)
-    return cache
+    """Random keys and values of `seq_len` tokens, as wide as those that a layer adds now.
+
+    Args:
+        index: of the layer, which may have fewer heads than the config says.
+        hidden: (batch, 1, hidden size) of the next token; call: with a cache to be asked for.
+    Raises:
+        InputError: the layer keeps no keys and values.
+    """
+    config = text_config(model.config)
+    try:
+        own = with_cache(call, _Asked(config=config))
+        layer(hidden, *own.args, **own.kwargs)
+    except _Added as added:
+        cache = DynamicCache(config=config)
+        made = []
+        for new in (added.keys, added.values):
+            shape = (*new.shape[:2], work.seq_len, new.shape[-1])
+            made.append(torch.randn(shape, device=new.device).to(new.dtype))
+        cache.update(made[0], made[1], index)
+        return cache
+    raise InputError(
+        f"--mode decode: layers of a {config.model_type} model keep no keys and values; use prefill"
+    )
 
 
 def unchanged(cache: DynamicCache) -> DynamicCache:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from liar_ext.errors import InputError, NumericalError
+from liar_ext.errors import NumericalError
 
 
 def add_parser(commands: Any, *, wanted: bool = True) -> None:
@@ -33,20 +32,34 @@ def add_parser(commands: Any, *, wanted: bool = True) -> None:
 def run(benchmark: Any, arguments: argparse.Namespace) -> None:
     """Measure, write, and only then complain.
 
-    A wrong variant costs no other its figures.
+    A wrong variant costs no other its figures, and an interruption none of what a benchmark that
+    keeps them had.
 
     Raises:
         InputError: nowhere to write, or options that cannot be used.
         NumericalError: something that was measured is wrong or did not run.
     """
-    file = arguments.json_file
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise InputError(f"{benchmark.file} {file}: {Path(file).parent} is not a folder")
-    result = benchmark.execute(arguments)
+    from liar_ext.bench.result import check_file, write_result
+
+    option, file = benchmark.file, arguments.json_file
     if file is not None:
-        Path(file).write_text(
-            json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        check_file(option, file)
+    kept = False
+
+    def keep(result: Mapping[str, Any]) -> None:
+        nonlocal kept
+        if file is not None:
+            write_result(option, file, result)
+            kept = True
+
+    try:
+        result = benchmark.execute(arguments, keep)
+    except KeyboardInterrupt as error:
+        if not kept:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {file} has what was measured") from error
+    if file is not None:
+        write_result(option, file, result)
         print(f"written: {file}")
     if problems := result.get("problems"):
         raise NumericalError("; ".join(problems))

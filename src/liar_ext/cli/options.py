@@ -100,7 +100,8 @@ def recipe_of(arguments: argparse.Namespace) -> Any:
     values = values_of(arguments)
     if arguments.preset is not None:
         trace = getattr(arguments, "trace", False)
-        values = {**fields_for(arguments.preset, arguments.source, trace=trace), **values}
+        under = fields_for(arguments.preset, arguments.source, values, trace=trace)
+        values = {**under, **values}
     return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
 
 

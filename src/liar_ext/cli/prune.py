@@ -38,7 +38,7 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trace(parser: argparse.ArgumentParser) -> None:
-    """`liar plan` and `liar compare` have this, too."""
+    """`liar plan`, `liar compare` and `liar bench latency` have this, too."""
     parser.add_argument(
         "--trace",
         action="store_true",

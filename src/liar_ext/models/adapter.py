@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -98,6 +99,15 @@ class Adapter:
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config that describes the layers: `config` itself or its nested text config."""
     return config.get_text_config()
+
+
+def stated_dtype(config: PretrainedConfig) -> torch.dtype:
+    """What a config says of the weights of the layers; a nested one may leave it to the outer."""
+    for part in (text_config(config), config):
+        found = getattr(part, "dtype", None)
+        if isinstance(found, torch.dtype):
+            return found
+    return torch.float32
 
 
 def _has_submodule(module: nn.Module, path: str) -> bool:
