@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,29 @@ def test_from_disk_to_disk_is_what_happens_in_memory(tmp_path, family, allocatio
     assert (found["steps"], found["masks"], found["dropped"]) == (5, 5 * MASKS, 0)
     assert found["loss"] == ("next token" if decoder else "last hidden states")
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_units_at_the_ends_are_ranked_by_what_they_started_from(tmp_path, monkeypatch):
+    """Every unit is at 0 or 1 at once; what `uniform` keeps of each Site is as Wanda has it."""
+    recipe, batches = setting(tmp_path, target=("ffn",), allocation="uniform", policy_steps=1)
+
+    def step(self, losses, masks, size):
+        for kind, keep in self.keep.items():
+            # all of one layer, none of the other
+            self.keep[kind] = (torch.arange(len(keep)) < len(keep) // 2).double()
+        return len(losses)
+
+    kept = {}
+    for criterion in ("policy", "wanda"):
+        with monkeypatch.context() as patched:
+            patched.setattr("liar_ext.ops.policy.Policy.step", step)
+            model = FAMILIES["llama-mha"].build()
+            own = dataclasses.replace(recipe, criterion=criterion, reconstruct="none")
+            own = dataclasses.replace(own, statistics="oneshot")
+            liar_ext.prune(model, batches, own)
+        kept[criterion] = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    for found, wanda in zip(kept["policy"], kept["wanda"], strict=True):
+        assert torch.equal(found, wanda)
 
 
 # breaks

@@ -84,8 +84,8 @@ class PolicyPass:
 
     @torch.no_grad()
     def results(self, keeper: Keeper | None) -> dict[tuple[int, str], Tensor]:
-        """By layer and kind, (units,) float64 on the CPU, the same on every rank; goes on from
-        where an earlier run was, if one was.
+        """Scores (`Policy.scores`) by layer and kind, (units,) float64 on the CPU, the same on
+        every rank; goes on from where an earlier run was, if one was.
 
         Raises:
             InputError: there is nothing to predict; the dense model's loss or states are NaN or
@@ -106,7 +106,7 @@ class PolicyPass:
             for item in (*self._entering.values(), *self._wanted.values()):
                 item.free()
         self.facts = self._said(losses)
-        return self._by_site(policy.keep)
+        return self._by_site(policy.scores())
 
     def _sites(self, index: int) -> list[Site]:
         return self.runtime.sites(index, self.recipe.target)
@@ -268,6 +268,7 @@ class PolicyPass:
         self, policy: Policy, losses: list[list[float]]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"keep.{kind}": keep for kind, keep in policy.keep.items()}
+        tensors |= {f"start.{kind}": start for kind, start in policy.start.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         tensors["generator"] = policy.generator.get_state()
         tensors["state"] = torch.tensor(
@@ -310,13 +311,11 @@ def _standardised(scores: Tensor) -> Tensor:
 
 
 def _restored(tensors: Mapping[str, Tensor]) -> tuple[Policy, list[list[float]]]:
-    keep = {
-        name.removeprefix("keep."): values
-        for name, values in tensors.items()
-        if name.startswith("keep.")
-    }
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
     generator = torch.Generator()
     generator.set_state(tensors["generator"])
     share, baseline, spread = tensors["state"].tolist()
     losses = tensors["losses"].tolist()
-    return Policy(keep, share, generator, baseline, spread), losses
+    return Policy(named("keep."), share, generator, baseline, spread, named("start.")), losses
