@@ -92,10 +92,11 @@ def test_the_gradient_of_logits_is_autograds_through_straight_through_gates():
     leaf = theta.clone().requires_grad_()
     total, slopes = torch.zeros((), dtype=torch.float64), []
     for row in range(2):
-        gates, alphas = [], []
+        gates, shares_gone = [], []
         for site, n in enumerate(units):
             beta = leaf[row, site].softmax(0)
             alpha = (beta * besa.CANDIDATES).sum()
+            share = sum(beta[d] * min(n * d // 100, n - 1) / n for d in range(101))
             gone = torch.tensor(
                 [[float(min(n * d // 100, n - 1) > k) for d in range(101)] for k in range(n)],
                 dtype=torch.float64,
@@ -103,8 +104,8 @@ def test_the_gradient_of_logits_is_autograds_through_straight_through_gates():
             soft = (1 - gone @ beta)[ranks[site]]
             hard = (ranks[site] >= int(n * float(alpha.detach()))).double()
             gates.append(hard - soft.detach() + soft)
-            alphas.append(alpha)
-        mean = 0.3 * alphas[0] + 0.7 * alphas[1]
+            shares_gone.append(share)
+        mean = 0.3 * shares_gone[0] + 0.7 * shares_gone[1]
         total = total + error(gates) + 5.0 * ((mean - rates[row]) / rates[row]) ** 2
         leaves = [gate.detach().requires_grad_() for gate in gates]
         slopes.append(torch.autograd.grad(error(leaves), leaves))
@@ -131,6 +132,19 @@ class Sum:
             sum(float(((1 - g) * own).sum()) for g, own in zip(of, self._losses, strict=True))
             for of in gates
         ]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_rate_counts_what_can_go_of_it(heads):
+    """A Site of few units with most of the cost cannot lose a fraction of one, nor its last."""
+    losses = [torch.linspace(0.01, 0.04, units, dtype=torch.float64) for units in (heads, 40)]
+    costs = (40 // heads, 1)
+    found = besa.learn(losses, Sum(losses, costs))
+    most = 1 - (costs[0] + 1) / 80
+    for rate, level in zip(besa.LEARNED, found[-len(besa.LEARNED) :], strict=True):
+        gone = 1 - float(level[1] * costs[0] + level[2] * costs[1]) / 80
+        if 1 / heads / 2 < rate <= most or heads == 1:
+            assert 0.65 * min(rate, most) < gone < 1.2 * rate, (rate, gone, level)
 
 
 @pytest.mark.parametrize("useless", [0, 1])
