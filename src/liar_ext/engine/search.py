@@ -232,7 +232,8 @@ class Searcher:
             )
         self.facts = {
             "windows": count,
-            "tried": len(ledger),
+            # some on a part of the windows, some of these on all of them, too
+            "tried": len({candidate for candidate, _, _ in ledger.items()}),
             "tried_on_all_windows": len(whole),
             # of the dense model it is 0
             "first_loss": whole[0] if math.isfinite(whole[0]) else None,
