@@ -16,6 +16,7 @@ import liar_ext
 from liar_ext import InputError, Recipe
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.checkpoint.store import CheckpointStore
+from liar_ext.engine.execution import Execution
 from liar_ext.engine.level_store import FiledLevels
 from liar_ext.engine.progress import Silent
 from liar_ext.engine.search import LEVELS, level_bytes, level_grid
@@ -317,3 +318,42 @@ def test_a_search_is_the_same_again(bench, tmp_path):
         )
         files.append((tmp_path / name / "liar_search.jsonl").read_bytes())
     assert files[0] == files[1]
+
+
+def test_levels_whose_ridge_was_raised_are_counted(bench, tmp_path, monkeypatch):
+    """With twins of neurons and no ridge; an interrupted run counts those that it had made."""
+    model = FAMILIES["llama-mha"].build()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for module in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                module.weight[24:] = module.weight[:24]
+    model.save_pretrained(tmp_path / "dense")
+    changes = {"target": ("ffn",), "criterion": "obs", "search_evaluations": 2}
+    recipe = recipe_of(bench, allocation="evolution", search_samples=1, **changes)
+    plain = liar_ext.compress(bench / "llama-gqa-biases", tmp_path / "plain", recipe).run["search"]
+    assert (plain["levels_noted"], "first_note" in plain) == (0, False)
+
+    recipe = replace(recipe, ridge=0.0)
+    facts = liar_ext.compress(tmp_path / "dense", tmp_path / "whole", recipe).run["search"]
+    # the selection of each Site had to raise it
+    assert facts["levels_noted"] == facts["levels"] == 24
+    assert facts["first_note"].startswith(
+        "model.layers.0.mlp.down_proj at 1 of 48 units: selection"
+    )
+    in_memory = liar_ext.prune(model, batches_of(recipe, decoder=True), recipe).run["search"]
+    assert in_memory == facts
+    save, saved = FiledLevels.save, []
+
+    def saving(self, key, units, level):
+        if len(saved) == 15:
+            raise KeyboardInterrupt
+        saved.append(units)
+        save(self, key, units, level)
+
+    monkeypatch.setattr(FiledLevels, "save", saving)
+    with pytest.raises(KeyboardInterrupt):
+        liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe)
+    monkeypatch.setattr(FiledLevels, "save", save)
+    again = Execution(resume=True)
+    resumed = liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe, execution=again)
+    assert resumed.run["search"] == facts
