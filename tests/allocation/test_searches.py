@@ -262,6 +262,28 @@ def test_no_entry_of_a_distribution_changes_by_more_than_the_clip():
     assert now == pytest.approx(towards)
 
 
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 9, 30, 64])
+@pytest.mark.parametrize("windows", [5, 16])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_plan_knows_what_is_asked(name, windows, evaluations):
+    """Calls of the oracle by their number of candidates, where new ones are always found."""
+    given, losses = problem(0, 12, 20, evaluations=evaluations)
+    asked = []
+    answer = losses.losses
+
+    def recorded(candidates, share=1.0):
+        asked.append((len(candidates), share))
+        return answer(candidates, share)
+
+    losses.losses = recorded
+    run(name, dataclasses.replace(given, windows=windows), losses)
+    found = ALLOCATIONS[name].calls(evaluations, 12, windows)
+    assert [share for _, share in found] == [share for _, share in asked]
+    # a crossing may be one of the mutants, and of few Sites a swap may not be new
+    few = 2 if name in ("evolution", "level-swaps") else 0
+    assert all(abs(a - b) <= few for (a, _), (b, _) in zip(found, asked, strict=True))
+
+
 def test_noise_is_clamped_before_an_action_is_normalised():
     """The sum is negative, and what noise made largest stays largest."""
     found = rl_pruner.normalised(np.array([-1.75, -0.25, 0.45, 0.35]))

@@ -15,7 +15,7 @@ from liar_ext.allocation.prices import Hinge, Prices
 from liar_ext.errors import InputError
 
 if TYPE_CHECKING:
-    from liar_ext.allocation.search import Search
+    from liar_ext.allocation.search import Calls, Search
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Allocation:
     wanted: (budgets, sparsity) -> kept units of each Site, real numbers.
     survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
-    search: tries whole models; what it finds takes the place of `wanted`.
+    search: tries whole models; what it finds takes the place of `wanted`. calls: what it asks.
     prices: `wanted` meets the budget in prices, whatever they are. The others count units, and are
         asked for the sparsity of theirs that meets it (`priced`).
     """
@@ -76,6 +76,7 @@ class Allocation:
     survey: str | None
     equal: bool
     search: Search | None = None
+    calls: Calls | None = None
     prices: bool = False
 
     def widths(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from liar_ext.allocation import uniform
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Candidate, Oracle, Problem
+from liar_ext.allocation.search import Call, Candidate, Oracle, Problem
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
@@ -38,7 +38,7 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     space = Space(problem)
     trials = Trials(space, oracle)
     generator = np.random.default_rng(problem.seed)
-    samples = min(MOST_SAMPLES, max(LEAST_SAMPLES, problem.evaluations // STEPS))
+    samples = _samples(problem.evaluations)
     prices = np.array([own[-1] for own in space.prices])
     now = normalised(prices / prices.sum())
     # the replay buffer: actions, by the model that they lead to
@@ -100,4 +100,17 @@ def placed(space: Space, action: Distribution) -> Positions:
     return space.place(wishes)
 
 
-RL_PRUNER = Allocation("rl-pruner", uniform.wanted, survey=None, equal=False, search=search)
+def _samples(evaluations: int) -> int:
+    """Candidates of a step."""
+    return min(MOST_SAMPLES, max(LEAST_SAMPLES, evaluations // STEPS))
+
+
+def calls(evaluations: int, sites: int, windows: int) -> list[Call]:
+    each = _samples(evaluations)
+    later = range(1, evaluations, each)
+    return [(1, 1.0), *((min(each, evaluations - done), 1.0) for done in later)]
+
+
+RL_PRUNER = Allocation(
+    "rl-pruner", uniform.wanted, survey=None, equal=False, search=search, calls=calls
+)

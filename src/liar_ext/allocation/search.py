@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,3 +61,12 @@ class Problem:
 
 # the best candidate that was found
 Search = Callable[[Problem, Oracle], Candidate]
+# candidates of a call of the oracle, and their share of the windows
+Call = tuple[int, float]
+# evaluations, Sites, windows -> what a search asks where candidates do not run out, for a plan
+Calls = Callable[[int, int, int], list[Call]]
+
+
+def rounded(share: float, windows: int | None) -> float:
+    """The share that so many windows allow, `share` or more."""
+    return share if windows is None else math.ceil(share * windows - 1e-9) / windows

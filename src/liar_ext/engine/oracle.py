@@ -36,6 +36,11 @@ _Prefix = tuple[Candidate, ...]
 _States = dict[int, Item]
 
 
+def together(count: int, windows: int) -> int:
+    """Candidates that go through the layers at once, on some of `count` windows."""
+    return max(1, TOGETHER * count // windows)
+
+
 @dataclass
 class ModelOracle:
     """Answers a search (`allocation.search.Oracle`).
@@ -70,7 +75,7 @@ class ModelOracle:
         """
         windows = min(self._count, max(1, math.ceil(share * self._count - 1e-9)))
         fresh = [c for c in dict.fromkeys(candidates) if self.ledger.get(c, windows) is None]
-        most = max(1, TOGETHER * self._count // windows)
+        most = together(self._count, windows)
         for start in range(0, len(fresh), most):
             asked = fresh[start : start + most]
             self.prepare()
