@@ -129,6 +129,7 @@ def gradient_phases(sizes: Sizes, own: GradientSizes) -> list[Phase]:
     }
     back = device | {
         "layer": s.layer,
+        "attention_masks": s.masks * own.positions // s.positions,
         "passing_batch": 3 * entering,
         "graph": own.batch * (own.graph * s.item + own.wide * 4),
         # gradients on their way, and the products of a Site's inputs with theirs

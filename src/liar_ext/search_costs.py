@@ -178,6 +178,8 @@ def search_phases(sizes: Sizes, own: SearchSizes) -> list[Phase]:
         "layer": s.layer,
         "candidate_layer": s.layer,
         "level": own.level,
+        # of the stream that levels were made of, of these windows, and of shares of them
+        "attention_masks": s.masks + 2 * (s.masks * own.positions // s.positions),
         # queries, keys and values or both factors of an FFN, and the float32 copies of a norm
         "passing_batch": own.batch
         * max((3 * site.columns_before for site in own.levels), default=0)

@@ -15,7 +15,8 @@ CHUNK_LOGITS = 1 << 25
 def divergence(head: nn.Module, dense: Tensor, pruned: Tensor) -> Tensor:
     """`Σ KL(p_dense ‖ p_pruned)` of the next-token distributions, in nats, () float64.
 
-    Over the whole vocabulary; logits of a chunk of positions at a time.
+    Over the whole vocabulary; logits of a chunk of positions at a time. A token that the dense
+    model rules out (a logit of −∞, as rows of a padded vocabulary have) adds 0.
 
     Args:
         head: makes logits of hidden states; dense, pruned: (tokens, d), what it is given.
@@ -26,7 +27,8 @@ def divergence(head: nn.Module, dense: Tensor, pruned: Tensor) -> Tensor:
         p, q = (
             _log_probabilities(head, states[start : start + step]) for states in (dense, pruned)
         )
-        total += F.kl_div(q, p, reduction="none", log_target=True).sum(1).double().sum()
+        terms = F.kl_div(q, p, reduction="none", log_target=True)
+        total += terms.masked_fill_(p == -torch.inf, 0.0).sum(1).double().sum()
     return total
 
 
