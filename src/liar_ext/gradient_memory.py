@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from liar_ext.checkpoint.reader import tied_names
 from liar_ext.costs import Tokens, gradient_tokens, kept_states, producer_rows, site_weights
 from liar_ext.criteria import CRITERIA
-from liar_ext.engine.loss import CHUNK_LOGITS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
+from liar_ext.ops.logits import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 from liar_ext.survey import survey_of
 

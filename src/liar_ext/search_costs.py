@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
-from liar_ext.allocation.search import Call
+from liar_ext.allocation.search import TOGETHER, Call
 from liar_ext.costs import (
     SitePlan,
     Tokens,
@@ -21,12 +21,12 @@ from liar_ext.costs import (
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.level_store import Key
 from liar_ext.engine.loss import predicts
-from liar_ext.engine.oracle import TOGETHER, together
+from liar_ext.engine.oracle import together
 from liar_ext.engine.search import level_bytes, level_grid
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
-from liar_ext.ops.divergence import CHUNK_LOGITS
+from liar_ext.ops.logits import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 
 # hidden states of all windows that wait: one for each candidate that goes with the others, since

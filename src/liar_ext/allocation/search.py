@@ -9,6 +9,10 @@ from typing import Protocol
 
 from liar_ext.allocation.base import Budget
 
+# candidates that go through the layers at once on all windows, of fewer windows more: what an
+# oracle that streams is asked at a time
+TOGETHER = 8
+
 # kept units of every Site, each one of that Site's levels
 Candidate = tuple[int, ...]
 

@@ -14,12 +14,10 @@ import numpy as np
 
 from liar_ext.allocation import levels
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Call, Candidate, Oracle, Problem
+from liar_ext.allocation.search import TOGETHER, Call, Candidate, Oracle, Problem
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
-# candidates of one call: the model is read once for them all
-TOGETHER = 8
 # the most that are drawn anew before the search goes on around the best
 DRAWN = 100
 # of the coefficients, the most that change at once around the best
