@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from liar_ext.checkpoint.reader import tied_names
 from liar_ext.costs import Tokens, gradient_tokens, kept_states, producer_rows, site_weights
 from liar_ext.criteria import CRITERIA
-from liar_ext.engine.loss import CHUNK_LOGITS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
+from liar_ext.ops.logits import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 from liar_ext.survey import survey_of
 
@@ -129,6 +129,7 @@ def gradient_phases(sizes: Sizes, own: GradientSizes) -> list[Phase]:
     }
     back = device | {
         "layer": s.layer,
+        "attention_masks": s.masks * own.positions // s.positions,
         "passing_batch": 3 * entering,
         "graph": own.batch * (own.graph * s.item + own.wide * 4),
         # gradients on their way, and the products of a Site's inputs with theirs

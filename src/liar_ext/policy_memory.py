@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 from liar_ext.checkpoint.reader import tied_names
 from liar_ext.costs import Tokens, head_flops, layer_flops, producer_rows
 from liar_ext.criteria import CRITERIA
-from liar_ext.engine.loss import CHUNK_LOGITS, predicts
+from liar_ext.engine.loss import predicts
 from liar_ext.engine.policy import MASKS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter, text_config
+from liar_ext.ops.logits import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 
 

@@ -8,16 +8,25 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
-from liar_ext.costs import SitePlan, Tokens, head_flops, layer_flops, producer_rows, solve_flops
+from liar_ext.allocation.search import TOGETHER, Call
+from liar_ext.costs import (
+    SitePlan,
+    Tokens,
+    head_flops,
+    layer_flops,
+    producer_rows,
+    solve_flops,
+    unit_costs,
+)
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.level_store import Key
 from liar_ext.engine.loss import predicts
-from liar_ext.engine.oracle import TOGETHER
+from liar_ext.engine.oracle import together
 from liar_ext.engine.search import level_bytes, level_grid
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
-from liar_ext.ops.divergence import CHUNK_LOGITS
+from liar_ext.ops.logits import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
 
 # hidden states of all windows that wait: one for each candidate that goes with the others, since
@@ -38,6 +47,7 @@ class SearchSizes:
         positions: tokens of the windows of one rank, with padding; batch: of the largest batch.
         vocabulary: rows of the output embedding, 0 without one; head: its numbers, 0 if tied.
         levels: of the Sites of the layer that needs most, as they are repaired.
+        passes: how often all layers are read, where candidates do not run out.
     """
 
     flops: Mapping[str, int]
@@ -48,14 +58,13 @@ class SearchSizes:
     vocabulary: int
     head: int
     levels: Sequence[SitePlan]
+    passes: int
 
     def reads(self, recipe: Recipe) -> str:
         """How often layers are read for candidates, in words."""
-        # once more for the dense model
-        calls = 1 + -(-recipe.search_evaluations // TOGETHER)
         return (
-            f"--allocation {recipe.allocation} reads the layers about {calls} times, and a level "
-            f"of each Site for every candidate: where they do not fit in the file cache, "
+            f"--allocation {recipe.allocation} reads the layers about {self.passes} times, and a "
+            f"level of each Site for every candidate: where they do not fit in the file cache, "
             "--search-evaluations is what to lower"
         )
 
@@ -79,17 +88,19 @@ def search_sizes(
     Args:
         known: of every targeted Site; tied: the output embedding is the input's.
     """
-    if ALLOCATIONS[recipe.allocation].search is None:
+    calls = ALLOCATIONS[recipe.allocation].calls
+    if calls is None:
         return None
     samples = min(recipe.search_samples, tokens.samples)
     positions = samples * tokens.seq_len
     by_layer = layer_flops(model, adapter, tokens.seq_len)
     first, stop = min(layer for layer, _ in known), max(layer for layer, _ in known) + 1
-    gram = solve = disk = level = 0
+    gram = solve = disk = level = targeted = 0
     widest: dict[str, SitePlan] = {}
     plans: dict[str, list[SitePlan]] = {}
     for (index, kind), budget in known.items():
         (site,) = adapter.sites_of(model, index, (kind,))
+        targeted += site.units * unit_costs(site, adapter.decoder, tokens.seq_len)["flops"]
         widths = level_grid(budget, recipe.round_to)
         disk += level_bytes(site, widths)
         level = max(level, *(level_bytes(site, (units, 0)) for units in widths[:-1]), 0)
@@ -109,13 +120,11 @@ def search_sizes(
         solve += CRITERIA[recipe.criterion].selections_flops(n, outputs, dropped)
         if kind not in widest or n > widest[kind].columns_before:
             widest[kind], plans[kind] = own[0], own
-    # the dense model once; layers in front of the first targeted one are passed once
-    tried = recipe.search_evaluations * (
-        (1 - recipe.sparsity) * sum(by_layer[first:stop])
-        + sum(by_layer[stop:])
-        + 2 * head_flops(model)
-    )
     head = model.get_output_embeddings() if predicts(model, adapter) else None
+    # the dense model once; layers in front of the first targeted one are passed once
+    compared = 0 if head is None else 2 * head_flops(model)
+    smaller = sum(by_layer[first:]) - recipe.sparsity * targeted
+    tried = recipe.search_evaluations * (smaller + compared)
     return SearchSizes(
         {
             "forward": tokens.positions * sum(by_layer[:stop]),
@@ -130,7 +139,16 @@ def search_sizes(
         0 if head is None else linear.weight(head).shape[0],
         0 if head is None or tied else linear.weight(head).numel(),
         [plan for own in plans.values() for plan in own],
+        _passes(calls(recipe.search_evaluations, len(known), samples), samples),
     )
+
+
+def _passes(calls: Sequence[Call], windows: int) -> int:
+    """How often the layers are read: by groups of candidates, and once for the dense model with
+    each number of windows."""
+    asked = [(count, round(share * windows)) for count, share in calls]
+    groups = sum(-(-count // together(windows, own)) for count, own in asked)
+    return groups + len({own for _, own in asked})
 
 
 def search_held_bytes(recipe: Recipe, windows: int, hidden: int, item: int) -> int:
@@ -160,6 +178,8 @@ def search_phases(sizes: Sizes, own: SearchSizes) -> list[Phase]:
         "layer": s.layer,
         "candidate_layer": s.layer,
         "level": own.level,
+        # of the stream that levels were made of, of these windows, and of shares of them
+        "attention_masks": s.masks + 2 * (s.masks * own.positions // s.positions),
         # queries, keys and values or both factors of an FFN, and the float32 copies of a norm
         "passing_batch": own.batch
         * max((3 * site.columns_before for site in own.levels), default=0)

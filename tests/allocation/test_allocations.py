@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from liar_ext import InputError
-from liar_ext.allocation import ALLOCATIONS, Budget
+from liar_ext.allocation import ALLOCATIONS, Allocation, Budget, check_reachable
 from liar_ext.allocation.global_ranking import standardised
 from liar_ext.allocation.levels import levels
+from liar_ext.allocation.search import Problem
+from liar_ext.allocation.space import Space
+from liar_ext.engine.search import level_grid
 
 
 def finding(survey: str | None, units: int, columns: int, scale: int, generator) -> object:
@@ -168,6 +173,49 @@ def test_more_than_can_be_removed_is_refused_with_the_most_that_can(name, round_
     assert ("multiples of 16" in str(caught.value)) == (round_to == 16)
     widths = ALLOCATIONS[name].widths(problem, most, round_to)
     assert kept(problem, widths) == pytest.approx(least, abs=1e-4 * total)
+
+
+def test_nothing_to_remove_is_said_with_its_reason():
+    one_group = [Budget("heads", 1, 5)] * 3
+    for budgets_, round_to, reason in (
+        (one_group, 1, "single unit .* add ffn to --target"),
+        ([*one_group, Budget("ffn", 8, 1)], 16, "lower --round-to"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_reachable(budgets_, 0.3, round_to)
+    check_reachable([*one_group, Budget("ffn", 8, 1)], 0.3)
+
+
+def test_widths_that_a_search_has_found_move_by_neurons_not_by_heads():
+    budgets_ = [Budget("heads", 4, 144), Budget("ffn", 512, 3)] * 5
+    found = [1, 299, 4, 85, 4, 256, 3, 171, 1, 299]
+    widths = ALLOCATIONS["evolution"].widths(budgets_, 0.5, 1, found)
+    assert widths[::2] == found[::2]
+    assert all(abs(a - b) <= 6 for a, b in zip(widths, found, strict=True))
+    assert kept(budgets_, widths) == 0.5 * kept(budgets_, [b.units for b in budgets_])
+
+
+@pytest.mark.parametrize("round_to", [1, 16, 64, 128])
+@pytest.mark.parametrize("seed", range(3))
+def test_widths_that_a_search_has_found_come_as_close_on_any_grid(seed, round_to):
+    """As the way does that takes the closest step first."""
+    budgets_ = [Budget("heads", 4, 144), Budget("ffn", 512, 3)] * 5
+    total = kept(budgets_, [b.units for b in budgets_])
+    drawn = random.Random(seed)
+    problem = Problem(budgets_, 0.5, [level_grid(b, round_to) for b in budgets_], 1, 0)
+    space = Space(problem)
+    wishes = [drawn.uniform(0.1, 0.6) * b.units for b in budgets_]
+    found = [float(units) for units in space.candidate(space.place(wishes))]
+    widths = ALLOCATIONS["evolution"].widths(budgets_, 0.5, round_to, found)
+    plain = Allocation("plain", lambda *_: found, None, equal=False)
+    closest = plain.widths(budgets_, 0.5, round_to)
+    error, least = (abs(kept(budgets_, own) - 0.5 * total) for own in (widths, closest))
+    assert error <= least
+
+    def moved(own: list[int]) -> float:
+        return sum(abs(a - f) / b.units for a, f, b in zip(own, found, budgets_, strict=True))
+
+    assert moved(widths) <= moved(closest)
 
 
 def test_a_survey_is_asked_for_by_a_name_that_there_is():

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from liar_ext import InputError
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.allocation import levels as module
 from liar_ext.allocation.levels import choose, levels
@@ -51,6 +52,13 @@ def test_no_combination_is_better(seed, share):
         return
     assert spent <= most
     assert total(losses, found) == pytest.approx(enumerated(costs, losses, most), rel=1e-12)
+
+
+def test_a_loss_that_is_not_a_number_is_refused():
+    costs, losses = problem(0)
+    losses[2][1] = float("nan")
+    with pytest.raises(InputError, match="level 1 of choice 2 is NaN"):
+        choose(costs, losses, 0.5 * sum(max(own) for own in costs))
 
 
 def test_a_budget_of_few_slots_is_never_exceeded(monkeypatch):

@@ -250,8 +250,7 @@ def test_mutants_of_evolution_keep_most_of_a_site_in_a_small_change():
 
 def test_no_entry_of_a_distribution_changes_by_more_than_the_clip():
     drawn = np.random.default_rng(1)
-    now = rl_pruner.normalised(drawn.random(6))
-    towards = rl_pruner.normalised(drawn.random(6))
+    now, towards = (rl_pruner.normalised(p / p.sum()) for p in drawn.random((2, 6)))
     moved = rl_pruner.updated(now, towards)
     assert moved.sum() == pytest.approx(1)
     # clipped ratios, all divided by one sum
@@ -263,13 +262,47 @@ def test_no_entry_of_a_distribution_changes_by_more_than_the_clip():
     assert now == pytest.approx(towards)
 
 
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 9, 30, 64])
+@pytest.mark.parametrize("windows", [5, 16])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_plan_knows_what_is_asked(name, windows, evaluations):
+    """Calls of the oracle by their number of candidates, where new ones are always found."""
+    given, losses = problem(0, 12, 20, evaluations=evaluations)
+    asked = []
+    answer = losses.losses
+
+    def recorded(candidates, share=1.0):
+        asked.append((len(candidates), share))
+        return answer(candidates, share)
+
+    losses.losses = recorded
+    run(name, dataclasses.replace(given, windows=windows), losses)
+    found = ALLOCATIONS[name].calls(evaluations, 12, windows)
+    assert [share for _, share in found] == [share for _, share in asked]
+    # a crossing may be one of the mutants, and of few Sites a swap may not be new
+    few = 2 if name in ("evolution", "level-swaps") else 0
+    assert all(abs(a - b) <= few for (a, _), (b, _) in zip(found, asked, strict=True))
+
+
+def test_noise_is_clamped_before_an_action_is_normalised():
+    """The sum is negative, and what noise made largest stays largest."""
+    found = rl_pruner.normalised(np.array([-1.75, -0.25, 0.45, 0.35]))
+    least = rl_pruner.LEAST / 4
+    assert found == pytest.approx(np.array([least, least, 0.45, 0.35]) / (0.8 + 2 * least))
+
+
+def test_noise_grows_with_known_models_up_to_a_bound():
+    found = [rl_pruner.wider(repeated) for repeated in (0, 1, 10, 100, 10**6)]
+    assert found == pytest.approx([1.0, 1.05, 1.05**10, 16.0, 16.0])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_an_action_takes_its_share_of_the_price_from_every_site(seed):
     drawn = random.Random(seed)
     levels = [tuple(range(1, 1001))] * 4
     budgets = [Budget("ffn", 1000, cost) for cost in (3, 5, 7, 9)]
     given = Problem(budgets, 0.3, levels, 1, 0)
-    action = rl_pruner.normalised(np.array([drawn.uniform(1, 2) for _ in budgets]))
+    action = rl_pruner.normalised(np.array([drawn.uniform(1, 2) / 6 for _ in budgets]))
     found = Space(given).candidate(rl_pruner.placed(Space(given), action))
     removed = np.array([b.price(1000) - b.price(k) for b, k in zip(budgets, found, strict=True)])
     # one unit of the dearest Site, spread over the rest

@@ -9,7 +9,7 @@ import torch
 from liar_families import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from liar_ext.criteria import CRITERIA, Evidence, unit_scores
+from liar_ext.criteria import CRITERIA, Evidence, obs, unit_scores
 from liar_ext.models import adapter_for
 from liar_ext.ops import ColumnMoments, gram
 from liar_ext.ops.interpolate import repair
@@ -242,3 +242,17 @@ def test_selections_with_exchanges_go_on_from_the_better_choice():
     (greedy, _), (swapped, further) = residuals("obs"), residuals("obs-swap")
     assert swapped < greedy * (1 - 1e-6), "nothing was exchanged"
     assert further > swapped
+
+
+@pytest.mark.parametrize("kind", ["ffn", "heads"])
+def test_obs_ranks_units_in_the_order_in_which_they_went(kind):
+    """Also those that cost the same, as three columns without variance do."""
+    site, x = site_and_data(kind)
+    x[:, [3, 9, 20] if kind == "ffn" else slice(0, 2 * site.columns_per_unit)] = 0.0
+    evidence = Evidence(site, gram(x), ridge=1e-3)
+    order, costs = obs.removing(evidence, lambda found: found.remove(site.units - 1))
+    assert bool((costs.diff() == 0).any())
+    scores = CRITERIA["obs"].score(evidence)
+    assert scores.argsort()[:-1].tolist() == order.tolist()
+    assert scores[order] == pytest.approx(costs, rel=1e-12, abs=1e-300)
+    assert len(scores.unique()) == site.units

@@ -18,7 +18,6 @@ from liar_ext import InputError, Recipe
 from liar_ext.calibration import Batch
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine import keeper as keeper_module
-from liar_ext.engine import loss as loss_module
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.gradients import GradientPass, SiteGradients
@@ -27,6 +26,7 @@ from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf
 from liar_ext.engine.store import InMemory
 from liar_ext.models import adapter_for, linear
+from liar_ext.ops import logits as logits_module
 from liar_ext.ops.saliency import TAYLOR_FORMS
 
 CPU = torch.device("cpu")
@@ -228,7 +228,7 @@ def test_logits_in_chunks_give_the_gradient_of_all(monkeypatch, dtype):
     states, targets = torch.randn(2, 13, 16, dtype=dtype), torch.randint(0, 101, (2, 13))
     targets[:, -1], targets[1, :4] = -100, -100
     whole = loss_gradient(head, states, targets)
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * 101)
+    monkeypatch.setattr(logits_module, "CHUNK_LOGITS", 5 * 101)
     chunks = loss_gradient(head, states, targets)
     assert float(whole[1]) == pytest.approx(float(chunks[1]), rel=1e-5)
     assert whole[0].dtype == dtype

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from liar_families import FAMILIES, VOCABULARY
 
+from liar_ext.allocation.search import TOGETHER
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import FiledLevels, HeldLevels, Level
-from liar_ext.engine.oracle import TOGETHER, ModelOracle
+from liar_ext.engine.oracle import ModelOracle
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf
 from liar_ext.engine.store import InMemory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,29 @@ def test_from_disk_to_disk_is_what_happens_in_memory(tmp_path, family, allocatio
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_units_at_the_ends_are_ranked_by_what_they_started_from(tmp_path, monkeypatch):
+    """Every unit is at 0 or 1 at once; what `uniform` keeps of each Site is as Wanda has it."""
+    recipe, batches = setting(tmp_path, target=("ffn",), allocation="uniform", policy_steps=1)
+
+    def step(self, losses, masks, size):
+        for kind, keep in self.keep.items():
+            # all of one layer, none of the other
+            self.keep[kind] = (torch.arange(len(keep)) < len(keep) // 2).double()
+        return len(losses)
+
+    kept = {}
+    for criterion in ("policy", "wanda"):
+        with monkeypatch.context() as patched:
+            patched.setattr("liar_ext.ops.policy.Policy.step", step)
+            model = FAMILIES["llama-mha"].build()
+            own = dataclasses.replace(recipe, criterion=criterion, reconstruct="none")
+            own = dataclasses.replace(own, statistics="oneshot")
+            liar_ext.prune(model, batches, own)
+        kept[criterion] = [layer.mlp.down_proj.weight for layer in model.model.layers]
+    for found, wanda in zip(kept["policy"], kept["wanda"], strict=True):
+        assert torch.equal(found, wanda)
+
+
 # breaks
 
 
@@ -268,6 +292,69 @@ def test_masks_without_any_finite_loss_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PolicyPass, "_loss", lambda self, head, number, item: float("nan"))
     with pytest.raises(InputError, match="no mask of the last 6 steps has a finite loss"):
         liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
+    # nor where not every batch has its turn
+    recipe, batches = setting(tmp_path, policy_steps=4)
+    with pytest.raises(InputError, match="no mask of the last 4 steps has a finite loss"):
+        liar_ext.prune(FAMILIES["llama-mha"].build(), batches, recipe)
+
+
+def test_failures_of_an_interrupted_search_count_on(tmp_path, monkeypatch):
+    recipe, _ = setting(tmp_path, policy_steps=4)
+    FAMILIES["llama-mha"].build().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(PolicyPass, "_loss", lambda self, head, number, item: float("nan"))
+    real, calls = PolicyPass._losses, []
+
+    def losses(self, number, masks):
+        calls.append(number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, number, masks)
+
+    monkeypatch.setattr(PolicyPass, "_losses", losses)
+    for resume_, expected in ((False, KeyboardInterrupt), (True, InputError)):
+        execution = Execution(journal_seconds=0, resume=resume_)
+        with pytest.raises(expected):
+            liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe, execution=execution)
+    assert calls == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("broken", [range(2), range(10, 12)], ids=["first", "last"])
+def test_steps_without_a_finite_loss_have_no_mean_in_the_report(tmp_path, monkeypatch, broken):
+    recipe, _ = setting(tmp_path, policy_steps=12)
+    FAMILIES["llama-mha"].build().save_pretrained(tmp_path / "dense")
+    real, calls = PolicyPass._losses, []
+
+    def losses(self, number, masks):
+        calls.append(number)
+        found = real(self, number, masks)
+        return [float("nan")] * len(found) if len(calls) - 1 in broken else found
+
+    monkeypatch.setattr(PolicyPass, "_losses", losses)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe)
+    found = report.run["policy"]
+    first, last = ("first", "last") if 0 in broken else ("last", "first")
+    assert (found[first], found["dropped"]) == (None, 2 * MASKS)
+    assert isinstance(found[last], float)
+
+
+def test_a_batch_without_a_next_token_has_no_step(tmp_path, monkeypatch):
+    recipe, batches = setting(tmp_path, policy_steps=4)
+    short = Batch(torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.bool))
+    real, calls = PolicyPass._losses, []
+
+    def losses(self, number, masks):
+        calls.append(number)
+        return real(self, number, masks)
+
+    monkeypatch.setattr(PolicyPass, "_losses", losses)
+    search = the_pass(FAMILIES["llama-mha"].build(), [short, *batches[:2]], recipe)
+    found = search.results(None)
+    assert calls == [1, 2, 1, 2]
+    assert all(bool(keep.isfinite().all()) for keep in found.values())
+    # the encoder's loss is of hidden states, which one token has
+    calls.clear()
+    the_pass(FAMILIES["bert"].build(), [short, *batches[:2]], recipe).results(None)
+    assert calls == [0, 1, 2, 0]
 
 
 def test_windows_without_a_next_token_are_refused(tmp_path):

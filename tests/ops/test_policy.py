@@ -152,6 +152,17 @@ def test_the_best_mask_of_a_small_problem_is_found(scale):
     assert sorted(kept.tolist()) == best.nonzero().flatten().tolist()
 
 
+def test_units_of_the_same_probability_have_the_order_of_the_start():
+    start = {"ffn": torch.tensor([0.9, 0.6, 0.3, 0.7, 0.4], dtype=torch.float64)}
+    policy = Policy(dict(start), 0.5, torch.Generator())
+    assert torch.equal(policy.scores()["ffn"].argsort(), start["ffn"].argsort())
+    policy.keep["ffn"] = torch.tensor([0.0, 0.0, 1.0, 0.2, 1.0], dtype=torch.float64)
+    assert policy.scores()["ffn"].argsort(descending=True).tolist() == [4, 2, 3, 0, 1]
+    # what is learned comes first, whatever it was
+    policy.keep["ffn"] = torch.tensor([0.0, 0.00001, 1.0, 0.2, 0.99999], dtype=torch.float64)
+    assert policy.scores()["ffn"].argsort(descending=True).tolist() == [2, 4, 3, 1, 0]
+
+
 def test_each_kind_has_a_budget_of_its_own():
     def losses(masks: dict[str, Tensor]) -> Tensor:
         # heads matter a hundred times as much

@@ -92,10 +92,11 @@ def test_the_gradient_of_logits_is_autograds_through_straight_through_gates():
     leaf = theta.clone().requires_grad_()
     total, slopes = torch.zeros((), dtype=torch.float64), []
     for row in range(2):
-        gates, alphas = [], []
+        gates, shares_gone = [], []
         for site, n in enumerate(units):
             beta = leaf[row, site].softmax(0)
             alpha = (beta * besa.CANDIDATES).sum()
+            share = sum(beta[d] * min(n * d // 100, n - 1) / n for d in range(101))
             gone = torch.tensor(
                 [[float(min(n * d // 100, n - 1) > k) for d in range(101)] for k in range(n)],
                 dtype=torch.float64,
@@ -103,8 +104,8 @@ def test_the_gradient_of_logits_is_autograds_through_straight_through_gates():
             soft = (1 - gone @ beta)[ranks[site]]
             hard = (ranks[site] >= int(n * float(alpha.detach()))).double()
             gates.append(hard - soft.detach() + soft)
-            alphas.append(alpha)
-        mean = 0.3 * alphas[0] + 0.7 * alphas[1]
+            shares_gone.append(share)
+        mean = 0.3 * shares_gone[0] + 0.7 * shares_gone[1]
         total = total + error(gates) + 5.0 * ((mean - rates[row]) / rates[row]) ** 2
         leaves = [gate.detach().requires_grad_() for gate in gates]
         slopes.append(torch.autograd.grad(error(leaves), leaves))
@@ -131,6 +132,19 @@ class Sum:
             sum(float(((1 - g) * own).sum()) for g, own in zip(of, self._losses, strict=True))
             for of in gates
         ]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_rate_counts_what_can_go_of_it(heads):
+    """A Site of few units with most of the cost cannot lose a fraction of one, nor its last."""
+    losses = [torch.linspace(0.01, 0.04, units, dtype=torch.float64) for units in (heads, 40)]
+    costs = (40 // heads, 1)
+    found = besa.learn(losses, Sum(losses, costs))
+    most = 1 - (costs[0] + 1) / 80
+    for rate, level in zip(besa.LEARNED, found[-len(besa.LEARNED) :], strict=True):
+        gone = 1 - float(level[1] * costs[0] + level[2] * costs[1]) / 80
+        if 1 / heads / 2 < rate <= most or heads == 1:
+            assert 0.65 * min(rate, most) < gone < 1.2 * rate, (rate, gone, level)
 
 
 @pytest.mark.parametrize("useless", [0, 1])
@@ -199,8 +213,9 @@ def test_the_budget_goes_where_the_next_unit_costs_least():
 # the block of a real layer
 
 
-def block_of(name: str, batches: Sequence[Batch], costs=(7, 3)):
-    model = FAMILIES[name].build()
+def block_of(name, batches: Sequence[Batch], costs=(7, 3)):
+    """Of a model, or the name of one."""
+    model = FAMILIES[name].build() if isinstance(name, str) else name
     adapter = adapter_for(model.config)
     layers = adapter.layer_list(model)[1]
     runtime = Runtime(InMemory(model), CPU, Clock(CPU))
@@ -263,6 +278,38 @@ def test_errors_are_those_of_columns_that_are_zero(name, padded):
         by_channel = (pruned - dense).square().sum(0) / dense.square().sum(0)
         assert error == pytest.approx(float(by_channel.mean()), rel=1e-4)
     assert found[2] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-16, 1e-19, 1e-22])
+@torch.no_grad()
+def test_a_channel_of_next_to_nothing_counts_as_far_as_float32_has_it(scale):
+    """Channel 0 of the residual stream; left out, its share of the channels counts as no error."""
+    small = FAMILIES["llama-mha"].build()
+    small.model.embed_tokens.weight[:, 0] *= scale
+    for layer in small.model.layers:
+        layer.self_attn.o_proj.weight[0] *= scale
+        layer.mlp.down_proj.weight[0] *= scale
+    block, layer, sites, stream = block_of(small, two_batches(False))
+    gates = [(drawn(s.units, seed=1) > 0).double() for s in sites]
+    (found,) = block.errors([gates])
+    pairs = outputs_by_hand(layer, sites, stream, gates)
+    pruned, dense = (torch.cat(part) for part in zip(*pairs, strict=True))
+    wanted = dense.square().mean(0) > 1.2e-34
+    by_channel = ((pruned - dense).square().sum(0) / dense.square().sum(0))[wanted]
+    assert int((~wanted).sum()) == (scale < 1e-17)
+    assert found == pytest.approx(float(by_channel.sum()) / len(wanted), rel=1e-4)
+    ((first, second),) = block.slopes([(0, [g.clone() for g in gates])])
+    assert bool(first.isfinite().all()) and bool(second.isfinite().all())
+
+
+@torch.no_grad()
+def test_errors_and_slopes_that_are_not_finite_name_the_layer():
+    block, layer, sites, _ = block_of("llama-mha", two_batches(False))
+    gates = [torch.ones(s.units, dtype=torch.float64) for s in sites]
+    layer.mlp.act_fn.forward = lambda x: torch.full_like(x, float("inf"))
+    for ask in (lambda: block.errors([gates]), lambda: block.slopes([(0, gates)])):
+        with pytest.raises(InputError, match=r"model\.layers\.1: with units removed"):
+            ask()
 
 
 def test_slopes_are_finite_differences_of_one_batchs_error():

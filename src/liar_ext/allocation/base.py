@@ -15,7 +15,7 @@ from liar_ext.allocation.prices import Hinge, Prices
 from liar_ext.errors import InputError
 
 if TYPE_CHECKING:
-    from liar_ext.allocation.search import Search
+    from liar_ext.allocation.search import Calls, Search
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Allocation:
     wanted: (budgets, sparsity) -> kept units of each Site, real numbers.
     survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
-    search: tries whole models; what it finds takes the place of `wanted`.
+    search: tries whole models; what it finds takes the place of `wanted`. calls: what it asks.
     prices: `wanted` meets the budget in prices, whatever they are. The others count units, and are
         asked for the sparsity of theirs that meets it (`priced`).
     """
@@ -76,6 +76,7 @@ class Allocation:
     survey: str | None
     equal: bool
     search: Search | None = None
+    calls: Calls | None = None
     prices: bool = False
 
     def widths(
@@ -89,9 +90,10 @@ class Allocation:
         price removed as close to the budget as the grid allows.
 
         Rounding each Site alone drifts from the budget (4 KV groups cannot lose 30 %), so after
-        rounding the cheapest distortions are taken, one step at a time, while they bring the
-        total closer. A step goes to the next width on the grid that has another price, and in the
-        end every Site has the most units that it can have at its price.
+        rounding one step after another is taken while they bring the total closer: the one that
+        comes closest, or of widths that a search has tried the one that changes them least. A step
+        goes to the next width on the grid that has another price, and in the end every Site has the
+        most units that it can have at its price.
 
         Args:
             wanted: what a search has found in the place of `self.wanted`.
@@ -99,6 +101,7 @@ class Allocation:
             InputError: the least widths of all Sites are more than the budget.
         """
         check_reachable(budgets, sparsity, round_to)
+        searched = wanted is not None
         if wanted is None:
             linear = all(budget.prices is None for budget in budgets)
             wanted = (
@@ -135,10 +138,9 @@ class Allocation:
                     error = abs(kept + change - target)
                     distortion = abs(grid[position] - aims[group]) / grid[-1]
                     if error < abs(kept - target):
-                        best = min(
-                            best or (error, distortion, group, position),
-                            (error, distortion, group, position),
-                        )
+                        # what was tried stays: rather a few neurons than a head that overshoots
+                        order = (distortion, error) if searched else (error, distortion)
+                        best = min(best or (*order, group, position), (*order, group, position))
             if best is None:
                 break
             _, _, group, position = best
@@ -157,8 +159,15 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
     """Refuse a budget that no allocation can meet.
 
     Raises:
-        InputError: with the largest sparsity that there is.
+        InputError: with the largest sparsity that there is, or why there is none.
     """
+    if all(width_grid(budget, round_to) == [budget.units] for budget in budgets):
+        why = (
+            "every targeted Site has a single unit (layers with one KV group); add ffn to --target"
+        )
+        if any(budget.units > 1 for budget in budgets):
+            why = "no targeted Site has a smaller width on its grid; lower --round-to"
+        raise InputError(f"--sparsity {sparsity} with --round-to {round_to} removes nothing: {why}")
     total = sum(b.price(b.units) for b in budgets)
     least = sum(b.price(width_grid(b, round_to)[0]) for b in budgets)
     measured = any(b.prices is not None for b in budgets)
@@ -167,7 +176,6 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
             f"--sparsity {sparsity}: in the --latency table no time goes with any unit; measure a "
             "larger --batch or --seq-len, or give another --budget"
         )
-    # where nothing at all can go, that is said after the widths
     if total > least > total * (1 - sparsity) * (1 + 1e-9):
         # rounded down: it has to be one that is accepted
         most = math.floor(1e4 * (1 - least / total)) / 1e4

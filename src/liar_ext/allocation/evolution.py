@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from liar_ext.allocation import uniform
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Candidate, Oracle, Problem
+from liar_ext.allocation.search import Call, Candidate, Oracle, Problem
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
@@ -32,7 +32,7 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     trials = Trials(space, oracle)
     generator = np.random.default_rng(problem.seed)
     trials.losses([space.uniform()])
-    population = max(4, round(math.sqrt(POPULATION_PER_GENERATION * problem.evaluations)))
+    population = _population(problem.evaluations)
     parents = trials.ranked()
 
     def chosen() -> Positions:
@@ -84,4 +84,16 @@ def mutated(
     return space.place(wishes)
 
 
-EVOLUTION = Allocation("evolution", uniform.wanted, survey=None, equal=False, search=search)
+def _population(evaluations: int) -> int:
+    return max(4, round(math.sqrt(POPULATION_PER_GENERATION * evaluations)))
+
+
+def calls(evaluations: int, sites: int, windows: int) -> list[Call]:
+    each = _population(evaluations)
+    later = range(1, evaluations, each)
+    return [(1, 1.0), *((min(each, evaluations - done), 1.0) for done in later)]
+
+
+EVOLUTION = Allocation(
+    "evolution", uniform.wanted, survey=None, equal=False, search=search, calls=calls
+)

@@ -7,12 +7,14 @@ get smaller during the search, an eighth of a Site at first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.random import Generator
 
 from liar_ext.allocation import levels
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Candidate, Oracle, Problem
+from liar_ext.allocation.search import Call, Candidate, Oracle, Problem, rounded
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
@@ -45,12 +47,8 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
         def drawn(parents: list[Positions] = parents, stride: float = stride) -> Positions:
             return mutated(space, parents[int(generator.integers(len(parents)))], stride, generator)
 
-        # what is left may not pay for a whole generation
-        part = min(1.0, trials.left / (LAST + EACH * len(SHARES)))
-        last = max(1, int(part * LAST))
         stages = [trials.rounded(share) for share in SHARES]
-        # fewer offspring where a window is a larger share than the stage wants
-        counts = [max(last, int(part * EACH / share)) for share in stages] + [last]
+        counts = _counts(trials.left, stages)
         offspring = trials.fresh(drawn, counts[0] if trials.left >= 2 else 1)
         if not offspring:
             break
@@ -100,6 +98,37 @@ def _swapped(space: Space, positions: Positions, stride: float, generator: Gener
     return positions
 
 
+def _counts(left: float, stages: Sequence[float]) -> list[int]:
+    """Offspring that each stage judges, and how many are judged on all windows."""
+    # what is left may not pay for a whole generation
+    part = min(1.0, left / (LAST + EACH * len(stages)))
+    last = max(1, int(part * LAST))
+    # fewer offspring where a window is a larger share than the stage wants
+    return [max(last, int(part * EACH / share)) for share in stages] + [last]
+
+
+def calls(evaluations: int, sites: int, windows: int) -> list[Call]:
+    found = [(min(2, evaluations), 1.0)]
+    left = float(evaluations - found[0][0])
+    stages = [rounded(share, windows) for share in SHARES]
+    while left >= 1:
+        counts = _counts(left, stages)
+        offspring = counts[0] if left >= 2 else 1
+        for share, kept in zip([*stages, 1.0], [*counts[1:], 0], strict=True):
+            if offspring > kept:
+                asked = min(offspring, int(left / share + 1e-9))
+                found += [(asked, share)] if asked else []
+                left = max(left - asked * share, 0.0)
+                offspring = min(offspring, kept)
+    return found
+
+
 LEVEL_SWAPS = Allocation(
-    "level-swaps", levels.wanted, survey="levels", equal=False, search=search, prices=True
+    "level-swaps",
+    levels.wanted,
+    survey="levels",
+    equal=False,
+    search=search,
+    calls=calls,
+    prices=True,
 )

@@ -13,6 +13,7 @@ from math import ceil, gcd
 import numpy as np
 
 from liar_ext.allocation.base import Allocation, Budget
+from liar_ext.errors import InputError
 
 # widths that are tried, of a Site that has more
 LEVELS = 40
@@ -33,7 +34,17 @@ def choose(
 
     Exact where all costs are multiples of a slot; otherwise for costs rounded up to one. Where
     even the cheapest levels do not fit, these.
+
+    Raises:
+        InputError: a loss is NaN, which no order has a place for.
     """
+    for site, loss in enumerate(losses):
+        for level, own in enumerate(loss):
+            if own != own:
+                raise InputError(
+                    f"allocation: the error of level {level} of choice {site} is NaN; check the "
+                    "checkpoint, or compute in a wider type with --dtype"
+                )
     slot = _slot(costs)
     slots = int(most / slot + 1e-9)
     weights = [[ceil(cost / slot - 1e-9) for cost in own] for own in costs]

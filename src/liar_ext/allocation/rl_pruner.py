@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from liar_ext.allocation import uniform
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Candidate, Oracle, Problem
+from liar_ext.allocation.search import Call, Candidate, Oracle, Problem
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
@@ -26,6 +26,8 @@ STEPS, LEAST_SAMPLES, MOST_SAMPLES = 16, 4, 16
 NOISE, LEAST = 0.6, 0.01
 # what σ grows by with every action in a row that leads to a known model: levels can be coarse
 WIDER = 1.05
+# as far as that goes: what is drawn then has little left of p
+WIDEST = 16.0
 STEP, CLIP = 1.0, 0.2
 # ε at the start; it is zero when this part of the evaluations is spent
 EXPLORE, EXPLORED = 0.4, 0.1
@@ -36,8 +38,9 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     space = Space(problem)
     trials = Trials(space, oracle)
     generator = np.random.default_rng(problem.seed)
-    samples = min(MOST_SAMPLES, max(LEAST_SAMPLES, problem.evaluations // STEPS))
-    now = normalised(np.array([own[-1] for own in space.prices]))
+    samples = _samples(problem.evaluations)
+    prices = np.array([own[-1] for own in space.prices])
+    now = normalised(prices / prices.sum())
     # the replay buffer: actions, by the model that they lead to
     actions = {space.uniform(): now}
     trials.losses(list(actions))
@@ -46,7 +49,7 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
 
     def drawn() -> Positions:
         nonlocal repeated
-        spread = NOISE / len(now) * WIDER**repeated * generator.random()
+        spread = NOISE / len(now) * wider(repeated) * generator.random()
         action = normalised(now + spread * generator.standard_normal(len(now)))
         positions = placed(space, action)
         repeated = repeated + 1 if positions in actions else 0
@@ -66,9 +69,18 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     return trials.best()
 
 
+def wider(repeated: int) -> float:
+    """What σ is multiplied by after so many actions in a row that led to known models."""
+    return min(WIDER ** min(repeated, 1000), WIDEST)
+
+
 def normalised(entries: Distribution) -> Distribution:
-    """Entries of at least `LEAST` of their mean, and a sum of 1."""
-    clamped = np.maximum(entries / entries.sum(), LEAST / len(entries))
+    """Entries of about a distribution, of any signs and sum, made one.
+
+    First raised to `LEAST` of the mean of a distribution: a division by a sum that noise has made
+    negative would turn all of them round.
+    """
+    clamped = np.maximum(entries, LEAST / len(entries))
     return clamped / clamped.sum()
 
 
@@ -88,4 +100,17 @@ def placed(space: Space, action: Distribution) -> Positions:
     return space.place(wishes)
 
 
-RL_PRUNER = Allocation("rl-pruner", uniform.wanted, survey=None, equal=False, search=search)
+def _samples(evaluations: int) -> int:
+    """Candidates of a step."""
+    return min(MOST_SAMPLES, max(LEAST_SAMPLES, evaluations // STEPS))
+
+
+def calls(evaluations: int, sites: int, windows: int) -> list[Call]:
+    each = _samples(evaluations)
+    later = range(1, evaluations, each)
+    return [(1, 1.0), *((min(each, evaluations - done), 1.0) for done in later)]
+
+
+RL_PRUNER = Allocation(
+    "rl-pruner", uniform.wanted, survey=None, equal=False, search=search, calls=calls
+)

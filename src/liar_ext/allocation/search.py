@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from liar_ext.allocation.base import Budget
+
+# candidates that go through the layers at once on all windows, of fewer windows more: what an
+# oracle that streams is asked at a time
+TOGETHER = 8
 
 # kept units of every Site, each one of that Site's levels
 Candidate = tuple[int, ...]
@@ -60,3 +65,12 @@ class Problem:
 
 # the best candidate that was found
 Search = Callable[[Problem, Oracle], Candidate]
+# candidates of a call of the oracle, and their share of the windows
+Call = tuple[int, float]
+# evaluations, Sites, windows -> what a search asks where candidates do not run out, for a plan
+Calls = Callable[[int, int, int], list[Call]]
+
+
+def rounded(share: float, windows: int | None) -> float:
+    """The share that so many windows allow, `share` or more."""
+    return share if windows is None else math.ceil(share * windows - 1e-9) / windows

@@ -14,12 +14,10 @@ import numpy as np
 
 from liar_ext.allocation import levels
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Candidate, Oracle, Problem
+from liar_ext.allocation.search import TOGETHER, Call, Candidate, Oracle, Problem
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
-# candidates of one call: the model is read once for them all
-TOGETHER = 8
 # the most that are drawn anew before the search goes on around the best
 DRAWN = 100
 # of the coefficients, the most that change at once around the best
@@ -45,12 +43,9 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
         found.setdefault(positions, weights)
         return positions
 
-    sizes = [groups, *range(max(1, round(NEIGHBOURHOOD * groups)), 0, -1)]
+    sizes = _sizes(groups)
     for stage, changed in enumerate(sizes):
-        # every size gets the same part
-        spend = int(trials.left / (len(sizes) - stage))
-        if stage == 0:
-            spend = min(DRAWN, spend)
+        spend = _spend(trials.left, stage, len(sizes))
         while spend > 0:
             tried = trials.fresh(lambda n=changed: drawn(n), min(TOGETHER, spend))  # type: ignore[misc]
             if not tried:
@@ -61,4 +56,27 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     return trials.best()
 
 
-SPDY = Allocation("spdy", levels.wanted, survey="levels", equal=False, search=search, prices=True)
+def _sizes(groups: int) -> list[int]:
+    """Coefficients that are drawn anew, stage by stage."""
+    return [groups, *range(max(1, round(NEIGHBOURHOOD * groups)), 0, -1)]
+
+
+def _spend(left: float, stage: int, stages: int) -> int:
+    """Evaluations of a stage: each gets the same part of what is left."""
+    spend = int(left / (stages - stage))
+    return min(DRAWN, spend) if stage == 0 else spend
+
+
+def calls(evaluations: int, sites: int, windows: int) -> list[Call]:
+    found = [(min(2, evaluations), 1.0)]
+    left, stages = evaluations - found[0][0], len(_sizes(sites))
+    for stage in range(stages):
+        spend = _spend(left, stage, stages)
+        left -= spend
+        found += [(min(TOGETHER, spend - done), 1.0) for done in range(0, spend, TOGETHER)]
+    return found
+
+
+SPDY = Allocation(
+    "spdy", levels.wanted, survey="levels", equal=False, search=search, calls=calls, prices=True
+)

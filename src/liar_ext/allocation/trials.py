@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from liar_ext.allocation.search import Candidate, Oracle
+from liar_ext.allocation.search import Candidate, Oracle, rounded
 from liar_ext.allocation.space import Positions, Space
 
 # draws in a row that bring nothing new, before a search takes its surroundings for exhausted
@@ -45,8 +45,7 @@ class Trials:
 
     def rounded(self, share: float) -> float:
         """The share that the windows of the problem allow, `share` or more."""
-        windows = self._space.problem.windows
-        return share if windows is None else math.ceil(share * windows - 1e-9) / windows
+        return rounded(share, self._space.problem.windows)
 
     def fresh(self, draw: Callable[[], Positions], count: int) -> list[Positions]:
         """Up to `count` different candidates that were not tried with all windows yet.

@@ -78,10 +78,22 @@ def removing(evidence: Evidence, work: Callable[[Tableau], Made]) -> Made:
 def score(evidence: Evidence) -> Tensor:
     units = evidence.site.units
     order, costs = removing(evidence, lambda found: found.remove(units - 1))
-    scores = costs.new_full((units,), torch.inf)
-    scores[order] = costs
     # the last one cannot be judged: it is worth at least what the one before it was
-    return torch.where(scores.isinf(), costs[-1] if len(costs) else 1.0, scores)
+    rising = _rising(torch.cat([costs, costs[-1:] if units > 1 else costs.new_ones(1)]))
+    scores = rising[-1:].repeat(units)
+    scores[order] = rising[:-1]
+    return scores
+
+
+def _rising(costs: Tensor) -> Tensor:
+    """Costs that never fall, those that are equal told apart by as little as float64 can.
+
+    What went later stands higher: where costs are made to rise their order would be lost.
+    """
+    place = torch.arange(len(costs), device=costs.device)
+    # bits of numbers from 0 on are in the order of the numbers
+    bits = costs.clamp(min=0).view(torch.int64)
+    return ((bits - place).cummax(0).values + place).view(torch.float64)
 
 
 def choose(evidence: Evidence) -> Tensor:

@@ -1,6 +1,7 @@
 """policy: keep probabilities that a policy gradient has learned (arXiv 2406.10576).
 
-They are learned by `engine.policy` before anything is pruned, see `ops.policy`.
+They are learned by `engine.policy` before anything is pruned, see `ops.policy`. Units at exactly 0
+or 1 come in the order of the probabilities that the search started from.
 """
 
 from torch import Tensor

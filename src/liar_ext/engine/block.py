@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,10 @@ from liar_ext.survey.base import Trial
 
 T = TypeVar("T")
 
+# a channel whose mean square is less is left out: its inverse, and squares beside it, are to be
+# float32 with all their digits
+_LEAST = 1e4 * torch.finfo(torch.float32).tiny
+
 
 class LayerBlock:
     """`survey.Block` of a layer: the stream holds what entered it and what left it.
@@ -31,12 +36,13 @@ class LayerBlock:
     over valid tokens t; of one batch with the channel's mean square over all batches below.
 
     A batch is one rank's, and what ranks know of batches is put together in their order: the same
-    bits on any number of ranks. Channels in which the dense output is zero throughout are left out.
+    bits on any number of ranks. Channels in which the dense output is zero throughout are left out,
+    or so near to it (mean squares below 1.2e-34) that float32 cannot divide by it.
 
     Args:
         sites: of one layer, which is open. costs: of one unit of each of them.
     Raises:
-        InputError: what leaves the layer is NaN or infinite.
+        InputError: what leaves the layer is NaN or infinite; later, what leaves it with gates.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class LayerBlock:
         self._layer, self.sites = runtime.layers[sites[0].layer], sites
         self._stream, self._device = stream, runtime.device
         self._ranks, self._clock = ranks, clock = runtime.ranks, runtime.clock
+        self._name = runtime.layer_name(sites[0].layer)
         own: dict[int, tuple[int, Tensor]] = {}
         for number in stream.batches:
             with clock.phase("hold"):
@@ -63,10 +70,10 @@ class LayerBlock:
         squares = sum((part for _, part in every[1:]), every[0][1]) / max(sum(self._tokens), 1)
         if not bool(torch.isfinite(squares).all()):
             raise InputError(
-                f"{runtime.layer_name(sites[0].layer)}: hidden states are NaN or infinite; check "
-                "the checkpoint, or compute in a wider type with --dtype"
+                f"{self._name}: hidden states are NaN or infinite; check the checkpoint, or "
+                "compute in a wider type with --dtype"
             )
-        weights = torch.where(squares > 0, 1 / squares.clamp(min=1e-300), 0.0) / len(squares)
+        weights = torch.where(squares > _LEAST, 1 / squares.clamp(min=_LEAST), 0.0) / len(squares)
         self._weights = weights.to(runtime.device, torch.float32)
 
     def slopes(self, trials: Sequence[Trial]) -> list[list[Tensor]]:
@@ -83,7 +90,9 @@ class LayerBlock:
                     own = torch.autograd.grad(error, leaves)
                     found[place] = [gradient.double().cpu() for gradient in own]
                     del error
-        return _in_order(self._ranks.gather(found))
+        every = _in_order(self._ranks.gather(found))
+        self._check(all(bool(own.isfinite().all()) for of in every for own in of))
+        return every
 
     def errors(self, gates: Sequence[Sequence[Tensor]]) -> list[float]:
         own: dict[int, list[float]] = {}
@@ -92,7 +101,17 @@ class LayerBlock:
                 own[number] = [self._value(number, opened, values) for values in gates]
         every = _in_order(self._ranks.gather(own))
         total = max(sum(self._tokens), 1)
-        return [sum(of_batch[place] for of_batch in every) / total for place in range(len(gates))]
+        found = [sum(of_batch[place] for of_batch in every) / total for place in range(len(gates))]
+        self._check(all(map(isfinite, found)))
+        return found
+
+    def _check(self, finite: bool) -> None:
+        """What is found is the same on every rank, and so is whether it is refused."""
+        if not finite:
+            raise InputError(
+                f"{self._name}: with units removed, the error of what leaves the layer is NaN or "
+                "infinite; compute in a wider type with --dtype"
+            )
 
     def _value(self, number: int, opened: Gates, values: Sequence[Tensor]) -> float:
         opened.values = [value.to(self._device) for value in values]

@@ -5,10 +5,12 @@ ZipLM's database (arXiv 2302.04089). One file for each width of a Site, written 
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,10 @@ from liar_ext.report.text import size
 # (layer, kind)
 Key = tuple[int, str]
 
+# in the metadata of a file
+_NOTES = "notes"
+_Found = TypeVar("_Found")
+
 
 @dataclass(frozen=True)
 class Level:
@@ -31,11 +37,13 @@ class Level:
     Attributes:
         keep: units, (units,) int64 sorted; weight: of the repaired consumer, (out, kept columns).
         bias: of the repaired consumer, (out,); None where it stays as it is.
+        notes: what had to be raised or repeated for it.
     """
 
     keep: Tensor
     weight: Tensor
     bias: Tensor | None
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -44,7 +52,7 @@ class Level:
 
     def to(self, device: torch.device) -> Level:
         bias = None if self.bias is None else self.bias.to(device)
-        return Level(self.keep.to(device), self.weight.to(device), bias)
+        return Level(self.keep.to(device), self.weight.to(device), bias, self.notes)
 
 
 class Levels(Protocol):
@@ -61,6 +69,9 @@ class Levels(Protocol):
     def save(self, key: Key, units: int, level: Level) -> None: ...
 
     def load(self, key: Key, units: int, device: torch.device) -> Level: ...
+
+    def notes(self, key: Key, units: int) -> tuple[str, ...]:
+        """Of a level, without its weights."""
 
     def discard(self) -> None:
         """The search that they were made for is over."""
@@ -80,6 +91,9 @@ class HeldLevels:
 
     def load(self, key: Key, units: int, device: torch.device) -> Level:
         return self._held[key, units].to(device)
+
+    def notes(self, key: Key, units: int) -> tuple[str, ...]:
+        return self._held[key, units].notes
 
     def discard(self) -> None:
         """They stay, for another search of the same model."""
@@ -102,18 +116,30 @@ class FiledLevels:
         path = self._path(key, units)
         self._folder.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file({n: tensor.cpu().contiguous() for n, tensor in level.tensors.items()}, temporary)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in level.tensors.items()}
+        save_file(tensors, temporary, {_NOTES: json.dumps(level.notes)})
         sync_path(temporary)
         temporary.replace(path)
         sync_path(self._folder)
 
     def load(self, key: Key, units: int, device: torch.device) -> Level:
+        def read(stored: Any) -> Level:
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return Level(found["keep"], found["weight"], found.get("bias"), _notes(stored))
+
+        return self._read(key, units, device, read)
+
+    def notes(self, key: Key, units: int) -> tuple[str, ...]:
+        return self._read(key, units, torch.device("cpu"), _notes)
+
+    def _read(
+        self, key: Key, units: int, device: torch.device, what: Callable[[Any], _Found]
+    ) -> _Found:
         path = self._path(key, units)
         try:
             with safe_open(path, framework="pt", device=str(device)) as stored:
-                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return Level(found["keep"], found["weight"], found.get("bias"))
-        except (OSError, SafetensorError, KeyError) as error:
+                return what(stored)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: a level that the search made cannot be read ({error}); start again with "
                 "--overwrite instead of --resume"
@@ -129,6 +155,10 @@ class FiledLevels:
 
     def _path(self, key: Key, units: int) -> Path:
         return self._folder / f"{key[0]}.{key[1]}.{units}.safetensors"
+
+
+def _notes(stored: Any) -> tuple[str, ...]:
+    return tuple(json.loads(stored.metadata()[_NOTES]))
 
 
 def check_room(folder: Path | None, needed: int, there: int) -> None:

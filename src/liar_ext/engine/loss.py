@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
-from liar_ext.models import Adapter, linear
+from liar_ext.models import Adapter
+from liar_ext.ops.logits import chunks, logits
 
-# float32 logits of one chunk: 128 MiB, and about three times that with their gradient
-CHUNK_LOGITS = 1 << 25
 # what `cross_entropy` leaves out
 NO_TARGET = -100
 
@@ -25,8 +24,8 @@ def predicts(model: PreTrainedModel, adapter: Adapter) -> bool:
 def loss_gradient(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy of a language-model head, and its gradient.
 
-    Logits are made in chunks of positions, float32 at least: 2048 positions of a vocabulary of
-    128k take 1 GiB.
+    Logits are made in chunks of positions (`ops.logits`), which take about three times as much with
+    their gradient.
 
     Args:
         states: (b, t, d), what the head is given; targets: (b, t) int64, -100 for none.
@@ -36,12 +35,10 @@ def loss_gradient(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Ten
     flat, wanted = states.flatten(0, 1), targets.flatten()
     gradient = torch.empty_like(flat)
     total = torch.zeros((), dtype=torch.float64, device=states.device)
-    step = max(1, CHUNK_LOGITS // linear.weight(head).shape[0])
-    for start in range(0, flat.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in chunks(head, len(flat)):
         own = flat[rows].detach().requires_grad_()
         with torch.enable_grad():
-            loss = _cross_entropy(head(own), wanted[rows])
+            loss = _cross_entropy(logits(head, own), wanted[rows])
         (gradient[rows],) = torch.autograd.grad(loss, own)
         total += loss.detach()
     return gradient.view_as(states), total
@@ -51,21 +48,13 @@ def loss_sum(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     """The sum alone, float64; arguments as of `loss_gradient`."""
     flat, wanted = states.flatten(0, 1), targets.flatten()
     total = torch.zeros((), dtype=torch.float64, device=states.device)
-    step = max(1, CHUNK_LOGITS // linear.weight(head).shape[0])
-    for start in range(0, flat.shape[0], step):
-        rows = slice(start, start + step)
-        total += _cross_entropy(head(flat[rows]), wanted[rows])
+    for rows in chunks(head, len(flat)):
+        total += _cross_entropy(logits(head, flat[rows]), wanted[rows])
     return total
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed, float32 at least."""
-    return F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)),
-        targets,
-        ignore_index=NO_TARGET,
-        reduction="sum",
-    )
+    return F.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum")
 
 
 def next_tokens(batch: Batch) -> Tensor:

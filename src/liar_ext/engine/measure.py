@@ -33,18 +33,24 @@ CENTRING_LIMIT = 100.0
 class Measured:
     """Attributes: the Moments of a Site, its column statistics where the library has them, those
     of the tokens that are held out where a ridge is chosen, the drift of its output where there are
-    two paths, notes for the report."""
+    two paths, the dtype that its sums began in, notes for the report."""
 
     moments: Moments
     columns: ColumnMoments | None = None
     held: Sample | None = None
     drift: Drift | None = None
+    first: torch.dtype = torch.float32
 
     @property
     def notes(self) -> list[str]:
-        if self.moments.gram.dtype == torch.float32:
+        if self.moments.gram.dtype == self.first:
             return []
         return ["means far above the deviations: statistics repeated in float64"]
+
+
+def sums_dtype(site: Site) -> torch.dtype:
+    """Of a Site's Gram matrix: float32, and float64 for a model that computes in it."""
+    return torch.promote_types(site.weight().dtype, torch.float32)
 
 
 def held_name(kind: str) -> str:
@@ -185,16 +191,20 @@ class Measurer:
                         self.library.load(index, name, self.runtime.device)
                         for name in self._names(site.kind)
                     )
-                    found[site.kind] = Measured(whole, held=Sample(held[0]) if held else None)
+                    found[site.kind] = Measured(
+                        whole, held=Sample(held[0]) if held else None, first=sums_dtype(site)
+                    )
                 return found
         return self._forward(index)
 
     def standing(self, site: Site, feed: Feed) -> Measured:
         """Statistics of all batches that stand at a Site."""
-        found = self._standing(site, feed, torch.float32)
+        first = sums_dtype(site)
+        found = self._standing(site, feed, first)
         if not self._centred(site, found.moments):
             del found  # at 70B widths the two are 10 GB
             found = self._standing(site, feed, torch.float64)
+        found.first = first
         return found
 
     def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Measured:
@@ -224,7 +234,7 @@ class Measurer:
                 self.stream.through(index, [(site, again)], onward=False)
                 found = self._finished(again)
                 refuse_non_finite(site, found.moments)
-            found.columns = columns
+            found.columns, found.first = columns, sums_dtype(site)
             self._save(index, site, found)
             if site.kind in self.recipe.target and index in self.targets:
                 measured[site.kind] = found
@@ -242,7 +252,7 @@ class Measurer:
 
     def _both(self, site: Site) -> _Both:
         columns = None if self.library is None else SiteColumns(site.columns, self.runtime.device)
-        return _Both(self._gram(site, torch.float32), columns)
+        return _Both(self._gram(site, sums_dtype(site)), columns)
 
     def _gram(self, site: Site, dtype: torch.dtype) -> SiteMoments:
         with self.runtime.clock.phase("gram"):

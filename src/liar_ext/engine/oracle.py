@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from liar_ext.allocation.search import Candidate
+from liar_ext.allocation.search import TOGETHER, Candidate
 from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import Key, Levels
@@ -28,12 +28,14 @@ from liar_ext.engine.stream import Stream
 from liar_ext.models.twin import twin
 from liar_ext.ops.divergence import distances, divergence
 
-# candidates whose hidden states of all windows wait at once; of fewer windows more
-TOGETHER = 8
-
 # kept units of the Sites of each layer up to one: models that are the same so far
 _Prefix = tuple[Candidate, ...]
 _States = dict[int, Item]
+
+
+def together(count: int, windows: int) -> int:
+    """Candidates that go through the layers at once, on some of `count` windows."""
+    return max(1, TOGETHER * count // windows)
 
 
 @dataclass
@@ -70,7 +72,7 @@ class ModelOracle:
         """
         windows = min(self._count, max(1, math.ceil(share * self._count - 1e-9)))
         fresh = [c for c in dict.fromkeys(candidates) if self.ledger.get(c, windows) is None]
-        most = max(1, TOGETHER * self._count // windows)
+        most = together(self._count, windows)
         for start in range(0, len(fresh), most):
             asked = fresh[start : start + most]
             self.prepare()
@@ -92,12 +94,12 @@ class ModelOracle:
     def _assembled(self, candidates: Sequence[Candidate], windows: int) -> list[float]:
         stream, entering, dense = self._stream(windows)
         states: dict[_Prefix, _States] = {(): entering}
-        last = len(self.runtime.layers) - 1
+        split = [self._by_layer(candidate) for candidate in candidates]
         for index in range(self._first, len(self.runtime.layers)):
             self.runtime.open(index)
             later: dict[_Prefix, _States] = {}
             # all models with the same widths here, one after the other: a level is read once
-            following = dict.fromkeys(self._prefix(c, index) for c in candidates)
+            following = dict.fromkeys(own[: index - self._first + 1] for own in split)
             left = Counter(prefix[:-1] for prefix in following)
             for units in dict.fromkeys(prefix[-1] for prefix in following):
                 with self._shrunk(index, units):
@@ -112,15 +114,14 @@ class ModelOracle:
             self.runtime.close(index)
             states = later
         found = self._compared(stream, dense, states)
-        return [found[self._prefix(candidate, last)] for candidate in candidates]
+        return [found[own] for own in split]
 
-    def _units(self, candidate: Candidate, index: int) -> Candidate:
-        """Kept units of one layer's Sites."""
-        pairs = zip(self.sites, candidate, strict=True)
-        return tuple(units for ((layer, _), _), units in pairs if layer == index)
-
-    def _prefix(self, candidate: Candidate, index: int) -> _Prefix:
-        return tuple(self._units(candidate, i) for i in range(self._first, index + 1))
+    def _by_layer(self, candidate: Candidate) -> _Prefix:
+        """Kept units of the Sites of each layer from the first targeted one on."""
+        layers: list[list[int]] = [[] for _ in range(self._first, len(self.runtime.layers))]
+        for ((layer, _), _), units in zip(self.sites, candidate, strict=True):
+            layers[layer - self._first].append(units)
+        return tuple(map(tuple, layers))
 
     @contextmanager
     def _shrunk(self, index: int, units: Candidate) -> Iterator[None]:

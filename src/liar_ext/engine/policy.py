@@ -75,16 +75,27 @@ class PolicyPass:
         self._entering: dict[int, Item] = {}
         self._dense: dict[int, float] = {}
         self._wanted: dict[int, Item] = {}
+        # a batch of windows of one token has no loss of the next one
+        self._judged = [
+            number
+            for number, batch in enumerate(self.batches)
+            if not self.runtime.predicts or bool((next_tokens(batch) != NO_TARGET).any())
+        ]
 
     @torch.no_grad()
     def results(self, keeper: Keeper | None) -> dict[tuple[int, str], Tensor]:
-        """By layer and kind, (units,) float64 on the CPU, the same on every rank; goes on from
-        where an earlier run was, if one was.
+        """Scores (`Policy.scores`) by layer and kind, (units,) float64 on the CPU, the same on
+        every rank; goes on from where an earlier run was, if one was.
 
         Raises:
-            InputError: the dense model's loss or states are NaN or infinite, or those of all masks
-                of many steps.
+            InputError: there is nothing to predict; the dense model's loss or states are NaN or
+                infinite, or those of all masks of many steps.
         """
+        if not self._judged:
+            raise InputError(
+                "--criterion policy: the calibration windows have no next token to predict; give "
+                "longer ones"
+            )
         kept = None if keeper is None else keeper.aside(_FILE)
         policy, losses = (None, []) if kept is None else _restored(kept[0])
         if policy is None or len(losses) < self.recipe.policy_steps:
@@ -95,7 +106,7 @@ class PolicyPass:
             for item in (*self._entering.values(), *self._wanted.values()):
                 item.free()
         self.facts = self._said(losses)
-        return self._by_site(policy.keep)
+        return self._by_site(policy.scores())
 
     def _sites(self, index: int) -> list[Site]:
         return self.runtime.sites(index, self.recipe.target)
@@ -129,14 +140,16 @@ class PolicyPass:
         if not self.runtime.predicts:
             self._wanted, self._stream.hidden = self._stream.hidden, {}
             for number, item in self._wanted.items():
-                if not bool(torch.isfinite(item.fetch()[self._valid(number)]).all()):
+                rows = valid_rows(item.fetch(), self._stream.valid(number))
+                if not bool(torch.isfinite(rows).all()):
                     raise InputError(
                         "--criterion policy: the dense model's last hidden states are NaN or "
                         "infinite; check the checkpoint, or compute in a wider type with --dtype"
                     )
             return
         with self.runtime.head() as head:
-            for number, item in self._stream.hidden.items():
+            for number in self._judged:
+                item = self._stream.hidden[number]
                 loss = self._dense[number] = self._next_token_loss(head, number, item)
                 if not isfinite(loss):
                     raise InputError(
@@ -161,15 +174,15 @@ class PolicyPass:
             "survey", generator=torch.Generator().manual_seed(self.recipe.seed).get_state()
         )
         self.runtime.progress.begin(steps, "learning masks", done)
-        failed = 0
         for step in range(done, steps):
             masks = policy.draw(MASKS)
-            found = self._losses(step % len(self.batches), masks)
+            found = self._losses(self._judged[step % len(self._judged)], masks)
             size = STEP_SIZE * (1 + cos(pi * step / steps)) / 2
-            usable = policy.step(torch.tensor(found, dtype=torch.float64), masks, size)
+            policy.step(torch.tensor(found, dtype=torch.float64), masks, size)
             losses.append(found)
-            failed = 0 if usable else failed + 1
-            if failed == len(self.batches):
+            failed = _failed(losses)
+            # every batch in turn, or all of the search
+            if failed == min(len(self._judged), steps):
                 raise InputError(
                     f"--criterion policy: no mask of the last {failed} steps has a finite loss; "
                     "lower --sparsity, or compute in a wider type with --dtype"
@@ -236,19 +249,11 @@ class PolicyPass:
         batch = self.batches[number]
         targets = next_tokens(batch)
         predicted = int((targets != NO_TARGET).sum())
-        if not predicted:
-            raise InputError(
-                "--criterion policy: a batch of calibration windows has no next token to predict; "
-                "give longer ones"
-            )
         with self.runtime.clock.phase("hold"):
             final = item.fetch()
         with self.runtime.clock.phase("forward"):
             last = self.runtime.last_hidden(batch, final)
             return float(loss_sum(head, last, targets.to(self.runtime.device))) / predicted
-
-    def _valid(self, number: int) -> Tensor:
-        return self.batches[number].attention_mask.to(self.runtime.device)
 
     def _by_site(self, values: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
         """Each Site's part of (..., units of all layers) by kind."""
@@ -263,6 +268,7 @@ class PolicyPass:
         self, policy: Policy, losses: list[list[float]]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"keep.{kind}": keep for kind, keep in policy.keep.items()}
+        tensors |= {f"start.{kind}": start for kind, start in policy.start.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         tensors["generator"] = policy.generator.get_state()
         tensors["state"] = torch.tensor(
@@ -271,7 +277,8 @@ class PolicyPass:
         return tensors, {}
 
     def _said(self, losses: list[list[float]]) -> dict[str, Any]:
-        """Mean losses of the first and the last steps, beside the dense model's."""
+        """Mean losses of the first and the last steps, beside the dense model's; None where none is
+        finite."""
         found = torch.tensor(losses, dtype=torch.float64)
         part = max(1, len(found) // _SHARE)
         return {
@@ -279,9 +286,22 @@ class PolicyPass:
             "masks": found.numel(),
             "dropped": int((~found.isfinite()).sum()),
             "loss": "next token" if self.runtime.predicts else "last hidden states",
-            "first": float(found[:part][found[:part].isfinite()].mean()),
-            "last": float(found[-part:][found[-part:].isfinite()].mean()),
+            "first": _mean(found[:part]),
+            "last": _mean(found[-part:]),
         }
+
+
+def _mean(losses: Tensor) -> float | None:
+    """Of those that are finite, if any is."""
+    finite = losses[losses.isfinite()]
+    return float(finite.mean()) if len(finite) else None
+
+
+def _failed(losses: Sequence[Sequence[float]]) -> int:
+    """The last steps in a row in which no mask had a finite loss, also those of an earlier run."""
+    return next(
+        (n for n, own in enumerate(reversed(losses)) if any(map(isfinite, own))), len(losses)
+    )
 
 
 def _standardised(scores: Tensor) -> Tensor:
@@ -291,13 +311,11 @@ def _standardised(scores: Tensor) -> Tensor:
 
 
 def _restored(tensors: Mapping[str, Tensor]) -> tuple[Policy, list[list[float]]]:
-    keep = {
-        name.removeprefix("keep."): values
-        for name, values in tensors.items()
-        if name.startswith("keep.")
-    }
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
     generator = torch.Generator()
     generator.set_state(tensors["generator"])
     share, baseline, spread = tensors["state"].tolist()
     losses = tensors["losses"].tolist()
-    return Policy(keep, share, generator, baseline, spread), losses
+    return Policy(named("keep."), share, generator, baseline, spread, named("start.")), losses

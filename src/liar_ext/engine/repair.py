@@ -130,26 +130,42 @@ class Repairer:
 
         return report, shrink
 
-    def selections(self, site: Site, moments: Moments, widths: Sequence[int]) -> list[Tensor]:
-        """The units that a dense Site keeps at each of these widths, the widest first."""
+    def selections(
+        self, site: Site, moments: Moments, widths: Sequence[int]
+    ) -> tuple[list[Tensor], list[str]]:
+        """The units that a dense Site keeps at each of these widths, the widest first, and what had
+        to be raised for that."""
         with self._clock.phase("solve"):
             # each Site is asked once: there is nothing to remember
-            criterion = CRITERIA[self._recipe.criterion]
-            found = criterion.selections(self._evidence(site, moments), widths)
-            return [self._ranks.broadcast(keep) for keep in found]
+            criterion, evidence = CRITERIA[self._recipe.criterion], self._evidence(site, moments)
+            found = criterion.selections(evidence, widths)
+            return [self._ranks.broadcast(keep) for keep in found], evidence.notes
 
     def level(
-        self, site: Site, moments: Moments, keep: Tensor, *, held: Sample | None = None
+        self,
+        site: Site,
+        moments: Moments,
+        keep: Tensor,
+        notes: Sequence[str] = (),
+        *,
+        held: Sample | None = None,
     ) -> Level:
         """A dense Site as it would be with these units; it stays as it is.
 
         Args:
+            notes: of the selection and the statistics.
             held: of those tokens that are held out to choose the ridge by.
         """
         with self._clock.phase("solve"):
             repaired, _, _ = self._solve(site, moments, site.unit_columns(keep), held)
             bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
-            return Level(keep, repaired.weight.to(dtype), None if bias is None else bias.to(dtype))
+            steps = () if repaired.diagnostics is None else repaired.diagnostics.steps
+            return Level(
+                keep,
+                repaired.weight.to(dtype),
+                None if bias is None else bias.to(dtype),
+                (*notes, *steps),
+            )
 
     def _evidence(
         self, site: Site, statistics: Columns | None, keep: int | None = None

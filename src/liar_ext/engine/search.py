@@ -136,6 +136,7 @@ class Searcher:
             oracle.free()
         self._say(ledger, best, count)
         self.facts["levels_bytes"] = self._bytes(grids)
+        self.facts |= self._noted(grids)
         if self.keeper is not None:
             self.keeper.put_aside(_DONE, {}, self.facts)
         self._discard()
@@ -212,15 +213,33 @@ class Searcher:
         place = 2 * site.layer + KINDS.index(site.kind)
         self.repairer.generator.manual_seed((self.recipe.seed * _PRIME + place) % 2**63)
         descending = sorted(widths, reverse=True)
-        kept = self.repairer.selections(site, measured.moments, descending)
+        kept, notes = self.repairer.selections(site, measured.moments, descending)
+        notes = [*measured.notes, *notes]
         for units, keep in zip(descending, kept, strict=True):
             if units not in missing:
                 continue
-            level = self.repairer.level(site, measured.moments, keep, held=measured.held)
+            level = self.repairer.level(site, measured.moments, keep, notes, held=measured.held)
             with self.runtime.clock.phase("write"):
                 if self.runtime.ranks.rank == 0 or self.keeper is None:
                     self._store.save((site.layer, site.kind), units, level)
                 self.runtime.ranks.barrier()
+
+    def _noted(self, grids: Mapping[Key, tuple[int, ...]]) -> dict[str, Any]:
+        """How many levels had to be made otherwise than asked, and the first note of the first."""
+        every = [
+            (site, units, self._store.notes((site.layer, site.kind), units))
+            for site in self._sites(grids)
+            for units in grids[site.layer, site.kind][:-1]
+        ]
+        noted = [(site, units, notes[0]) for site, units, notes in every if notes]
+        found: dict[str, Any] = {"levels": len(every), "levels_noted": len(noted)}
+        if noted:
+            site, units, note = noted[0]
+            found["first_note"] = f"{site.name} at {units} of {site.units} units: {note}"
+            self.runtime.progress.tell(
+                f"search: notes on {len(noted)} of {len(every)} levels: {found['first_note']}"
+            )
+        return found
 
     def _say(self, ledger: SearchLedger, best: Candidate, count: int) -> None:
         whole = [loss for _, windows, loss in ledger.items() if windows == count]
@@ -232,7 +251,8 @@ class Searcher:
             )
         self.facts = {
             "windows": count,
-            "tried": len(ledger),
+            # some on a part of the windows, some of these on all of them, too
+            "tried": len({candidate for candidate, _, _ in ledger.items()}),
             "tried_on_all_windows": len(whole),
             # of the dense model it is 0
             "first_loss": whole[0] if math.isfinite(whole[0]) else None,

@@ -41,7 +41,10 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     family = traced_family(config)
     adapter = ADAPTERS.get(text.model_type) if family is None else family.adapter()
     if reason is None and adapter is None:
-        reason = "it is not a family this version knows (`liar trace` may find its Sites, and `--trace` then prunes them)"
+        reason = (
+            "it is not a family this version knows (`liar trace` may find its Sites, and `--trace` "
+            "then prunes them)"
+        )
     if reason is None and adapter is not None:
         reason = adapter.refuse(text)
     if reason is not None or adapter is None:

@@ -17,7 +17,7 @@ steps 1.8 times as long.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from torch import Tensor
 # ε and T, as published
 FLOOR = 1e-7
 HORIZON = 5
+# share of the first probabilities in a score: less than a search can tell apart
+ORDER = 1e-6
 
 
 def estimate(losses: Tensor, masks: Tensor, keep: Tensor, baseline: float, weight: float) -> Tensor:
@@ -84,6 +86,7 @@ class Policy:
         baseline: δ, NaN before the first step.
         spread: mean square of the losses around it, as the baseline follows them.
         generator: what masks are drawn from.
+        start: s before the first step; empty for the present one.
     """
 
     keep: dict[str, Tensor]
@@ -91,6 +94,11 @@ class Policy:
     generator: torch.Generator
     baseline: float = float("nan")
     spread: float = float("nan")
+    start: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # steps make new tensors
+        self.start = self.start or dict(self.keep)
 
     def draw(self, masks: int) -> dict[str, Tensor]:
         """Masks of all units, by kind, (masks, units) float64."""
@@ -100,6 +108,13 @@ class Policy:
             ).double()
             for kind, keep in self.keep.items()
         }
+
+    def scores(self) -> dict[str, Tensor]:
+        """s by kind, with what it was at the start for the order of units whose s is the same.
+
+        The projection ends many at 0 or 1, where no mask tells any more which is better.
+        """
+        return {kind: keep + ORDER * self.start[kind] for kind, keep in self.keep.items()}
 
     def step(self, losses: Tensor, masks: Mapping[str, Tensor], size: float) -> int:
         """One step down the loss, and back to the budget; returns how many losses were usable.

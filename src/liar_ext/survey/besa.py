@@ -10,7 +10,10 @@ The forward removes the ⌊C α⌋ worst units, the backward sees gates 1 − P_
 E the error of the layer's output (`engine.block`), E_0 that of the same rate p in each Site, θ goes
 down
 
-    E / E_0 + 5 ((ᾱ − p) / p)²        ᾱ = Σ_s w_s α_s, w_s the Site's share of the layer's cost
+    E / E_0 + 5 ((ᾱ − p) / p)²        ᾱ = Σ_s w_s Σ_d β_sd ⌊C_s p_d⌋ / C_s
+
+with w_s the Site's share of the layer's cost: ᾱ is what goes of that, as one unit of a Site stays
+and `⌊C p_d⌋` of few units is far from `C p_d`; the published one is of the rates.
 
 The published β = softmax(sigmoid(θ)) keeps α between 0.38 and 0.62 whatever θ is, and starts from
 0.5; here β is the softmax itself, and starts from the distribution of the largest entropy whose
@@ -160,9 +163,11 @@ def gradient(
         ranks: of each Site's units; shares: of the layer's cost, (Sites,).
     """
     theta = theta.clone().requires_grad_()
+    gone = torch.stack([removed(len(own), CANDIDATES).double() / len(own) for own in ranks])
     with torch.enable_grad():
         beta = theta.softmax(-1)
-        total = BALANCE * ((beta @ CANDIDATES @ shares - rates) / rates).square().sum()
+        mean = (beta * gone).sum(-1) @ shares
+        total = BALANCE * ((mean - rates) / rates).square().sum()
         for site, own in enumerate(ranks):
             gates = soft_gates(beta[:, site], len(own))[:, own]
             total = total + (gates * torch.stack([of[site] for of in slopes])).sum()
