@@ -8,7 +8,7 @@ budget that is cut into slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, gcd
+from math import ceil, gcd, isnan
 
 import numpy as np
 
@@ -38,9 +38,9 @@ def choose(
     Raises:
         InputError: a loss is NaN, which no order has a place for.
     """
-    for site, loss in enumerate(losses):
-        for level, own in enumerate(loss):
-            if own != own:
+    for site, row in enumerate(losses):
+        for level, value in enumerate(row):
+            if isnan(value):
                 raise InputError(
                     f"allocation: the error of level {level} of choice {site} is NaN; check the "
                     "checkpoint, or compute in a wider type with --dtype"
