@@ -142,15 +142,6 @@ def test_the_lowest_levels_are_all_there_is_at_the_largest_sparsity(name):
         run(name, dataclasses.replace(given, sparsity=sparsity + 0.01), losses)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", FREE)
-def test_tied_sites_keep_the_same_and_the_best_of_that(name, seed):
-    given, losses = problem(seed, 5, sparsity=0.4, evaluations=300, tied=[(0, 2), (1, 4)])
-    found = run(name, given, losses)
-    assert (found[0], found[1]) == (found[2], found[4])
-    assert losses.of(found) == min(map(losses.of, within(given)))
-
-
 @pytest.mark.parametrize("name", SEARCHES)
 def test_models_without_a_finite_loss_are_never_chosen(name):
     given, losses = problem(2, 4, sparsity=0.4, evaluations=60)

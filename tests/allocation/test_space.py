@@ -93,10 +93,10 @@ def test_the_solution_for_any_weights_has_the_least_sum_of_errors(seed, stairs, 
         assert errors[site] == pytest.approx(expected, rel=1e-12)
     candidates = within(given)
     # each Site's price is rounded up by less than a slot
-    rounded = len(space.groups) * sum(own[-1] for own in space.prices) / SLOTS if stairs else 0
+    rounded = len(space.levels) * sum(own[-1] for own in space.prices) / SLOTS if stairs else 0
     nearly = [c for c in candidates if given.price(c) <= given.most - rounded + 1e-9]
     for _ in range(5):
-        weights = [drawn.random() for _ in space.groups]
+        weights = [drawn.random() for _ in space.levels]
 
         def total(candidate, weights=weights):
             return sum(w * losses.alone(s, candidate[s]) for s, w in enumerate(weights))
@@ -137,18 +137,6 @@ def test_errors_between_two_levels_of_the_survey_are_on_a_line():
     assert len(known) == own.units
 
 
-def test_tied_sites_go_together():
-    given, losses = problem(2, 5, sparsity=0.4, tied=[(0, 2), (1, 4)])
-    space = Space(given)
-    assert space.groups == [(0, 2), (1, 4), (3,)]
-    for positions in itertools.product(range(5), repeat=3):
-        candidate = space.candidate(positions)
-        assert (candidate[0], candidate[1]) == (candidate[2], candidate[4])
-        assert space.price(positions) == pytest.approx(given.price(candidate))
-    expected = [losses.alone(0, k) + losses.alone(2, k) for k in given.levels[0]]
-    assert space.errors()[0] == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize("stairs", [False, True], ids=["linear", "stairs"])
 def test_a_budget_below_the_lowest_levels_is_refused_with_the_most_that_can_go(stairs):
     given, _ = problem(1, stairs=stairs, sparsity=0.3)
@@ -167,11 +155,5 @@ def test_what_no_problem_may_be_is_named():
         def price(self, units: int) -> float:
             return 10.0 - units
 
-    budget = Budget("ffn", 4, 1)
-    with pytest.raises(ValueError, match=r"\(0,\).* a price falls"):
+    with pytest.raises(ValueError, match=r"Site 0: a price falls"):
         Space(Problem([Falling("ffn", 4, 1)], 0.1, [(2, 4)], 1, 0))
-    with pytest.raises(ValueError, match="different levels"):
-        Space(Problem([budget, budget], 0.1, [(2, 4), (3, 4)], 1, 0, [(0, 1)]))
-    for tied in ([(0, 1), (1,)], [(0, 2)]):
-        with pytest.raises(ValueError, match="twice, or one that there is not"):
-            Space(Problem([budget, budget], 0.1, [(2, 4), (2, 4)], 1, 0, tied))

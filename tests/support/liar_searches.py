@@ -82,7 +82,6 @@ def problem(
     stairs: bool = False,
     sparsity: float = 0.5,
     evaluations: int = 200,
-    tied: Sequence[tuple[int, ...]] = (),
 ) -> tuple[Problem, Losses]:
     """FFN and heads by turns, with the errors of each Site alone as findings."""
     drawn = random.Random(seed)
@@ -94,8 +93,6 @@ def problem(
         kind, cost = (
             ("heads", 40 + drawn.randrange(3)) if heads else ("ffn", 7 + drawn.randrange(3))
         )
-        if any(site in group for group in tied):
-            kind, units, cost = "ffn", 4 * steps, 7
         if stairs:
             step = 1 if heads else drawn.choice([2, 4, 7])
             base = 3.7 * drawn.random()
@@ -103,14 +100,14 @@ def problem(
         else:
             budgets.append(Budget(kind, units, cost))
         grids.append(tuple(units * place // steps for place in range(1, steps + 1)))
-    bare = Problem(budgets, sparsity, grids, evaluations, seed, tied)
+    bare = Problem(budgets, sparsity, grids, evaluations, seed)
     losses = Losses(bare, seed)
     known = []
     for site, budget in enumerate(budgets):
         errors = [losses.alone(site, kept) for kept in levels(budget.units)]
         finding = torch.tensor(errors, dtype=torch.float64)
         known.append(type(budget)(**{**vars(budget), "finding": finding}))
-    return Problem(known, sparsity, grids, evaluations, seed, tied), losses
+    return Problem(known, sparsity, grids, evaluations, seed), losses
 
 
 def within(problem: Problem) -> list[Candidate]:
@@ -119,19 +116,15 @@ def within(problem: Problem) -> list[Candidate]:
         candidate
         for candidate in itertools.product(*problem.levels)
         if problem.price(candidate) <= problem.most * SLACK
-        and all(len({candidate[site] for site in group}) == 1 for group in problem.tied)
     ]
 
 
 def is_full(problem: Problem, candidate: Candidate) -> bool:
-    """No Site, or group of tied ones, has a next level that fits."""
-    tied = [set(group) for group in problem.tied]
-    groups = tied + [{s} for s in range(len(candidate)) if not any(s in group for group in tied)]
-    for group in groups:
-        own = problem.levels[min(group)]
-        place = own.index(candidate[min(group)])
+    """No Site has a next level that fits."""
+    for site, (own, kept) in enumerate(zip(problem.levels, candidate, strict=True)):
+        place = own.index(kept)
         if place + 1 < len(own):
-            raised = [own[place + 1] if s in group else kept for s, kept in enumerate(candidate)]
+            raised = [own[place + 1] if s == site else k for s, k in enumerate(candidate)]
             if problem.price(raised) <= problem.most * SLACK:
                 return False
     return True

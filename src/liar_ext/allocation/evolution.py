@@ -72,15 +72,15 @@ def mutated(
     """Every Site's width drawn from all its levels with the probability `any_`, else from those
     near it with `small`; then moved on to the budget."""
     wishes = space.widths(parent)
-    for group, own in enumerate(space.levels):
-        near = (1 - OVERLAP) * space.units[group]
+    for site, own in enumerate(space.levels):
+        near = (1 - OVERLAP) * space.units[site]
         if generator.random() < any_:
             options = list(own)
         elif generator.random() < small:
-            options = [kept for kept in own if abs(kept - wishes[group]) <= near]
+            options = [kept for kept in own if abs(kept - wishes[site]) <= near]
         else:
             continue
-        wishes[group] = float(options[int(generator.integers(len(options)))])
+        wishes[site] = float(options[int(generator.integers(len(options)))])
     return space.place(wishes)
 
 

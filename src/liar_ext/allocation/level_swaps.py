@@ -37,7 +37,7 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     space = Space(problem)
     trials = Trials(space, oracle)
     generator = np.random.default_rng(problem.seed)
-    even = [1.0] * len(space.groups)
+    even = [1.0] * len(space.levels)
     trials.losses([space.uniform(), space.solved(space.errors(), even)])
 
     while trials.left >= 1:
@@ -67,7 +67,7 @@ def mutated(space: Space, parent: Positions, stride: float, generator: Generator
     now = parent
     for _ in range(int(drawn.min())):
         now = _swapped(space, now, stride, generator)
-    return space.filled(now, lambda group, position: float(generator.random()))
+    return space.filled(now, lambda site, position: float(generator.random()))
 
 
 def _swapped(space: Space, positions: Positions, stride: float, generator: Generator) -> Positions:
@@ -79,7 +79,7 @@ def _swapped(space: Space, positions: Positions, stride: float, generator: Gener
     Returns:
         The same positions where there is nothing to trade.
     """
-    kinds = [space.problem.budgets[group[0]].kind for group in space.groups]
+    kinds = [budget.kind for budget in space.problem.budgets]
     order = generator.permutation(len(positions)).tolist()
     any_kind = generator.random() < BETWEEN_KINDS
     for raised in order:

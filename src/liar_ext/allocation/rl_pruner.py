@@ -90,7 +90,7 @@ def updated(now: Distribution, towards: Distribution) -> Distribution:
 
 
 def placed(space: Space, action: Distribution) -> Positions:
-    """Every group loses its part of the price that has to go; what it cannot, others do."""
+    """Every Site loses its part of the price that has to go; what it cannot, others do."""
     dense = [own[-1] for own in space.prices]
     removed = sum(dense) - space.problem.most
     wishes = [

@@ -42,7 +42,6 @@ class Problem:
         evaluations: candidates that may be tried, each with all windows; a `share` of them counts
             as that share.
         seed: of every random choice.
-        tied: groups of Sites that must get the same width, each with the same levels.
         windows: that models are compared on, where a `share` of them is rounded up to whole ones.
     """
 
@@ -51,7 +50,6 @@ class Problem:
     levels: Sequence[tuple[int, ...]]
     evaluations: int
     seed: int
-    tied: Sequence[tuple[int, ...]] = ()
     windows: int | None = None
 
     @property

@@ -17,9 +17,9 @@ from liar_ext.allocation.levels import choose, levels
 from liar_ext.allocation.search import Candidate, Problem
 from liar_ext.errors import InputError
 
-# of every group of tied Sites, the place of its level, 0 for the fewest units
+# of every Site, the place of its level, 0 for the fewest units
 Positions = tuple[int, ...]
-# how much is lost when a group goes to a place, to be compared with other groups
+# how much is lost when a Site goes to a place, to be compared with other Sites
 Key = Callable[[int, int], float]
 
 # what rounding may add to a sum of prices, relative to the budget
@@ -28,33 +28,23 @@ ROUNDING = 1e-9
 
 class Space:
     """Attributes:
-    groups: Sites of each group; one each unless the problem ties some.
-    levels: (levels,) kept units of a group's Sites, ascending.
-    prices: (levels,) price of all Sites of a group together; never falls.
-    units: dense units of one Site of each group.
+    levels: (levels,) kept units of each Site, ascending.
+    prices: (levels,) of each Site; never falls.
+    units: dense units of each Site.
     """
 
     def __init__(self, problem: Problem) -> None:
         """Raises:
         InputError: the lowest levels of all Sites cost more than the budget.
-        ValueError: tied Sites differ in their levels, or a price falls with more units.
+        ValueError: a price falls with more units.
         """
         self.problem = problem
-        tied = [tuple(group) for group in problem.tied]
-        alone = set(range(len(problem.budgets))).difference(*tied)
-        self.groups = sorted([*tied, *((site,) for site in alone)])
-        if sum(map(len, self.groups)) != len(problem.budgets):
-            raise ValueError(f"tied: {tied} has a Site twice, or one that there is not")
-        self.levels: list[tuple[int, ...]] = []
+        self.levels = [tuple(own) for own in problem.levels]
         self.prices: list[list[float]] = []
-        for group in self.groups:
-            own = problem.levels[group[0]]
-            if any(tuple(problem.levels[site]) != tuple(own) for site in group):
-                raise ValueError(f"Sites {group} are tied, but have different levels")
-            prices = [sum(problem.budgets[site].price(units) for site in group) for units in own]
+        for site, (budget, own) in enumerate(zip(problem.budgets, self.levels, strict=True)):
+            prices = [budget.price(units) for units in own]
             if any(after < before for before, after in pairwise(prices)):
-                raise ValueError(f"Sites {group}: a price falls with more units: {prices}")
-            self.levels.append(tuple(own))
+                raise ValueError(f"Site {site}: a price falls with more units: {prices}")
             self.prices.append(prices)
         self.units = [own[-1] for own in self.levels]
         self._check_reachable()
@@ -77,66 +67,62 @@ class Space:
 
     def candidate(self, positions: Sequence[int]) -> Candidate:
         """Kept units of every Site."""
-        kept = [0] * len(self.problem.budgets)
-        for group, own, place in zip(self.groups, self.levels, positions, strict=True):
-            for site in group:
-                kept[site] = own[place]
-        return tuple(kept)
+        return tuple(own[place] for own, place in zip(self.levels, positions, strict=True))
 
     def widths(self, positions: Sequence[int]) -> list[float]:
-        """Kept units of a Site of each group."""
-        return [float(own[place]) for own, place in zip(self.levels, positions, strict=True)]
+        """The same as real numbers, for a wish."""
+        return list(map(float, self.candidate(positions)))
 
     def filled(self, positions: Sequence[int], key: Key) -> Positions:
-        """Groups raised level by level, the least `key` first, until none fits any more."""
+        """Sites raised level by level, the least `key` first, until none fits any more."""
         now = list(positions)
         queue = [(key(g, p + 1), g) for g, p in enumerate(now) if p + 1 < len(self.levels[g])]
         heapq.heapify(queue)
         while queue:
-            _, group = heapq.heappop(queue)
-            now[group] += 1
+            _, site = heapq.heappop(queue)
+            now[site] += 1
             if not self.fits(now):
                 # nor will it later: prices only rise
-                now[group] -= 1
-            elif now[group] + 1 < len(self.levels[group]):
-                heapq.heappush(queue, (key(group, now[group] + 1), group))
+                now[site] -= 1
+            elif now[site] + 1 < len(self.levels[site]):
+                heapq.heappush(queue, (key(site, now[site] + 1), site))
         return tuple(now)
 
     def _lowered(self, positions: Sequence[int], key: Key) -> list[int]:
-        """Groups lowered to their next cheaper level, the least `key` first, until all fits."""
+        """Sites lowered to their next cheaper level, the least `key` first, until all fits."""
         now = list(positions)
         queue: list[tuple[float, int, int]] = []
 
-        def offer(group: int) -> None:
-            below = self._cheaper(group, now[group])
+        def offer(site: int) -> None:
+            below = self._cheaper(site, now[site])
             if below is not None:
-                heapq.heappush(queue, (key(group, below), group, below))
+                heapq.heappush(queue, (key(site, below), site, below))
 
-        for group in range(len(now)):
-            offer(group)
+        for site in range(len(now)):
+            offer(site)
         while not self.fits(now):
-            _, group, now[group] = heapq.heappop(queue)
-            offer(group)
+            _, site, now[site] = heapq.heappop(queue)
+            offer(site)
         return now
 
-    def _cheaper(self, group: int, position: int) -> int | None:
+    def _cheaper(self, site: int, position: int) -> int | None:
         """The highest level that costs less; None where there is none."""
-        prices = self.prices[group]
+        prices = self.prices[site]
         return next((p for p in range(position - 1, -1, -1) if prices[p] < prices[position]), None)
 
     def place(self, wishes: Sequence[float]) -> Positions:
         """A full candidate near a wish: the nearest levels, then the least distortion first.
 
         Args:
-            wishes: (groups,) units of one Site of each group, real numbers.
+            wishes: (Sites,) units, real numbers.
         """
 
-        def distortion(group: int, position: int) -> float:
-            return abs(self.levels[group][position] - wishes[group]) / self.units[group]
+        def distortion(site: int, position: int) -> float:
+            return abs(self.levels[site][position] - wishes[site]) / self.units[site]
 
         nearest = [
-            min(range(len(own)), key=lambda p, g=group: distortion(g, p))  # type: ignore[misc]
-            for group, own in enumerate(self.levels)
+            min(range(len(own)), key=lambda p, s=site: distortion(s, p))  # type: ignore[misc]
+            for site, own in enumerate(self.levels)
         ]
         return self.filled(self._lowered(nearest, distortion), distortion)
 
@@ -166,15 +152,11 @@ class Space:
         return self.filled(start, lambda g, p: self.levels[g][p] / self.units[g])
 
     def errors(self) -> list[list[float]]:
-        """Error of each group at its levels, from the survey of levels; linear between those."""
-        found = []
-        for group, own in zip(self.groups, self.levels, strict=True):
-            total = np.zeros(len(own))
-            for site in group:
-                budget = self.problem.budgets[site]
-                total += np.interp(own, levels(budget.units), budget.known.numpy())
-            found.append(total.tolist())
-        return found
+        """Error of each Site at its levels, from the survey of levels; linear between those."""
+        return [
+            np.interp(own, levels(budget.units), budget.known.numpy()).tolist()
+            for own, budget in zip(self.levels, self.problem.budgets, strict=True)
+        ]
 
     def solved(self, errors: Sequence[Sequence[float]], weights: Iterable[float]) -> Positions:
         """The least sum of weighted errors that the budget allows (`levels.choose`), made full."""

@@ -29,21 +29,21 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     space = Space(problem)
     trials = Trials(space, oracle)
     errors = space.errors()
-    groups = len(space.groups)
+    sites = len(space.levels)
     generator = np.random.default_rng(problem.seed)
-    best = np.ones(groups)
+    best = np.ones(sites)
     found = {space.solved(errors, best): best}
     trials.losses([space.uniform(), *found])
 
     def drawn(changed: int) -> Positions:
         """The solution for the best coefficients so far with some of them drawn again."""
         weights = best.copy()
-        weights[generator.permutation(groups)[:changed]] = generator.random(changed)
+        weights[generator.permutation(sites)[:changed]] = generator.random(changed)
         positions = space.solved(errors, weights)
         found.setdefault(positions, weights)
         return positions
 
-    sizes = _sizes(groups)
+    sizes = _sizes(sites)
     for stage, changed in enumerate(sizes):
         spend = _spend(trials.left, stage, len(sizes))
         while spend > 0:
@@ -56,9 +56,9 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     return trials.best()
 
 
-def _sizes(groups: int) -> list[int]:
+def _sizes(sites: int) -> list[int]:
     """Coefficients that are drawn anew, stage by stage."""
-    return [groups, *range(max(1, round(NEIGHBOURHOOD * groups)), 0, -1)]
+    return [sites, *range(max(1, round(NEIGHBOURHOOD * sites)), 0, -1)]
 
 
 def _spend(left: float, stage: int, stages: int) -> int:
