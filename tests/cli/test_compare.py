@@ -267,9 +267,9 @@ def test_levels_of_searches_are_made_once_for_all_cells(inputs, tmp_path, monkey
     made = []
     level = Repairer.level
 
-    def counting(self, site, moments, keep, **given):
+    def counting(self, site, moments, keep, *notes, **given):
         made.append((site.name, len(keep), self._recipe.reconstruct))
-        return level(self, site, moments, keep, **given)
+        return level(self, site, moments, keep, *notes, **given)
 
     monkeypatch.setattr(Repairer, "level", counting)
     axes = ["--allocations", "uniform,spdy,evolution", "--sparsities", "0.25,0.5"]

@@ -114,7 +114,7 @@ def test_nothing_is_left_on_the_shelf(tmp_path, monkeypatch):
     real = Driver._keep
 
     def counting(self, *args):
-        files.append(sorted(path.name for path in self.shelf._folder.iterdir()))
+        files.append(sorted(path.name for path in self.runtime.shelf._folder.iterdir()))
         assert not self._stream._outputs
         real(self, *args)
 

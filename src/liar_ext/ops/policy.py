@@ -97,8 +97,8 @@ class Policy:
     start: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # steps make new tensors
-        self.start = self.start or dict(self.keep)
+        # copies: files hold no two names of one tensor
+        self.start = self.start or {kind: keep.clone() for kind, keep in self.keep.items()}
 
     def draw(self, masks: int) -> dict[str, Tensor]:
         """Masks of all units, by kind, (masks, units) float64."""
