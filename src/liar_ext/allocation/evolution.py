@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from liar_ext.allocation import uniform
 from liar_ext.allocation.base import Allocation
-from liar_ext.allocation.search import Call, Candidate, Oracle, Problem
+from liar_ext.allocation.search import Call, Candidate, Oracle, Problem, in_steps
 from liar_ext.allocation.space import Positions, Space
 from liar_ext.allocation.trials import Trials
 
@@ -89,9 +89,7 @@ def _population(evaluations: int) -> int:
 
 
 def calls(evaluations: int, sites: int, windows: int) -> list[Call]:
-    each = _population(evaluations)
-    later = range(1, evaluations, each)
-    return [(1, 1.0), *((min(each, evaluations - done), 1.0) for done in later)]
+    return in_steps(evaluations, _population(evaluations))
 
 
 EVOLUTION = Allocation(

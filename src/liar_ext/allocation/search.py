@@ -69,6 +69,12 @@ Call = tuple[int, float]
 Calls = Callable[[int, int, int], list[Call]]
 
 
+def in_steps(evaluations: int, each: int) -> list[Call]:
+    """Calls of one model first and then `each` at a time, all on all windows."""
+    later = range(1, evaluations, each)
+    return [(1, 1.0), *((min(each, evaluations - done), 1.0) for done in later)]
+
+
 def rounded(share: float, windows: int | None) -> float:
     """The share that so many windows allow, `share` or more."""
     return share if windows is None else math.ceil(share * windows - 1e-9) / windows
