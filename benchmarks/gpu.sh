@@ -4,6 +4,7 @@
 #   OUT=folder      where the JSON goes (default benchmarks/results)
 #   PYTHON=python3  an interpreter whose torch sees the GPU
 #   BUDGET=570      seconds for everything; a step that no time is left for is recorded as such
+#   STEPS="gram .." these alone, after build and environment (names as in summary-gpu.json)
 #
 # each step has a limit of its own, and one that fails does not stop the others: summary-gpu.json
 # says what happened. Exit code 0 all passed, 1 something failed, 2 nothing could be run.
@@ -45,6 +46,10 @@ log=$out/gpu.log
 records=()
 failed=0
 
+wanted() { # NAME
+  [[ -z ${STEPS:-} || " build build-python environment $STEPS " == *" $1 "* ]]
+}
+
 record() { # NAME RC SECONDS REASON; RC is null for what was not run
   records+=("$(printf '{"step": "%s", "rc": %s, "seconds": %s, "reason": "%s"}' "$@")")
   printf -- '-- %s: rc %s, %s s %s\n' "$@" | tee -a "$log"
@@ -58,6 +63,7 @@ step() { # NAME LIMIT COMMAND...; fails as well if the output lacks what EXPECT 
   # COUNTS=0: a failure is recorded, and the script does not fail for it
   local name=$1 limit=$2 left=$((budget - SECONDS)) start=$SECONDS counts=${COUNTS:-1} rc reason=""
   shift 2
+  wanted "$name" || return 0
   if ((left < 3)); then
     failed=$((failed | counts))
     skip "$name" "no time left of $budget s"
@@ -122,21 +128,29 @@ parallel=()
 # compiling the kernels keeps a core busy and the GPU idle; one file has most of them, so that the
 # workers take from each other. Without xdist, or one that is too old for this: one after another
 "$python" -P -c 'from xdist.scheduler import WorkStealingScheduling' 2>/dev/null &&
-  parallel=(-n 8 --dist worksteal)
-# tests that were all skipped prove nothing
+  parallel=(-n auto --maxprocesses 16 --dist worksteal)
+# tests that were all skipped prove nothing; a file that cannot be imported costs its own tests
 EXPECT=' passed' step pytest 170 "$python" -P -m pytest -m gpu -q -p no:cacheprovider \
-  --durations=5 "${parallel[@]}"
+  --continue-on-collection-errors --durations=10 "${parallel[@]}" ${PYTEST_ARGS:-}
 # a result is written when all of it is measured: two steps, so that the second cannot cost the first
 step gram 120 "${liar[@]}" bench gram --device cuda --dtypes bfloat16 \
   --json "$out/gram-gpu-$today.json"
 step gram-other 60 "${liar[@]}" bench gram --device cuda --dtypes float16:11008 float32:11008 \
   --json "$out/gram-other-gpu-$today.json"
 step solve 60 "${liar[@]}" bench solve --device cuda --json "$out/solve-gpu-$today.json"
+# every method on the model that ships with the package: that each runs here, and what it costs
+demo=$("$python" -P -c 'from liar_ext.demo import MODEL; print(MODEL)')
+text=$("$python" -P -c 'from liar_ext.demo import CALIBRATION; print(CALIBRATION)')
+step methods 120 "${liar[@]}" bench methods "$demo" --calibration "$text" --name demo --device cuda \
+  --samples 128 --seq-len 256 --batch-size 16 --target ffn,heads --sparsity 0.5 --repeats 1 \
+  --search-evaluations 32 --policy-steps 32 --json "$out/methods-demo-gpu-$today.json"
 # whole compressions from disk to disk, of the shapes of LLaMA-7B (all of it) and of two layers of
 # LLaMA-70B; the disk holds one at a time
 compress() { # NAME LIMIT OPTIONS OF random_llama.py...
   local name=$1 limit=$2
   shift 2
+  wanted "prune-$name" || return 0
+  STEPS="${STEPS:+$STEPS model-$name}"
   if step "model-$name" 60 "$python" -P benchmarks/random_llama.py "$work/llama" --shard 5GB "$@"; then
     step "prune-$name" "$limit" "${liar[@]}" bench prune "$work/llama/model" --streamed \
       --name "random-llama-$name" --calibration "$work/llama/tokens.npy" --target ffn,heads \
@@ -151,6 +165,7 @@ compress 7b 120 --layers 32 --vocabulary 32000
 compress 70b-2-layers 60 --hidden 8192 --ffn 28672 --layers 2 --key-value-heads 8
 sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 sanitize() { # TOOL LIMIT
+  wanted "$1" || return 0
   if [[ -z $sanitizer ]]; then
     skip "$1" "compute-sanitizer is neither on PATH nor in \$CUDA_HOME/bin"
     return

@@ -33,7 +33,7 @@ exit 0
 
 # the results of the commands, without their dates
 WRITTEN = [
-    *("gram-gpu.json", "gram-other-gpu.json"),
+    *("gram-gpu.json", "gram-other-gpu.json", "methods-demo-gpu.json"),
     *("prune-llama-70b-2-layers-gpu.json", "prune-llama-7b-gpu.json"),
     *("solve-gpu.json", "tune-gpu.json"),
 ]

@@ -41,7 +41,7 @@ def run_torch(op, *arguments):
 
 def off_by_one_row(x, mask, order, gram, sum, count):
     backends._REGISTRY["gram"]["torch"].run(x, mask, order, gram, sum, count)
-    gram[7].mul_(1.001)
+    gram[4].mul_(1.001)
 
 
 def never_writes(*arguments):
@@ -71,6 +71,39 @@ def in_two_planes(x, mask, order, gram, sum, count):
 def test_wrong_ones_do_not(wrong):
     error, bound = self_test.gram_error(wrong, CPU, torch.float32)
     assert error > bound
+
+
+def split(x):
+    high = x.bfloat16().float()
+    middle = (x - high).bfloat16().float()
+    return {"h": high, "m": middle, "l": x - high - middle}
+
+
+@pytest.mark.parametrize("left_out", ["", "hm", "mh", "hl", "lh", "mm"])
+def test_every_product_of_split_float32_counts(left_out):
+    """What is left out of them is 1e-6 of a Gram matrix and less: no more than truncation costs."""
+
+    def products(x, y):
+        a, b = split(x), split(y)
+        pairs = [pair for pair in ("hh", "hm", "mh", "hl", "lh", "mm") if pair != left_out]
+        return sum(a[i].double().T @ b[j].double() for i, j in pairs)
+
+    def gram(x, mask, order, gram, sum, count):
+        x = x if mask is None else x[mask]
+        sum += x.double().sum(0)
+        count += x.shape[0]
+        x = x if order is None else x[:, order]
+        gram += products(x, x)[:, : gram.shape[1]].float()
+
+    def cross(x, y, mask, cross, sum_x, sum_y):
+        x, y = (x, y) if mask is None else (x[mask], y[mask])
+        cross += products(x, y).float()
+        sum_x += x.double().sum(0)
+        sum_y += y.double().sum(0)
+
+    for test, run in ((self_test.gram_error, gram), (self_test.cross_error, cross)):
+        error, bound = test(run, CPU, torch.float32)
+        assert (error > bound) == bool(left_out)
 
 
 def first_for_all(matrix, right, *rest):

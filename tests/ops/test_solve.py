@@ -11,7 +11,7 @@ from liar_testing import assert_close_rms, covariance
 from liar_ext.errors import NumericalError
 from liar_ext.ops import solve
 from liar_ext.ops.diagnostics import RECORD_BYTES, Diagnostics
-from liar_ext.ops.solve import LADDER_STEPS
+from liar_ext.ops.ladder import LADDER_STEPS
 
 DOUBLE = torch.float64
 

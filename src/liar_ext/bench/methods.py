@@ -6,6 +6,7 @@ import argparse
 import datetime
 import statistics
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,6 +180,8 @@ def _measure(
         # such as a criterion that needs a loss, of a model without one
         row.failed = not isinstance(error, LiarError)
         named = f"{type(error).__name__}: {error}" if row.failed else str(error)
+        if row.failed:
+            traceback.print_exc()
         row.problem = " ".join(named.split())
         return
     row.seconds.append(time.perf_counter() - start)

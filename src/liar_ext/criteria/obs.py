@@ -15,8 +15,8 @@ from torch import Tensor
 from liar_ext.criteria.base import Criterion, Evidence
 from liar_ext.errors import NumericalError
 from liar_ext.ops.interpolate import Inverse, inverse_moments
+from liar_ext.ops.ladder import LADDER_STEPS, LARGEST_RIDGE
 from liar_ext.ops.removal import STEPS, Tableau, removal_bytes, removal_flops
-from liar_ext.ops.solve import LADDER_STEPS, LARGEST_RIDGE
 
 # what a ridge of 0 is raised to where the Moments have no inverse
 _FIRST_RIDGE = 1e-8

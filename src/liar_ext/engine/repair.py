@@ -17,9 +17,9 @@ from liar_ext.engine.ridge import Choice, choose
 from liar_ext.errors import InputError, NumericalError
 from liar_ext.models import Site
 from liar_ext.ops.drift import Drift, Sample
+from liar_ext.ops.ladder import LADDER_STEPS
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
-from liar_ext.ops.solve import LADDER_STEPS
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
 from liar_ext.report.schema import SiteReport

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from liar_ext.errors import NumericalError
-from liar_ext.ops.attempt import Attempt, attempt
+from liar_ext.ops.attempt import attempt
 from liar_ext.ops.diagnostics import Diagnostics
+from liar_ext.ops.ladder import Numbers, Standing, all_good, climb_all, table_of
 
 Precision = Literal["auto", "float64", "float32"]
-LADDER_STEPS = 8
-# normwise backward error accepted from a float64 factorisation: 1e-16 · n with n ≤ 3e4, and slack
-BACKWARD_TOLERANCE = 1e-10
-# times the condition it estimates the forward error of Z̃ = Z/d, each kept column in its own
-# deviations; float64 keeps that below this up to conditions of about 1e10
-FORWARD_TOLERANCE = 1e-6
-# a ridge of the mean variance leaves nothing of a repair: the ladder ends there
-LARGEST_RIDGE = 1.0
 # data-centre parts of today whose float64 rate is half of float32 or better
 FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
@@ -37,17 +30,7 @@ class Solved:
 
     solution: Tensor
     shift: Tensor
-    diagnostics: tuple[Diagnostics, ...]
-
-
-@dataclass
-class _State:
-    """Where one system stands on the ladder."""
-
-    unit: float
-    working: torch.dtype
-    used: float = 0.0
-    steps: list[str] = field(default_factory=list)
+    diagnostics: Sequence[Diagnostics]
 
 
 def solve(
@@ -97,7 +80,9 @@ def solve(
             f"matrix must be (batch, s, s) and right (batch, s, r); "
             f"got {tuple(matrix.shape)} and {tuple(right.shape)}"
         )
-    batch = matrix.shape[0]
+    batch, size = matrix.shape[:2]
+    if batch == 0:
+        raise ValueError("matrix holds no system: its batch is empty")
     if unit is not None and len(unit) != batch:
         raise ValueError(f"unit must have one number for each of {batch} systems; got {len(unit)}")
     check_not_negative("ridge", ridge)
@@ -106,109 +91,84 @@ def solve(
     floor = torch.finfo(moments_dtype).eps if floor is None else floor
     working = working_dtype(precision, matrix.device)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    live = diagonal != 0
-    own = diagonal.where(live, 0.0).sum(-1) / live.sum(-1).clamp(min=1)
-    dead, means = (~live).sum(-1).tolist(), own.tolist()
-    states = [
-        _State((unit[i] if unit is not None else 0.0) or means[i], working, ridge)
-        for i in range(matrix.shape[0])
-    ]
-    solution: Tensor | None = None
-    shift: Tensor | None = None
-    tried: Attempt | None = None
-    size = matrix.shape[1]
-    done: list[Diagnostics | None] = [None] * len(states)
-    while pending := [i for i, found in enumerate(done) if found is None]:
-        # one precision at a time: after a float32 failure a batch is in both
-        same = [i for i in pending if states[i].working == states[pending[0]].working]
-        every = len(same) == len(states)
-        if every:
-            # a solution that is to be repeated is as large as the right sides
-            solution = shift = tried = None
-        tried = attempt(
-            matrix if every else matrix[same],
-            right if every else right[same],
-            matrix.new_tensor([states[i].used * states[i].unit for i in same]),
-            mean_kept if every or mean_kept is None else mean_kept[same],
-            mean_dropped if every or mean_dropped is None else mean_dropped[same],
-            states[same[0]].working,
-        )
-        if solution is None or shift is None:
-            # the last attempt at all systems: its tensors are the result unless some fail
-            solution, shift = tried.solution, tried.shift
-        numbers = zip(
-            tried.info.tolist(),
-            *(v.tolist() for v in (tried.pivot, tried.largest, tried.smallest, tried.error)),
-            strict=True,
-        )
-        for at, (i, (info, pivot, largest, smallest, error)) in enumerate(
-            zip(same, numbers, strict=True)
-        ):
-            state = states[i]
-            condition = max(largest / smallest, 1.0) if smallest else float("inf")
-            reason = _reason(info, smallest, condition, error, floor)
-            if reason is not None:
-                if not bool((matrix[i].sum() + right[i].sum()).isfinite()):
-                    raise NumericalError(
-                        f"system {i} of {batch} ({size}²) holds NaN or infinite values"
-                    )
-                # the smallest ridge that can help: it lifts the eigenvalues of the scaled matrix
-                magnified = info == 0 and smallest > floor and error <= BACKWARD_TOLERANCE
-                enough = error * largest / FORWARD_TOLERANCE if magnified else 0.0
-                _climb(state, reason, max(floor, enough), f"system {i} of {batch} ({size}²)")
-                continue
-            if tried.solution is not solution:
-                solution[i], shift[i] = tried.solution[at], tried.shift[at]
-            done[i] = Diagnostics(
-                ridge,
-                state.used,
-                state.used * state.unit,
-                condition,
-                error,
-                dead[i],
-                str(state.working).removeprefix("torch."),
-                tuple(state.steps),
-                pivot,
-            )
-    if solution is None or shift is None:
-        raise ValueError("matrix holds no system: its batch is empty")
-    return Solved(solution, shift, tuple(d for d in done if d is not None))
+    live = diagonal.count_nonzero(-1)
+    units = diagonal.sum(-1) / live.clamp(min=1)
+    if unit is not None:
+        given = units.new_tensor(unit)
+        units = torch.where(given > 0, given, units)
+    first = attempt(matrix, right, ridge * units, mean_kept, mean_dropped, working)
+    # the host waits here, once for all systems
+    table = table_of(first, size - live, units)
+    if all_good(table[:5], floor):
+        return Solved(first.solution, first.shift, Records(table, ridge, working))
+    failed: dict[int, Standing] = {}
+    for i, (*numbers, dead, own) in enumerate(table.T.tolist()):
+        found = Numbers(*numbers)
+        if (reason := found.reason(floor)) is None:
+            continue
+        name = f"system {i} of {batch} ({size}²)"
+        if not bool((matrix[i].sum() + right[i].sum()).isfinite()):
+            raise NumericalError(f"{name} holds NaN or infinite values")
+        failed[i] = Standing(name, ridge, own, int(dead), working, ridge)
+        failed[i].climb(found, reason, floor)
+    standings = list(failed.values())
+    if len(failed) == batch:
+        # a solution that is to be repeated is as large as the right sides
+        del first
+        return Solved(*climb_all(matrix, right, mean_kept, mean_dropped, standings, floor))
+    which = list(failed)
+    climbed = climb_all(
+        matrix[which],
+        right[which],
+        None if mean_kept is None else mean_kept[which],
+        None if mean_dropped is None else mean_dropped[which],
+        standings,
+        floor,
+    )
+    first.solution[which], first.shift[which] = climbed.solution, climbed.shift
+    again = dict(zip(which, climbed.diagnostics, strict=True))
+    return Solved(first.solution, first.shift, Records(table, ridge, working, again))
+
+
+class Records(Sequence[Diagnostics]):
+    """The Diagnostics of a batch, each made when it is asked for: 256 take longer than a solve.
+
+    `table` is that of `ladder.table_of` with the dead columns and the units; `again`, those of
+    systems that a later attempt solved.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        ridge: float,
+        working: torch.dtype,
+        again: Mapping[int, Diagnostics] | None = None,
+    ) -> None:
+        self._table, self._ridge, self._working = table, ridge, working
+        self._again = again or {}
+
+    def __len__(self) -> int:
+        return self._table.shape[1]
+
+    @overload
+    def __getitem__(self, index: int) -> Diagnostics: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Diagnostics, ...]: ...
+    def __getitem__(self, index: int | slice) -> Diagnostics | tuple[Diagnostics, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        at = range(len(self))[index]
+        if at in self._again:
+            return self._again[at]
+        *numbers, dead, own = self._table[:, at].tolist()
+        standing = Standing("", self._ridge, own, int(dead), self._working, self._ridge)
+        return standing.diagnostics(Numbers(*numbers))
 
 
 def check_not_negative(name: str, value: float) -> None:
     """Raises ValueError for what is no finite number ≥ 0."""
     if not 0.0 <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number, 0 or more; got {value}")
-
-
-def _reason(info: int, smallest: float, condition: float, error: float, floor: float) -> str | None:
-    """Why an attempt is not good enough, or None. Written so that a NaN is a reason."""
-    if info != 0:
-        return f"not positive definite at pivot {info}"
-    if not smallest > floor:
-        return (
-            f"smallest eigenvalue {smallest:.1e} is below the rounding {floor:.1e} of the moments"
-        )
-    if not error <= BACKWARD_TOLERANCE:
-        return f"backward error {error:.1e} above {BACKWARD_TOLERANCE:.0e}"
-    if not error * condition <= FORWARD_TOLERANCE:
-        return f"backward error {error:.1e} at a condition of {condition:.1e}"
-    return None
-
-
-def _climb(state: _State, reason: str, least: float, which: str) -> None:
-    """The next rung, or the end of the ladder."""
-    raised = max(state.used * 10, least)
-    single = state.working == torch.float32
-    if not single and (raised > LARGEST_RIDGE or len(state.steps) == LADDER_STEPS):
-        tried = " | ".join([*state.steps, f"ridge {state.used:.1e}: {reason}"])
-        raise NumericalError(f"no usable factorisation of {which}: {tried}")
-    if single:
-        state.steps.append(f"float32: {reason}; repeated in float64")
-        state.working = torch.float64
-    else:
-        state.steps.append(f"ridge {state.used:.1e}: {reason}; raised to {raised:.1e}")
-        state.used = raised
 
 
 def working_dtype(precision: str, device: torch.device) -> torch.dtype:
