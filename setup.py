@@ -115,7 +115,9 @@ def compile_cuda(files: list[str], out: Path, archs: tuple[str, ...] = CUDA_ARCH
         raise FileNotFoundError(cuda_obstacle())
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     gencode.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
-    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode]
+    # --threads 0: the architectures of a file at the same time
+    flags = ["-O3", "-std=c++17", "--threads", "0"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode]
     out.mkdir(parents=True, exist_ok=True)
 
     def compile_one(file: str) -> str:
@@ -131,15 +133,21 @@ def compile_cuda(files: list[str], out: Path, archs: tuple[str, ...] = CUDA_ARCH
 
 
 class Build(build_ext):
-    """build_ext that compiles the .cu files first and can fall back to pure Python in auto mode."""
+    """build_ext that compiles the .cu files beside the others, and links when both are done."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         ext.include_dirs.append(pybind11.get_include())
-        if ext.cuda:
-            ext.extra_objects += compile_cuda(sources(".cu"), Path(self.build_temp))
-        super().build_extension(ext)
+        if not ext.cuda:
+            return super().build_extension(ext)
+        with ThreadPoolExecutor(1) as pool:
+            compiled = pool.submit(compile_cuda, sources(".cu"), Path(self.build_temp))
+            link = self.compiler.link_shared_object
+            self.compiler.link_shared_object = lambda objects, *args, **options: link(
+                [*objects, *compiled.result()], *args, **options
+            )
+            super().build_extension(ext)
 
 
 def extension(mode: str, optional: bool) -> Extension:
