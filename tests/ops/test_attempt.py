@@ -96,13 +96,23 @@ def test_the_error_is_the_residual_of_what_is_returned(working, columns):
     assert bool(((found.error / true).log().abs() < 0.4).all())
 
 
-def test_substitution_by_blocks_is_substitution(monkeypatch):
-    matrix, right = covariance(150, 1e4)[None], torch.randn(1, 150, 3, dtype=DOUBLE)
-    factor = LibraryFactor.of(matrix)
-    whole = factor.substitute_few(right)
-    monkeypatch.setattr(factors, "BLOCK", 64)
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=str)
+@pytest.mark.parametrize("block", [64, 512], ids=["blocks", "one block"])
+def test_substitution_by_products_is_substitution(monkeypatch, block, dtype):
+    """As it is on a GPU, and everywhere for a few columns."""
+    matrix, right, *_ = systems(3, 150, 70)
+    scaled = matrix + 0.1 * torch.eye(150)
+    whole = LibraryFactor.of(scaled.clone(), products=False).substitute(right.clone())
+    monkeypatch.setattr(factors, "BLOCK", block)
+    bound = 1e-10 if dtype == DOUBLE else 1e-4
+    factor = LibraryFactor.of(scaled.to(dtype), products=True)
+    right = right.to(dtype)
     for _ in range(2):  # with and without the inverted blocks at hand
-        assert_close_rms(factor.substitute_few(right), whole, 1e-10)
+        assert_close_rms(factor.substitute_few(right), whole, bound)
+    found = factor.substitute(right)
+    assert found.data_ptr() == right.data_ptr(), "in place"
+    assert_close_rms(found, whole, bound)
+    assert torch.equal(factor.info, torch.zeros(3, dtype=torch.int32))
 
 
 def test_probes_are_no_two_alike_and_the_same_every_time():

@@ -140,13 +140,13 @@ def pretend_gpu(monkeypatch):
     backends._TESTED.clear()
     backends.register("op", "torch")(lambda: "torch")
 
-    def add(outcome, automatic=True):
+    def add(outcome):
         def test(run, device, dtype):
             if isinstance(outcome, Exception):
                 raise outcome
             return outcome, 1e-5
 
-        backends.register("op", "triton", self_test=test, automatic=automatic)(lambda: "triton")
+        backends.register("op", "triton", self_test=test)(lambda: "triton")
 
     yield add
     backends._TESTED.clear()
@@ -197,11 +197,4 @@ def test_forcing_a_backend_that_failed_its_self_test_is_an_error(pretend_gpu, ba
 
 def test_a_backend_that_passed_is_used(pretend_gpu):
     pretend_gpu(1e-7)
-    assert backends.select("op", GPU, torch.float32).run() == "triton"
-
-
-def test_what_is_not_automatic_is_used_only_when_forced(pretend_gpu, backend):
-    pretend_gpu(1e-7, automatic=False)
-    assert backends.select("op", GPU, torch.float32).run() == "torch"
-    backend("triton")
     assert backends.select("op", GPU, torch.float32).run() == "triton"

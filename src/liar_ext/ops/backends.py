@@ -39,7 +39,6 @@ class Implementation:
 
     Attributes:
         run: has the op's own signature.
-        automatic: `select` may take it unasked; False for what was never timed on a device.
     """
 
     op: str
@@ -47,7 +46,6 @@ class Implementation:
     run: Callable[..., Any]
     unavailable: Obstacle
     self_test: SelfTest | None = None
-    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,13 @@ def register(
     unavailable: Obstacle = anywhere,
     *,
     self_test: SelfTest | None = None,
-    automatic: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function is the `backend` implementation of `op` (see Implementation)."""
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(NAMES)}")
 
     def add(run: Callable[..., Any]) -> Callable[..., Any]:
-        made = Implementation(op, backend, run, unavailable, self_test, automatic)
+        made = Implementation(op, backend, run, unavailable, self_test)
         _REGISTRY.setdefault(op, {})[backend] = made
         return run
 
@@ -136,9 +133,6 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> Implementation:
         return _REGISTRY[op][name]
     reasons = []
     for candidate in PREFERENCE.get(device.type, ("torch",)):
-        implementation = _REGISTRY.get(op, {}).get(candidate)
-        if implementation is not None and not implementation.automatic:
-            continue
         reason = obstacle(op, candidate, device, dtype)
         if reason is None:
             return _REGISTRY[op][candidate]
@@ -216,8 +210,5 @@ def describe(
         for backend in NAMES:
             reasons = (obstacle(op, backend, where, dtype) for dtype in kinds)
             reason = next((r for r in reasons if r is not None), None)
-            automatic = backend not in _REGISTRY[op] or _REGISTRY[op][backend].automatic
-            if reason is None and not automatic:
-                reason = f"only when forced: LIAR_BACKEND={op}={backend}"
             rows.append(Status(op, backend, reason is None, reason))
     return rows

@@ -91,9 +91,15 @@ def factor(
     return BlockedFactor(lower, tuple(inverses), info, pivot)
 
 
-def substitute(lower: Tensor, inverses: Sequence[Tensor], right: Tensor) -> Tensor:
-    """`(L Lᵀ)⁻¹ right`, (b, s, r), from `L` and the inverses of its diagonal blocks."""
-    solution = right.clone(memory_format=torch.contiguous_format)
+def substitute(
+    lower: Tensor, inverses: Sequence[Tensor], right: Tensor, *, overwrite: bool = False
+) -> Tensor:
+    """`(L Lᵀ)⁻¹ right`, (b, s, r), from `L` and the inverses of its diagonal blocks.
+
+    Args:
+        overwrite: put it where `right` is.
+    """
+    solution = right if overwrite else right.clone(memory_format=torch.contiguous_format)
     spans, start = [], 0
     for inverse in inverses:
         spans.append((start, start + inverse.shape[1]))

@@ -1,7 +1,7 @@
 """The CUDA C++ implementation of `gram`, for Hopper: packing in front of csrc/cuda/gram_sm90.cu.
 
-It is not chosen by itself: proven on a CPU emulator, it has not been timed on a GPU yet.
-`LIAR_BACKEND=gram=cuda` runs it.
+On an H200 the first choice there: bfloat16 triangles of 11008 and 28672 columns took it 6.6 and
+45.7 ms for 32768 tokens, and the Triton kernels 8.0 and 64 ms (4096: 1.07 and 1.02).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _no_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return reason
 
 
-@backends.register("gram", "cuda", _no_cuda, self_test=self_test.gram_error, automatic=False)
+@backends.register("gram", "cuda", _no_cuda, self_test=self_test.gram_error)
 def _gram_cuda(
     x: Tensor,
     token_mask: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from liar_ext.ops.drift import Drift, check_drift
 from liar_ext.ops.moments import BLOCK, Moments, gather_bytes, spans
-from liar_ext.ops.precision import full_precision, no_autocast
+from liar_ext.ops.precision import full_precision, no_autocast, slow_float64
 
 # output rows that one pass over C serves. Gathering and centring C took a third of the time with
 # 2048 rows of 11008 columns; with all 4096 the pass still holds less than the repair before it
@@ -79,7 +79,8 @@ def residual_energies(
     Three of the quadratic forms are shared: `W_M C_MM W_Mᵀ`, and `W_M C_MS` which is multiplied
     with D_S and with W_S. That makes out (n² + s²) operations, where two forms over all columns
     make 2 out n². They are done in float32, with float64 sums over blocks of columns, where the
-    Moments are float32 and that is known to cost less than `SINGLE_TOLERANCE`; else in float64.
+    Moments are float32, float64 takes longer, and that is known to cost less than
+    `SINGLE_TOLERANCE`; else in float64.
 
     With the drift z of the rows of W, the error is that against the dense path's output y, and the
     dense energy is that of y:
@@ -111,6 +112,8 @@ def residual_energies(
     order = torch.cat([keep, dropped.nonzero().flatten()])
     eps = torch.finfo(moments.gram.dtype).eps
     working = moments.gram.dtype
+    if weight.is_cuda and not slow_float64(weight.device):
+        working = torch.float64
     error = dense = 0.0
     with no_autocast(weight.device), full_precision():
         trial = TRIAL_ROWS if working == torch.float32 else 0

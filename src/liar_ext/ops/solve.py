@@ -13,10 +13,9 @@ from liar_ext.errors import NumericalError
 from liar_ext.ops.attempt import attempt
 from liar_ext.ops.diagnostics import Diagnostics
 from liar_ext.ops.ladder import Numbers, Standing, all_good, climb_all, table_of
+from liar_ext.ops.precision import slow_float64
 
 Precision = Literal["auto", "float64", "float32"]
-# data-centre parts of today whose float64 rate is half of float32 or better
-FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,4 @@ def working_dtype(precision: str, device: torch.device) -> torch.dtype:
         return named[precision]
     if precision != "auto":
         raise ValueError(f"precision must be auto, float64 or float32; got {precision!r}")
-    if device.type == "cuda":
-        slow = torch.cuda.get_device_capability(device) not in FULL_RATE_FLOAT64
-        return torch.float32 if slow else torch.float64
-    return torch.float64
+    return torch.float32 if slow_float64(device) else torch.float64
