@@ -5,6 +5,7 @@
 #   PYTHON=python3  an interpreter whose torch sees the GPU
 #   BUDGET=570      seconds for everything; a step that no time is left for is recorded as such
 #   STEPS="gram .." these alone, after build and environment (names as in summary-gpu.json)
+#   PYTEST_ARGS=    more for pytest: tests/ops, say
 #
 # each step has a limit of its own, and one that fails does not stop the others: summary-gpu.json
 # says what happened. Exit code 0 all passed, 1 something failed, 2 nothing could be run.
@@ -177,8 +178,7 @@ sanitize() { # TOOL LIMIT
     "$python" -P -m pytest -m gpu -q -p no:cacheprovider -k 'not torch' tests/bench/test_sanitized.py
 }
 sanitize memcheck 120
-step tune 60 "${liar[@]}" bench tune --sizes 11008 --dtypes bfloat16 --out "$work/tuned.json" \
-  --json "$out/tune-gpu-$today.json"
+step tune 60 "${liar[@]}" bench tune --sizes 11008 --dtypes bfloat16 --out "$work/tuned.json"
 # last, and it does not count: whether it knows copy engines, mbarriers and setmaxnreg is not known
 COUNTS=0 sanitize racecheck 60
 
