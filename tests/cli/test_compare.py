@@ -492,3 +492,16 @@ def test_allocations_that_solve_depend_on_the_ridge(inputs):
     )
     # the two of `global` are one computation, those of `levels` are not
     assert len(grid.computations()) == 3
+
+
+def test_a_preset_aims_where_the_reconstructions_of_the_grid_can(inputs, tmp_path, capsys):
+    """`best` aims at the residual stream; a grid without a fit to it has local targets instead."""
+    few = ["--preset", "best", "--allocations", "uniform", "--sparsities", "0.5"]
+    assert _compare(inputs, tmp_path / "none", *few, "--reconstructions", "none,bias") == 0
+    cells = _result(tmp_path / "none")["cells"]
+    assert {cell["recipe"]["target_signal"] for cell in cells} == {"local"}
+    assert [cell["recipe"]["reconstruct"] for cell in cells] == ["none", "bias"]
+    assert _compare(inputs, tmp_path / "both", *few, "--reconstructions", "none,liar") == 0
+    result = _result(tmp_path / "both")
+    assert [cell["recipe"]["target_signal"] for cell in result["cells"]] == ["stream"]
+    assert "stream with --reconstruct none" in result["skipped"][0]["reason"]

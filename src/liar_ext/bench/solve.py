@@ -176,9 +176,9 @@ def run(
             if rows[-1]["ok"]:
                 calls[variant.name] = partial(variant.solve, system)
             if variant.chosen and variant.backend == "cuda" and kept <= MAXIMUM:
-                row, call = _replayed(system, variant)
+                row, replay = _replayed(system, variant)
                 rows.append(shape | row)
-                calls |= {} if call is None else {row["variant"]: call}
+                calls |= {} if replay is None else {row["variant"]: replay}
         seconds = interleave(calls, repeats, device)
     for row in rows:
         if row["variant"] in seconds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     given = {name: getattr(arguments, name) for name in AXES}
     axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
-    base = recipe_of(arguments)
+    base = recipe_of(arguments, _instead(axes))
     grid = make_grid(base, axes)
     if base.calibration is None:
         raise InputError("--calibration is missing: give a .txt, .jsonl, .csv or token file")
@@ -120,6 +121,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{len(failed)} of {len(result['cells'])} cells failed, the first: {failed[0]['error']}"
         )
     return result
+
+
+def _instead(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """What a preset should know of the axes: whether anything there can aim where it would."""
+    from liar_ext.reconstruction import RECONSTRUCTIONS
+
+    names = axes.get("reconstructions", ())
+    able = [name for name in names if name in RECONSTRUCTIONS and RECONSTRUCTIONS[name].follows]
+    return {"reconstruct": [*able, *names][0]} if names else {}
 
 
 def evaluations_of(arguments: argparse.Namespace) -> list[Evaluation]:

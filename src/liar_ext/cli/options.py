@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from liar_ext.errors import InputError
@@ -89,10 +89,11 @@ def add_recipe_options(parser: argparse.ArgumentParser, without: Collection[str]
         )
 
 
-def recipe_of(arguments: argparse.Namespace) -> Any:
+def recipe_of(arguments: argparse.Namespace, instead: Mapping[str, Any] | None = None) -> Any:
     """The Recipe: a file's or a preset's values, if any, under the options that were given.
 
-    A preset looks at the config of `arguments.source`.
+    A preset looks at the config of `arguments.source`, and at fields that something else will come
+    `instead` of, as in a grid.
     """
     from liar_ext.presets import fields_for
     from liar_ext.recipe import Recipe
@@ -100,7 +101,8 @@ def recipe_of(arguments: argparse.Namespace) -> Any:
     values = values_of(arguments)
     if arguments.preset is not None:
         trace = getattr(arguments, "trace", False)
-        under = fields_for(arguments.preset, arguments.source, values, trace=trace)
+        seen = {**values, **(instead or {})}
+        under = fields_for(arguments.preset, arguments.source, seen, trace=trace)
         values = {**under, **values}
     return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
 
