@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "python")
@@ -124,7 +125,9 @@ def compile_cuda(files: list[str], out: Path, archs: tuple[str, ...] = CUDA_ARCH
         target = out / (Path(file).stem + ".cu.o")
         command = [str(home / "bin" / "nvcc"), *flags, "-c", str(ROOT / file), "-o", str(target)]
         print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        if (code := subprocess.run(command).returncode) != 0:
+            # what setuptools knows: an optional extension is then left out, with a warning
+            raise CompileError(f"nvcc failed with exit code {code} for {file}")
         return str(target)
 
     # the templates of one file take 20 s: a file for each processor at a time
@@ -141,13 +144,18 @@ class Build(build_ext):
         ext.include_dirs.append(pybind11.get_include())
         if not ext.cuda:
             return super().build_extension(ext)
+        link = self.compiler.link_shared_object
         with ThreadPoolExecutor(1) as pool:
             compiled = pool.submit(compile_cuda, sources(".cu"), Path(self.build_temp))
-            link = self.compiler.link_shared_object
             self.compiler.link_shared_object = lambda objects, *args, **options: link(
                 [*objects, *compiled.result()], *args, **options
             )
-            super().build_extension(ext)
+            try:
+                super().build_extension(ext)
+            finally:
+                self.compiler.link_shared_object = link
+            # nothing is linked where the module is newer than its sources
+            compiled.result()
 
 
 def extension(mode: str, optional: bool) -> Extension:

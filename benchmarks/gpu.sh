@@ -47,6 +47,16 @@ log=$out/gpu.log
 records=()
 failed=0
 
+known=(pytest gram gram-other solve methods prune-7b prune-70b-2-layers memcheck tune racecheck)
+STEPS=$(tr ',\n\t' '   ' <<<"${STEPS:-}" | xargs)
+for name in $STEPS; do
+  if [[ " ${known[*]} " != *" $name "* ]]; then
+    echo "error: STEPS=$name: no such step; choose from ${known[*]}" >&2
+    exit 2
+  fi
+done
+asked=$STEPS
+
 wanted() { # NAME
   [[ -z ${STEPS:-} || " build build-python environment $STEPS " == *" $1 "* ]]
 }
@@ -101,8 +111,9 @@ summary() {
   [[ -s $work/environment.json ]] && environment=$(<"$work/environment.json")
   [[ -s $work/tuned.json ]] && tuned=$(<"$work/tuned.json")
   {
-    printf '{"benchmark": "gpu.sh", "date": "%s", "seconds": %s, "environment": %s,\n "steps": [\n  ' \
-      "$today" "$SECONDS" "$environment"
+    printf '{"benchmark": "gpu.sh", "date": "%s", "seconds": %s, "asked": "%s", "environment": %s,\n' \
+      "$today" "$SECONDS" "${asked:-everything}" "$environment"
+    printf ' "steps": [\n  '
     local separator="" item
     for item in "${records[@]}"; do
       printf '%s%s' "$separator" "$item"
@@ -140,11 +151,13 @@ step gram-other 60 "${liar[@]}" bench gram --device cuda --dtypes float16:11008 
   --json "$out/gram-other-gpu-$today.json"
 step solve 60 "${liar[@]}" bench solve --device cuda --json "$out/solve-gpu-$today.json"
 # every method on the model that ships with the package: that each runs here, and what it costs
-demo=$("$python" -P -c 'from liar_ext.demo import MODEL; print(MODEL)')
-text=$("$python" -P -c 'from liar_ext.demo import CALIBRATION; print(CALIBRATION)')
-step methods 120 "${liar[@]}" bench methods "$demo" --calibration "$text" --name demo --device cuda \
-  --samples 128 --seq-len 256 --batch-size 16 --target ffn,heads --sparsity 0.5 --repeats 1 \
-  --search-evaluations 32 --policy-steps 32 --json "$out/methods-demo-gpu-$today.json"
+if wanted methods; then
+  read -r demo text < <("$python" -P -c 'from liar_ext.demo import *; print(MODEL, CALIBRATION)')
+  step methods 120 "${liar[@]}" bench methods "${demo:-demo}" --calibration "${text:-text}" \
+    --name demo --device cuda --samples 128 --seq-len 256 --batch-size 16 --target ffn,heads \
+    --sparsity 0.5 --repeats 1 --search-evaluations 32 --policy-steps 32 \
+    --json "$out/methods-demo-gpu-$today.json"
+fi
 # whole compressions from disk to disk, of the shapes of LLaMA-7B (all of it) and of two layers of
 # LLaMA-70B; the disk holds one at a time
 compress() { # NAME LIMIT OPTIONS OF random_llama.py...

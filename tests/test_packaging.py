@@ -149,6 +149,19 @@ def test_an_unknown_mode_is_an_error_that_lists_the_known():
         load_setup().choose("gpu")
 
 
+def test_an_nvcc_that_fails_is_an_error_that_setuptools_knows(tmp_path, monkeypatch):
+    """So that an optional extension is left out with a warning, and another names the file."""
+    from setuptools.errors import CompileError
+
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(CompileError, match=r"nvcc failed with exit code 3 for csrc/cuda/x\.cu"):
+        load_setup().compile_cuda(["csrc/cuda/x.cu"], tmp_path / "objects")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(load_setup().cuda_home() is None, reason="no CUDA toolkit")
 @pytest.mark.skipif(load_setup().cpu_obstacle() is not None, reason="no C++ compiler")

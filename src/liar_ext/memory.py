@@ -16,7 +16,7 @@ from liar_ext.engine.ridge import choice_bytes
 from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.ops.gram import TOKENS
-from liar_ext.ops.interpolate import repair_bytes
+from liar_ext.ops.interpolate import products_bytes, repair_bytes
 from liar_ext.ops.moments import column_bytes
 from liar_ext.ops.residual import residual_bytes
 from liar_ext.reconstruction import Reconstruction
@@ -375,6 +375,8 @@ class Phases:
             solve = self._reconstruction.holds(kept, n - kept, outputs, given)
             if self._chooses:
                 solve = choice_bytes(kept, n - kept, given, own=solve)
+        if solve and self._sizes.cuda:
+            solve += products_bytes(kept, max(outputs, n - kept))
         return max(self._judging(site), solve, residual)
 
     def _pinned(self, widths: Sequence[int]) -> int:

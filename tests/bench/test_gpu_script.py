@@ -119,6 +119,17 @@ def test_single_steps_can_be_asked_for(machine):
     assert "worksteal tests/ops\n" in machine.calls.read_text()
 
 
+def test_what_is_no_step_is_refused_by_name(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PRETENDED)
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "FAIL": "", "HANG": "", "STEPS": "gram,grams"}
+    env |= {"CALLS": str(tmp_path / "calls"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run([BASH, str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: STEPS=grams: no such step; choose from pytest gram ")
+
+
 def test_without_a_parallel_pytest_the_tests_run_one_after_another(machine):
     done, steps, _ = machine(FAIL="xdist.scheduler")
     assert done.returncode == 0

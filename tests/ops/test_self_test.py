@@ -106,6 +106,25 @@ def test_every_product_of_split_float32_counts(left_out):
         assert (error > bound) == bool(left_out)
 
 
+def never_flushed(x, mask, order, gram, sum, count):
+    """A tensor core that keeps its sum: 16 products are exact, the sum is cut off to 24 bits."""
+    x = x if mask is None else x[mask]
+    sum += x.double().sum(0)
+    count += x.shape[0]
+    x = (x if order is None else x[:, order]).double()
+    total = torch.zeros(x.shape[1], gram.shape[1], dtype=torch.float64)
+    for part in x.split(16):
+        total += part.T @ part[:, : gram.shape[1]]
+        unit = 2.0 ** (torch.frexp(total)[1] - 24).double()
+        total = (total / unit).trunc() * unit
+    gram += total.float()
+
+
+def test_a_sum_that_stays_in_the_tensor_core_shows():
+    error, bound = self_test.gram_error(never_flushed, CPU, torch.bfloat16)
+    assert error > bound
+
+
 def first_for_all(matrix, right, *rest):
     return run_torch("solve", matrix[:1].expand_as(matrix), right[:1].expand_as(right), *rest)
 

@@ -245,3 +245,47 @@ def test_the_longest_ladder_fits_the_record():
     )
     assert full.encode().shape == (RECORD_BYTES,)
     assert Diagnostics.decode(full.encode()) == full
+
+
+def test_nothing_reaches_autograd():
+    matrix = covariance(9, 10.0)[None].requires_grad_()
+    found = solve(matrix, torch.randn(1, 9, 2, dtype=torch.float64), 1e-3)
+    assert not found.solution.requires_grad
+    assert not found.shift.requires_grad
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3], ids=["some climb", "none climbs"])
+def test_records_are_a_sequence_of_what_each_system_alone_has(ridge):
+    good, bad = covariance(9, 10.0), covariance(9, 1e12)
+    matrix = torch.stack([good, bad, 2 * good])
+    right = torch.randn(3, 9, 2, dtype=torch.float64)
+    records = solve(matrix, right, ridge).diagnostics
+    alone = [
+        solve(m[None], r[None], ridge).diagnostics[0] for m, r in zip(matrix, right, strict=True)
+    ]
+    assert [r.steps for r in records] == [r.steps for r in alone]
+    assert bool(records[1].steps) == (ridge == 0.0)
+    assert records[-1] == records[2]
+    assert records[:2] == tuple(records)[:2]
+    assert records == tuple(records)
+    assert records == solve(matrix, right, ridge).diagnostics
+    assert repr(records) == repr(tuple(records))
+    with pytest.raises(IndexError):
+        records[3]
+
+
+def test_products_with_inverted_blocks_are_as_exact_as_a_triangular_solve(monkeypatch):
+    """A block with all of the condition in it: without a correction the ridge was raised twice."""
+    from liar_ext.ops import factor
+
+    whole = torch.block_diag(covariance(512, 1e8), covariance(512, 10.0), covariance(300, 10.0))
+    true = torch.randn(1, len(whole), 6, dtype=torch.float64)
+    right = whole[None] @ true
+    made = factor.LibraryFactor.of
+    monkeypatch.setattr(
+        factor.LibraryFactor, "of", classmethod(lambda cls, scaled: made(scaled, products=True))
+    )
+    found = solve(whole[None], right, 0.0, moments_dtype=torch.float64)
+    assert found.diagnostics[0].steps == ()
+    assert found.diagnostics[0].backward_error < 2e-16
+    assert float((found.solution - true).norm() / true.norm()) < 1e-6

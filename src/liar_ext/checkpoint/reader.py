@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,7 @@ class CheckpointReader:
         else:
             raise InputError(_nothing_to_read(folder))
         self._names: dict[str, str] = {}
+        self._layers: tuple[str, tuple[int, ...]] | None = None
 
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -171,6 +172,25 @@ class CheckpointReader:
         }
         return self._headers[file]
 
+    def keep_layers(self, path: str, kept: Sequence[int]) -> None:
+        """Be the checkpoint of a model of these layers, from `bind` on.
+
+        Args:
+            path: of the list of layers in the model; kept: for each layer of that model, its index
+                in the files.
+        """
+        self._layers = path, tuple(kept)
+
+    def _stored_name(self, name: str) -> str:
+        """The name that a tensor of the model has where all layers are in the files."""
+        if self._layers is None:
+            return name
+        path, kept = self._layers
+        if not name.startswith(f"{path}."):
+            return name
+        at, _, rest = name.removeprefix(f"{path}.").partition(".")
+        return f"{path}.{kept[int(at)]}.{rest}"
+
     def bind(self, model: PreTrainedModel) -> list[str]:
         """Match the files to the parameters and persistent buffers of an (empty) model.
 
@@ -184,8 +204,9 @@ class CheckpointReader:
         missing = []
         rules: tuple[dict[str, str], dict[str, str]] | None = None
         for name, expected in model.state_dict().items():
-            found = next((c for c in candidates(name, prefix) if c in self._stored), None)
-            if found is None and name not in tied:
+            own = self._stored_name(name)
+            found = next((c for c in candidates(own, prefix) if c in self._stored), None)
+            if found is None and name not in tied and self._layers is None:
                 # only here: the usual names need no knowledge of a release's renamings
                 rules = library_names(model, list(self._stored)) if rules is None else rules
                 found = rules[0].get(name)
@@ -219,6 +240,10 @@ class CheckpointReader:
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         buffers = {c for name, _ in model.named_buffers() for c in candidates(name, prefix)}
         left_over = set(self._stored) - set(self._names.values()) - buffers
+        if self._layers is not None:
+            # what is of layers that are not kept is no loss
+            out = tuple(candidates(f"{self._layers[0]}.", prefix))
+            left_over = {name for name in left_over if not name.startswith(out)}
         return sorted(n for n in left_over if not any(re.search(p, n) for p in ignored))
 
     def __contains__(self, name: str) -> bool:
@@ -358,6 +383,12 @@ def raw_bytes(tensor: Tensor) -> memoryview:
         # one element of any stride is contiguous to torch, and no array of bytes
         flat = flat.clone(memory_format=torch.contiguous_format).as_strided((flat.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters of a model, what is tied once; on `meta` it is there twice."""
+    tied = tied_names(model)
+    return sum(value.numel() for name, value in model.named_parameters() if name not in tied)
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

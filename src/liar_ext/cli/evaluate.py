@@ -78,10 +78,11 @@ def _warn_of_overlap(folder: Path, evaluated: Path) -> None:
     """Say so when a pruned model is evaluated on the text it was calibrated on."""
     from liar_ext.calibration.overlap import warning
     from liar_ext.calibration.sources import read
-    from liar_ext.report.schema import FILE, Report
+    from liar_ext.report.schema import calibration_of
 
-    if not (folder / FILE).exists():
+    calibration = calibration_of(folder)
+    if calibration is None:
         return
-    message = warning(Report.read(folder).calibration, read(str(evaluated)))
+    message = warning(calibration, read(str(evaluated)))
     if message is not None:
         print(f"warning: {message}", file=sys.stderr)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.cli.options import OPTIONS, add_recipe_options, recipe_of
+from liar_ext.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
@@ -19,6 +21,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     add_recipe_options(parser)
+    parser.add_argument_group("layers").add_argument(
+        "--drop-layers",
+        metavar="LIST",
+        help="leave out whole layers, counted from 0 (20-27, or 3,7), and change nothing else; "
+        "takes no other option of the recipe",
+    )
     add_execution_options(parser)
     add_trace(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
@@ -98,6 +106,8 @@ def execution_of(arguments: argparse.Namespace) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.drop_layers is not None:
+        return _drop(arguments)
     recipe, execution = recipe_of(arguments), execution_of(arguments)
     if arguments.dry_run:
         from liar_ext.checkpoint.load import resolve
@@ -143,3 +153,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         print_table(summary(report))
         print(f"written: {arguments.out}")
     return {"out": arguments.out, **report.to_json()}
+
+
+def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`--drop-layers`: no recipe, nothing to compute."""
+    from liar_ext.depth.drop import drop_layers, parse_layers
+    from liar_ext.report.text import count, size
+
+    given = [name for name in OPTIONS if getattr(arguments, name, None) is not None]
+    given += [name for name in ("preset", "recipe") if getattr(arguments, name) is not None]
+    given += [name for name in ("resume", "dry_run", "trace") if getattr(arguments, name)]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise InputError(
+            f"--drop-layers with {option}: one at a time; leave out layers first, then prune the "
+            "result, which is a checkpoint like any other"
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--drop-layers: is one process; run it without torchrun")
+    dropped = parse_layers(arguments.drop_layers)
+    report = drop_layers(arguments.source, arguments.out, dropped, overwrite=arguments.overwrite)
+    if not arguments.json:
+        layers, totals = report["layers"], report["totals"]
+        print(
+            f"layers {layers['before']} -> {layers['after']}, parameters "
+            f"{count(totals['parameters_before'])} -> {count(totals['parameters_after'])}, "
+            f"{size(totals['bytes_before'])} -> {size(totals['bytes_after'])}, "
+            f"{report['seconds']:.1f} s"
+        )
+        print(f"written: {arguments.out}")
+    return {"out": arguments.out, **report}

@@ -59,7 +59,7 @@ def surgery(
     for at, module in inserted.items():
         found |= {f"{path}.{at}.{name}": value for name, value in _tensors(module)}
     _fill(new, found)
-    _check(path, layers, kept, new, inserted)
+    check_places(path, layers, kept, new, inserted)
     if tied_names(new):
         new.tie_weights()
     if model.can_generate():
@@ -169,15 +169,18 @@ def _fill(new: nn.Module, found: Mapping[str, Tensor]) -> None:
             module._buffers[leaf] = value
 
 
-def _check(
+def check_places(
     path: str,
     layers: nn.ModuleList,
     kept: Sequence[int],
     new: PreTrainedModel,
     inserted: Mapping[int, nn.Module],
 ) -> None:
-    """Whether each layer is what it was, but for its index.
+    """Whether each layer is what it was, but for its index; works on `meta`.
 
+    Args:
+        path: of the list of layers; layers: of the source; kept: for each layer of the result, its
+            index there; new: the result; inserted: what stands in for them, by place.
     Raises:
         InputError: it says which setting of which layer its new place changes.
     """

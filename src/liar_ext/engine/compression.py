@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from liar_ext.allocation import Budget, check_reachable
 from liar_ext.calibration.batches import Batch, check_enough
-from liar_ext.checkpoint.reader import tied_names
+from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.driver import Driver, budgets, longest, targeted_layers
@@ -93,7 +92,7 @@ class Compression:
             for counts in CHOICES["budget"]
             if counts != "latency" or table is not None
         }
-        parameters = _parameters(model)
+        parameters = parameter_count(model)
         runtime = Runtime(
             self._store, self._device, self.clock, self._progress, self._ranks, self.shelf
         )
@@ -126,7 +125,7 @@ class Compression:
             sites=driver.sites,
             totals={
                 "parameters_before": parameters,
-                "parameters_after": _parameters(model),
+                "parameters_after": parameter_count(model),
                 **{
                     f"site_{counts}_{when}": size
                     for counts, own in sizes.items()
@@ -241,11 +240,6 @@ def _sizes(
     before = sum(budget.price(budget.units) for budget in costs.values())
     after = sum(costs[site.layer, site.kind].price(site.units_after) for site in sites)
     return (int(before), int(after)) if whole else (before, after)
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    tied = tied_names(model)
-    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
 
 
 def write_records(folder: Path, report: Report) -> None:

@@ -116,7 +116,9 @@ def attempt(
     dropped = None if mean_dropped is None else mean_dropped.detach()
     with no_autocast(matrix.device):
         return Attempt(
-            *solve_attempt(matrix.detach(), right.detach(), strength, kept, dropped, working)
+            *solve_attempt(
+                matrix.detach(), right.detach(), strength.detach(), kept, dropped, working
+            )
         )
 
 

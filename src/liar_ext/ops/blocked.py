@@ -92,12 +92,21 @@ def factor(
 
 
 def substitute(
-    lower: Tensor, inverses: Sequence[Tensor], right: Tensor, *, overwrite: bool = False
+    lower: Tensor,
+    inverses: Sequence[Tensor],
+    right: Tensor,
+    *,
+    overwrite: bool = False,
+    correct: bool = False,
 ) -> Tensor:
     """`(L Lᵀ)⁻¹ right`, (b, s, r), from `L` and the inverses of its diagonal blocks.
 
     Args:
         overwrite: put it where `right` is.
+        correct: improve the product with each inverse once, by its residual. The error of a
+            product grows with the condition of its block: at 512 rows and a condition of 1e9 it
+            was 1e-14 where a triangular solve has 5e-16; at 128 rows there was no difference.
+            `lower` has zeros above its diagonal then.
     """
     solution = right if overwrite else right.clone(memory_format=torch.contiguous_format)
     spans, start = [], 0
@@ -108,10 +117,22 @@ def substitute(
         rows = solution[:, start:stop]
         if start:
             rows.baddbmm_(lower[:, start:stop, :start], solution[:, :start], alpha=-1)
-        rows.copy_(inverse @ rows)
+        _apply(inverse, lower[:, start:stop, start:stop] if correct else None, rows)
     for (start, stop), inverse in zip(reversed(spans), reversed(inverses), strict=True):
         rows = solution[:, start:stop]
         if stop < solution.shape[1]:
             rows.baddbmm_(lower[:, stop:, start:stop].mT, solution[:, stop:], alpha=-1)
-        rows.copy_(inverse.mT @ rows)
+        _apply(inverse.mT, lower[:, start:stop, start:stop].mT if correct else None, rows)
     return solution
+
+
+def _apply(inverse: Tensor, corner: Tensor | None, rows: Tensor) -> None:
+    """`inverse rows` in place of `rows`, and once more of what the corner makes of the error."""
+    product = inverse @ rows
+    if corner is None:
+        rows.copy_(product)
+        return
+    rows.baddbmm_(corner, product, alpha=-1)
+    # b + V r, as the product is the first part of the sum
+    product.baddbmm_(inverse, rows)
+    rows.copy_(product)

@@ -112,7 +112,7 @@ class LibraryFactor:
 
     def substitute(self, right: Tensor) -> Tensor:
         if self.products:
-            return substitute(self.lower, self.inverses(), right, overwrite=True)
+            return substitute(self.lower, self.inverses(), right, overwrite=True, correct=True)
         _substitute(self.lower, right)
         return right
 
@@ -120,7 +120,7 @@ class LibraryFactor:
         """By products too: a library spends as long on 8 columns as on hundreds."""
         if self.lower.shape[-1] <= BLOCK:
             return self.substitute(right.clone())
-        return substitute(self.lower, self.inverses(), right)
+        return substitute(self.lower, self.inverses(), right, correct=True)
 
     def inverses(self) -> list[Tensor]:
         """Of the diagonal blocks of L, lower triangular; made once."""

@@ -273,7 +273,11 @@ def _fold(
 
 
 def repair_bytes(
-    kept: int, dropped: int, outputs: int, rows: int | None = None, route: str | None = None
+    kept: int,
+    dropped: int,
+    outputs: int,
+    rows: int | None = None,
+    route: str | None = None,
 ) -> int:
     """Most bytes that `repair` holds beside its arguments, its result included, on float64.
 
@@ -286,8 +290,7 @@ def repair_bytes(
         8 s² and a gather; 8 (s² + s r) with W_M and a block of C_SM; the solve,
         8 (2 s² + 2 s r + 512 (s + 1024)), with C_SS and its factor, right sides and solution, and
         the inverted blocks of the factor; and the result, with the solution and W_M. Libraries
-        take up to 25 MB of their own at their first call. On a GPU 8 · 512 r more while right
-        sides are multiplied by an inverted block: 34 MB for 8192 of them.
+        take up to 25 MB of their own at their first call. On a GPU `products_bytes` more.
     """
     s, m, n = kept, dropped, kept + dropped
     r = outputs if rows is None else rows
@@ -301,6 +304,16 @@ def repair_bytes(
         crossed = matrix + gather_bytes(s, m, n)
     solved = 2 * matrix + 2 * right + (8 * BLOCK * (s + 2 * BLOCK) if s > BLOCK else 0)
     return max(built, crossed, solved, right + result)
+
+
+def products_bytes(kept: int, right: int) -> int:
+    """What a solve holds on a GPU on top of that, where it substitutes by products.
+
+    The right sides of a block of rows are made anew by each product; and with up to 512 rows there
+    are the inverse of the factor, and what it is made from.
+    """
+    block = min(kept, BLOCK)
+    return 8 * block * right + (0 if kept > BLOCK else 16 * block * block)
 
 
 def costs(kept: int, dropped: int, outputs: int, inverse: bool) -> dict[str, float]:

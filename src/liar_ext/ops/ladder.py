@@ -133,7 +133,7 @@ def climb_all(
     standings: list[Standing],
     floor: float,
 ) -> Climbed:
-    """Attempts at all of these until each is good enough.
+    """Attempts in float64 at all of these, each a rung up already, until each is good enough.
 
     Raises:
         NumericalError: one of them has come to the end of the ladder; it says which.
@@ -142,10 +142,7 @@ def climb_all(
     shift: Tensor | None = None
     tried: Attempt | None = None
     done: list[Diagnostics | None] = [None] * len(standings)
-    while pending := [i for i, found in enumerate(done) if found is None]:
-        # one precision at a time: after a float32 failure a batch is in both
-        working = standings[pending[0]].working
-        same = [i for i in pending if standings[i].working == working]
+    while same := [i for i, found in enumerate(done) if found is None]:
         every = len(same) == len(standings)
         if every:
             # a solution that is to be repeated is as large as the right sides
@@ -156,7 +153,6 @@ def climb_all(
             matrix.new_tensor([standings[i].used * standings[i].unit for i in same]),
             mean_kept if every or mean_kept is None else mean_kept[same],
             mean_dropped if every or mean_dropped is None else mean_dropped[same],
-            working,
         )
         if solution is None or shift is None:
             # the last attempt at all systems: its tensors are the result unless some fail

@@ -89,14 +89,17 @@ def solve(
         check_not_negative("unit", value)
     floor = torch.finfo(moments_dtype).eps if floor is None else floor
     working = working_dtype(precision, matrix.device)
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal = matrix.detach().diagonal(dim1=-2, dim2=-1)
     live = diagonal.count_nonzero(-1)
     units = diagonal.sum(-1) / live.clamp(min=1)
-    if unit is not None:
+    if unit is not None and len(set(unit)) == 1:
+        # no copy from the host, which would wait for the device
+        units = torch.full_like(units, unit[0]) if unit[0] > 0 else units
+    elif unit is not None:
         given = units.new_tensor(unit)
         units = torch.where(given > 0, given, units)
     first = attempt(matrix, right, ridge * units, mean_kept, mean_dropped, working)
-    # the host waits here, once for all systems
+    # here the host waits for the device, once for all systems
     table = table_of(first, size - live, units)
     if all_good(table[:5], floor):
         return Solved(first.solution, first.shift, Records(table, ridge, working))
@@ -111,11 +114,13 @@ def solve(
         failed[i] = Standing(name, ridge, own, int(dead), working, ridge)
         failed[i].climb(found, reason, floor)
     standings = list(failed.values())
+    which = list(failed)
     if len(failed) == batch:
         # a solution that is to be repeated is as large as the right sides
         del first
-        return Solved(*climb_all(matrix, right, mean_kept, mean_dropped, standings, floor))
-    which = list(failed)
+        done = climb_all(matrix, right, mean_kept, mean_dropped, standings, floor)
+        again = dict(zip(which, done.diagnostics, strict=True))
+        return Solved(done.solution, done.shift, Records(table, ridge, working, again))
     climbed = climb_all(
         matrix[which],
         right[which],
@@ -162,6 +167,15 @@ class Records(Sequence[Diagnostics]):
         *numbers, dead, own = self._table[:, at].tolist()
         standing = Standing("", self._ridge, own, int(dead), self._working, self._ridge)
         return standing.diagnostics(Numbers(*numbers))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Records | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 def check_not_negative(name: str, value: float) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from liar_ext.errors import InputError
 
 FILE = "liar_report.json"
+# of a folder from which only layers were left out: `kind` in its report
+LAYERS = "layers"
 VERSION = 1
 
 
@@ -101,6 +103,11 @@ class Report:
         if not isinstance(data, dict) or data.get("version") != VERSION:
             found = data.get("version") if isinstance(data, dict) else None
             raise InputError(f"{origin}: version {found!r}; this release reads {VERSION}")
+        if data.get("kind") == LAYERS:
+            raise InputError(
+                f"{origin}: of whole layers that were left out; there is nothing in it but what "
+                "README.md beside it says"
+            )
         try:
             sites = [SiteReport(**site) for site in data["sites"]]
             return cls(**{**data, "sites": sites})
@@ -110,13 +117,28 @@ class Report:
     @classmethod
     def read(cls, folder: str | Path) -> Report:
         """The report of an output folder."""
-        path = Path(folder) / FILE
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder}: no {FILE}; give a folder that `liar prune` has written"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-        return cls.from_json(data, str(path))
+        return cls.from_json(read_data(folder), str(Path(folder) / FILE))
+
+
+def read_data(folder: str | Path) -> Any:
+    """The JSON data of an output folder's report, of whatever kind."""
+    path = Path(folder) / FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: no {FILE}; give a folder that `liar prune` has written"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def calibration_of(folder: str | Path) -> dict[str, Any] | None:
+    """What a folder's model was calibrated on; None of a dense one, or if only layers were left
+    out of a dense one."""
+    if not (Path(folder) / FILE).exists():
+        return None
+    data = read_data(folder)
+    if isinstance(data, dict) and data.get("kind") == LAYERS:
+        return data.get("calibration")
+    return Report.read(folder).calibration
