@@ -167,8 +167,8 @@ class Recipe:
             if not RECONSTRUCTIONS[self.reconstruct].follows:
                 able = ", ".join(name for name, r in RECONSTRUCTIONS.items() if r.follows)
                 raise InputError(
-                    f"{aim} with --reconstruct {self.reconstruct}, which fits no "
-                    f"weights to a target; use --reconstruct {able}, or local"
+                    f"{aim} with --reconstruct {self.reconstruct}, which cannot aim at "
+                    f"the dense model's; use --reconstruct {able}, or local"
                 )
 
     @property

@@ -505,3 +505,18 @@ def test_a_preset_aims_where_the_reconstructions_of_the_grid_can(inputs, tmp_pat
     result = _result(tmp_path / "both")
     assert [cell["recipe"]["target_signal"] for cell in result["cells"]] == ["stream"]
     assert "stream with --reconstruct none" in result["skipped"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ridges", "1e-4", "--ridge", "auto"], "--ridges with --ridge: both say which"),
+        (
+            ["--target-signals", "local", "--target-signal", "dense"],
+            "--target-signals with --target",
+        ),
+    ],
+)
+def test_an_axis_and_an_option_for_one_field_are_refused(inputs, tmp_path, capsys, options, words):
+    assert _compare(inputs, tmp_path / "out", *options) == 2
+    assert words in _error(capsys)

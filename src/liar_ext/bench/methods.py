@@ -210,6 +210,7 @@ def _row(row: Row, forward: float) -> dict[str, Any]:
         "name": row.name,
         "seconds": _spread(row.seconds),
         "forwards": statistics.median(row.seconds) / forward,
+        "repeats": len(row.seconds),
         "bytes": row.bytes,
         "phases": row.phases,
     }

@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     given = {name: getattr(arguments, name) for name in AXES}
     axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
+    _refuse_twice(arguments, axes)
     base = recipe_of(arguments, _instead(axes))
     grid = make_grid(base, axes)
     if base.calibration is None:
@@ -121,6 +122,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{len(failed)} of {len(result['cells'])} cells failed, the first: {failed[0]['error']}"
         )
     return result
+
+
+def _refuse_twice(arguments: argparse.Namespace, axes: Mapping[str, Sequence[Any]]) -> None:
+    """Raises InputError for a field that has an axis and an option of its own."""
+    from liar_ext.comparison.grid import AXES as FIELDS
+
+    for axis in axes:
+        if getattr(arguments, FIELDS[axis], None) is not None:
+            many, one = (f"--{name.replace('_', '-')}" for name in (axis, FIELDS[axis]))
+            raise InputError(f"{many} with {one}: both say which; give {many} all values")
 
 
 def _instead(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from liar_ext.errors import InputError
 
 def ridge(text: str) -> float | str:
     """`auto`, or a number."""
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number or auto") from None
 
 
 # option -> (type, metavar, help); the option's name is the Recipe field's

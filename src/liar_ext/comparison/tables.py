@@ -180,4 +180,6 @@ def _shown_metric(name: str) -> str:
 
 def _where(entry: dict[str, Any]) -> str:
     parts = [",".join(entry["target"]), entry["allocation"], f"{entry['sparsity']:g}"]
-    return " ".join([*parts, entry["criterion"], entry["reconstruct"], f"ridge {entry['ridge']}"])
+    parts += [entry["criterion"], entry["reconstruct"], f"ridge {entry['ridge']}"]
+    aim = entry.get("target_signal", "local")
+    return " ".join(parts if aim == "local" else [*parts, f"target {aim}"])

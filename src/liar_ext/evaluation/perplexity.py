@@ -85,7 +85,7 @@ def perplexity(
     if not windows:
         raise InputError(
             f"the evaluation text has {token_ids.numel()} tokens, and one window needs {seq_len}; "
-            "give a longer text or lower --seq-len"
+            "give a longer text or shorter windows (--seq-len; of liar compare --eval-seq-len)"
         )
     token_ids = token_ids[: windows * seq_len].view(windows, seq_len)
     _check_model(model, token_ids)

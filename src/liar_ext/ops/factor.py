@@ -86,9 +86,9 @@ class LibraryFactor:
 
     Attributes:
         products: substitute by products with inverted diagonal blocks, not by the library's
-            triangular solve. On a GPU always: a batch of 12 × 1536² with 1536 columns took an H200
-            14.7 ms in the triangular solve and 5.1 with copies to the layout that it prefers, for
-            8.7e10 operations that its float64 products do in 1.4 ms.
+            triangular solve. On a GPU always: of the 24.9 ms of 12 × 1536² with 1536 columns on an
+            H200, 15.1 were triangular solves, for 8.7e10 operations that its float64 products do
+            in 1.4 ms.
     """
 
     lower: Tensor

@@ -15,7 +15,7 @@ FULL_RATE_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 def slow_float64(device: torch.device) -> bool:
     """Whether float64 products take much longer than float32 ones on `device`: most GPUs.
 
-    On a CPU they take twice as long, on data-centre GPUs as long or less: 63.8 against 50.3
+    On a CPU they take twice as long, on data-centre GPUs as long or less: 62.5 against 50.6
     TFLOP/s on an H200, whose tensor cores multiply float64 and not float32.
     """
     if device.type != "cuda":
