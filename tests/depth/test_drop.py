@@ -10,6 +10,7 @@ import transformers
 from liar_depth import MODELS, build
 from liar_families import FAMILIES, outputs, tree_hash, write_tokens
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import liar_ext
 from liar_ext import InputError
@@ -126,6 +127,15 @@ def test_bad_input_leaves_nothing(tmp_path, capsys, options, words):
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert words in line
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_tensors_that_are_no_part_of_the_model_are_named(tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    save_file({**load_file(file), "extra.weight": torch.zeros(3)}, file, {"format": "pt"})
+    out = str(tmp_path / "out")
+    assert main(["prune", str(tmp_path / "dense"), "--out", out, "--drop-layers", "1"]) == 0
+    assert "warning: 1 tensors of the source are no part" in capsys.readouterr().err
 
 
 def test_a_model_without_a_list_of_layers_is_refused(tmp_path):

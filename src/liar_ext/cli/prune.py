@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,8 @@ def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--drop-layers: is one process; run it without torchrun")
     dropped = parse_layers(arguments.drop_layers)
     report = drop_layers(arguments.source, arguments.out, dropped, overwrite=arguments.overwrite)
+    for text in report["warnings"]:
+        print(f"warning: {text}", file=sys.stderr)
     if not arguments.json:
         layers, totals = report["layers"], report["totals"]
         print(

@@ -75,7 +75,7 @@ def drop_layers(
     dense, model = _empty(reader.config), _empty(config)
     path, layers = layer_list(dense)
     check_places(path, layers, kept, model, {})
-    reader.bind(dense)
+    left_over = reader.bind(dense)
     before = parameter_count(dense), reader.bytes()
     reader = CheckpointReader(folder)
     reader.keep_layers(path, kept)
@@ -108,6 +108,7 @@ def drop_layers(
             },
             # of widths that were pruned before
             "calibration": calibration_of(folder),
+            "warnings": _warnings(left_over, type(dense).__name__),
             "seconds": time.perf_counter() - started,
             "config": config,
             "environment": environment(),
@@ -122,6 +123,15 @@ def _empty(data: dict[str, Any]) -> PreTrainedModel:
     if layout.KEY in data:
         return layout.build(data)
     return layout.empty_model(layout.config_object(data))
+
+
+def _warnings(left_over: Sequence[str], name: str) -> list[str]:
+    if not left_over:
+        return []
+    return [
+        f"{len(left_over)} tensors of the source are no part of {name} and were left out, first "
+        f"{left_over[0]}"
+    ]
 
 
 def _card(report: dict[str, Any]) -> str:
