@@ -119,6 +119,7 @@ def test_what_is_no_list_of_layers(text):
         (["--drop-layers", "1", "--sparsity", "0.3"], "--drop-layers with --sparsity: one at a"),
         (["--drop-layers", "1", "--preset", "fast"], "--drop-layers with --preset: one at a time"),
         (["--drop-layers", "1", "--resume"], "--drop-layers with --resume: one at a time"),
+        (["--drop-layers", "1", "--moments", "m"], "--drop-layers with --moments: one at a time"),
     ],
 )
 def test_bad_input_leaves_nothing(tmp_path, capsys, options, words):

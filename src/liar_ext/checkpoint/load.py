@@ -63,12 +63,7 @@ def load(
     """
     folder = resolve(source)
     reader = CheckpointReader(folder)
-    pruned = layout.KEY in reader.config
-    model = (
-        layout.build(reader.config)
-        if pruned
-        else layout.empty_model(layout.config_object(reader.config))
-    )
+    model = layout.empty(reader.config)
     reader.bind(model)
     dtype = dtype or reader.main_dtype()
     for name, parameter in list(model.named_parameters()):

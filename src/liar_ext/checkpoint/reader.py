@@ -180,6 +180,7 @@ class CheckpointReader:
                 in the files.
         """
         self._layers = path, tuple(kept)
+        self._names = {}
 
     def _stored_name(self, name: str) -> str:
         """The name that a tensor of the model has where all layers are in the files."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.cli.options import add_recipe_options, values_of
+from liar_ext.cli.options import add_recipe_options, refuse_torchrun, values_of
 from liar_ext.cli.prune import add_journal, add_waiting
 from liar_ext.errors import InputError, LiarError
 
@@ -72,11 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.recipe import Recipe
 
     started = time.perf_counter()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: liar batch starts processes of its own; "
-            "run it without torchrun"
-        )
+    refuse_torchrun("liar batch starts processes of its own; run it without torchrun")
     # checked here, once, and not by each job
     execution = Execution(
         hidden_states=arguments.hidden_states,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.cli.options import add_recipe_options, recipe_of, refuse_torchrun
 from liar_ext.cli.prune import add_trace, add_waiting
 from liar_ext.errors import InputError, LiarError
 
@@ -87,11 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.comparison.run import compare
     from liar_ext.engine.execution import Execution
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: liar compare is one process; run it "
-            "without torchrun"
-        )
+    refuse_torchrun("liar compare is one process; run it without torchrun")
     given = {name: getattr(arguments, name) for name in AXES}
     axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
     _refuse_twice(arguments, axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,6 +16,12 @@ def ridge(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number or auto") from None
+
+
+def refuse_torchrun(why: str) -> None:
+    """Raises InputError where this is one of several processes that torchrun has started."""
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(f"WORLD_SIZE is {size}: {why}")
 
 
 # option -> (type, metavar, help); the option's name is the Recipe field's

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from liar_ext.cli.options import OPTIONS, add_recipe_options, recipe_of
+from liar_ext.cli.options import OPTIONS, add_recipe_options, recipe_of, refuse_torchrun
 from liar_ext.errors import InputError
 
 
@@ -163,15 +162,16 @@ def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
 
     given = [name for name in OPTIONS if getattr(arguments, name, None) is not None]
     given += [name for name in ("preset", "recipe") if getattr(arguments, name) is not None]
-    given += [name for name in ("resume", "dry_run", "trace") if getattr(arguments, name)]
+    given += [
+        name for name in ("resume", "dry_run", "trace", "moments") if getattr(arguments, name)
+    ]
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise InputError(
             f"--drop-layers with {option}: one at a time; leave out layers first, then prune the "
             "result, which is a checkpoint like any other"
         )
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("--drop-layers: is one process; run it without torchrun")
+    refuse_torchrun("--drop-layers is one process; run it without torchrun")
     dropped = parse_layers(arguments.drop_layers)
     report = drop_layers(arguments.source, arguments.out, dropped, overwrite=arguments.overwrite)
     for text in report["warnings"]:

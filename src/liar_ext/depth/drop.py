@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
@@ -72,12 +70,11 @@ def drop_layers(
     if not kept:
         raise InputError(f"--drop-layers: all {count} layers; keep at least one")
     config = remapped(reader.config, kept)
-    dense, model = _empty(reader.config), _empty(config)
+    dense, model = layout.empty(reader.config), layout.empty(config)
     path, layers = layer_list(dense)
     check_places(path, layers, kept, model, {})
     left_over = reader.bind(dense)
     before = parameter_count(dense), reader.bytes()
-    reader = CheckpointReader(folder)
     reader.keep_layers(path, kept)
     reader.bind(model)
     specs = [
@@ -117,12 +114,6 @@ def drop_layers(
         write_json(made / FILE, report)
         (made / "README.md").write_text(_card(report), encoding="utf-8")
     return report
-
-
-def _empty(data: dict[str, Any]) -> PreTrainedModel:
-    if layout.KEY in data:
-        return layout.build(data)
-    return layout.empty_model(layout.config_object(data))
 
 
 def _warnings(left_over: Sequence[str], name: str) -> list[str]:

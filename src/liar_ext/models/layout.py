@@ -63,6 +63,15 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def empty(data: dict[str, Any]) -> PreTrainedModel:
+    """The model that a `config.json` describes, dense or with the `liar_ext` key, on `meta`.
+
+    Raises:
+        InputError: as `config_object` and `build`.
+    """
+    return build(data) if KEY in data else empty_model(config_object(data))
+
+
 def read(model: PreTrainedModel) -> list[dict[str, int]]:
     """Units of every Site, layer by layer: `[{"heads": 4, "ffn": 512}, ...]`."""
     adapter = adapter_for(model.config)

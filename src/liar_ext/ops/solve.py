@@ -113,25 +113,25 @@ def solve(
             raise NumericalError(f"{name} holds NaN or infinite values")
         failed[i] = Standing(name, ridge, own, int(dead), working, ridge)
         failed[i].climb(found, reason, floor)
-    standings = list(failed.values())
-    which = list(failed)
-    if len(failed) == batch:
-        # a solution that is to be repeated is as large as the right sides
-        del first
-        done = climb_all(matrix, right, mean_kept, mean_dropped, standings, floor)
-        again = dict(zip(which, done.diagnostics, strict=True))
-        return Solved(done.solution, done.shift, Records(table, ridge, working, again))
+    every = len(failed) == batch
+    # all of them are no copy; and a solution that is to be repeated is as large as the right sides
+    which = slice(None) if every else list(failed)
+    solution, shift = (None, None) if every else (first.solution, first.shift)
+    del first
     climbed = climb_all(
         matrix[which],
         right[which],
         None if mean_kept is None else mean_kept[which],
         None if mean_dropped is None else mean_dropped[which],
-        standings,
+        list(failed.values()),
         floor,
     )
-    first.solution[which], first.shift[which] = climbed.solution, climbed.shift
-    again = dict(zip(which, climbed.diagnostics, strict=True))
-    return Solved(first.solution, first.shift, Records(table, ridge, working, again))
+    if solution is None or shift is None:
+        solution, shift = climbed.solution, climbed.shift
+    else:
+        solution[which], shift[which] = climbed.solution, climbed.shift
+    again = dict(zip(failed, climbed.diagnostics, strict=True))
+    return Solved(solution, shift, Records(table, ridge, working, again))
 
 
 class Records(Sequence[Diagnostics]):
