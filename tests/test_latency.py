@@ -18,7 +18,7 @@ import liar_ext
 from liar_ext import InputError, Recipe, planning, planning_table
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.comparison.grid import make_grid
-from liar_ext.engine.compress import identity_of
+from liar_ext.engine.identity import identity_of
 from liar_ext.engine.inputs import load_calibration
 from liar_ext.engine.source import dense_checkpoint
 from liar_ext.jobs import JobsError, read_jobs

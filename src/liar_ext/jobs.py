@@ -150,7 +150,7 @@ def group_keys(jobs: Sequence[BatchJob]) -> dict[int, str | None]:
     """By line, what jobs that can share Moments have in common; None on the pruned path."""
     found: dict[int, str | None] = {}
     for job in jobs:
-        if job.recipe.statistics != "oneshot":
+        if job.recipe.statistics != "oneshot" or job.recipe.shortens:
             found[job.line] = None
             continue
         values = {name: getattr(job.recipe, name) for name in SHARED}

@@ -101,6 +101,11 @@ def plan(
         InputError: as `liar prune` would, before it computes anything.
     """
     execution = execution or Execution()
+    if recipe.shortens:
+        raise InputError(
+            "liar plan and --dry-run plan widths only: without --depth and --drop-layers they say "
+            "what the whole model takes, which is more"
+        )
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)

@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from liar_ext.errors import InputError
 
@@ -16,6 +16,7 @@ VERSION = 1
 # what `--ridge auto` chooses from
 RIDGES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEFAULT_RIDGE = 1e-4
+DEFAULT_SPARSITY = 0.3
 AUTO = "auto"
 KINDS = ("ffn", "heads")
 # numbers of at least 1
@@ -28,6 +29,7 @@ CHOICES = {
     "bias": ("auto", "always", "never"),
     "target_signal": ("local", "dense", "stream"),
     "statistics": ("sequential", "oneshot"),
+    "span_repair": ("liar", "none"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -38,7 +40,8 @@ class Recipe:
     """One compression.
 
     Attributes:
-        sparsity: fraction of the targeted Sites' budget to remove, in (0, 1).
+        sparsity: fraction of the targeted Sites' budget to remove, in (0, 1). By default 0.3, and
+            0, which leaves widths as they are, where layers are dropped.
         budget: what that counts: `parameters`, `flops` of one token at the length of the
             calibration's sequences, or `latency`, seconds that were measured.
         latency: the file with them, that `liar bench latency` wrote; for that budget only.
@@ -61,12 +64,18 @@ class Recipe:
         statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).
         round_to: FFN widths become multiples of this.
         layers: half-open range of layers to prune, or None for all.
+        depth: how layers are chosen that are left out, a name in `depth.METHODS`, or None; drop:
+            how many. Widths are pruned in the layers that stay.
+        drop_layers: instead of both, these layers of the source.
+        span_repair: `liar` folds what the least squares can predict of left-out layers into the
+            last consumer in front of them; `none` leaves it.
         device, dtype: where and in what to compute; `auto` computes in float32 on a CPU and in the
             checkpoint's dtype elsewhere, and writes the checkpoint's dtype.
         seed: of calibration sampling and of random methods.
     """
 
-    sparsity: float = 0.3
+    # None is the default, which depends on whether layers are dropped; a number from then on
+    sparsity: float = cast("float", None)
     budget: str = "parameters"
     latency: str | None = None
     target: tuple[str, ...] = ("ffn",)
@@ -87,6 +96,10 @@ class Recipe:
     statistics: str = "sequential"
     round_to: int = 1
     layers: tuple[int, int] | None = None
+    depth: str | None = None
+    drop: int | None = None
+    drop_layers: tuple[int, ...] | None = None
+    span_repair: str = "liar"
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -95,11 +108,19 @@ class Recipe:
         # imported here: the registries import torch, and a Recipe is often only read
         from liar_ext.allocation import ALLOCATIONS
         from liar_ext.criteria import CRITERIA
+        from liar_ext.depth.methods import check_depth
         from liar_ext.reconstruction import RECONSTRUCTIONS
 
-        if not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):
+        check_depth(self)
+        given: float | None = self.sparsity
+        if given is None:
+            object.__setattr__(self, "sparsity", 0.0 if self.shortens else DEFAULT_SPARSITY)
+        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
+        if not (number and (0 < self.sparsity < 1 or (self.shortens and self.sparsity == 0))):
+            zero = ", or 0 to leave widths as they are" if self.shortens else ""
             raise InputError(
-                f"--sparsity {self.sparsity!r}: must be a number above 0 and below 1, e.g. 0.3"
+                f"--sparsity {self.sparsity!r}: must be a number above 0 and below 1, e.g. "
+                f"0.3{zero}"
             )
         target: Any = self.target  # JSON and callers may hand over a string or a list
         kinds = target.split(",") if isinstance(target, str) else target
@@ -144,6 +165,11 @@ class Recipe:
             raise InputError(
                 f"--ridge {self.ridge}: must be a number of at least 0, e.g. 1e-3, or auto"
             )
+        if self.layers is not None and self.shortens:
+            raise InputError(
+                f"--layers {':'.join(map(str, self.layers))} with layers that are left out: drop "
+                "them first, then prune some of those that stay"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             ends = self.layers
@@ -170,6 +196,29 @@ class Recipe:
                     f"{aim} with --reconstruct {self.reconstruct}, which cannot aim at "
                     f"the dense model's; use --reconstruct {able}, or local"
                 )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether widths are pruned."""
+        return self.sparsity > 0
+
+    @property
+    def shortens(self) -> bool:
+        """Whether layers are left out."""
+        return self.depth is not None or self.drop_layers is not None
+
+    @property
+    def spans(self) -> bool:
+        """Whether what left-out layers did is to be repaired."""
+        return self.shortens and self.span_repair != "none"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration tokens are needed: not to leave out layers by their place or size."""
+        from liar_ext.depth.methods import METHODS
+
+        blind = self.depth is None or METHODS[self.depth].needs in ("nothing", "weights")
+        return self.narrows or self.spans or not blind
 
     @property
     def paired(self) -> bool:

@@ -16,7 +16,7 @@ import liar_ext
 from liar_ext import InputError
 from liar_ext.cli import main
 from liar_ext.depth import drop_layers, surgery
-from liar_ext.depth.drop import parse_layers
+from liar_ext.depth.methods import parse_layers
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,10 +116,9 @@ def test_what_is_no_list_of_layers(text):
     [
         (["--drop-layers", "6"], "--drop-layers 6: the model has 6 layers, 0 to 5"),
         (["--drop-layers", "0-5"], "all 6 layers; keep at least one"),
-        (["--drop-layers", "1", "--sparsity", "0.3"], "--drop-layers with --sparsity: one at a"),
-        (["--drop-layers", "1", "--preset", "fast"], "--drop-layers with --preset: one at a time"),
-        (["--drop-layers", "1", "--resume"], "--drop-layers with --resume: one at a time"),
-        (["--drop-layers", "1", "--moments", "m"], "--drop-layers with --moments: one at a time"),
+        (["--drop-layers", "1", "--sparsity", "0.3"], "--calibration is missing"),
+        (["--drop-layers", "1", "--depth", "reverse", "--drop", "1"], "both say which layers go"),
+        (["--drop-layers", "1", "--layers", "0:2"], "--layers 0:2 with layers that are left out"),
     ],
 )
 def test_bad_input_leaves_nothing(tmp_path, capsys, options, words):

@@ -78,7 +78,7 @@ class Calibration:
 
     Attributes:
         batches: in the order in which they are run.
-        source: the corpus as the user named it.
+        source: the corpus as the user named it; empty where nothing was read.
         sha256: of the corpus.
         seed: chose the samples.
         seq_len: longest window, in tokens.
@@ -97,7 +97,7 @@ class Calibration:
     sketch: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.batches or not self.tokens:
+        if self.source and not self.tokens:
             raise InputError(f"{self.source}: no calibration tokens; give a longer text")
 
     @property
@@ -112,6 +112,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """What the report keeps: everything but the tokens."""
+        if not self.source:
+            return {}
         return {
             "source": self.source,
             "sha256": self.sha256,
@@ -123,6 +125,10 @@ class Calibration:
             "sample_ids": list(self.sample_ids),
             "sketch": list(self.sketch),
         }
+
+
+# for what is done without tokens
+NO_CALIBRATION = Calibration((), "", "", 0, 0, 0, (), ())
 
 
 def make_batches(

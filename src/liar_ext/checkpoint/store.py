@@ -197,6 +197,12 @@ class CheckpointStore:
             self.writer.finish()
         ranks.barrier()
 
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """End the threads; what they are at is finished first."""
         self._reads.shutdown(cancel_futures=True)

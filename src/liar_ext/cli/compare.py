@@ -32,6 +32,8 @@ AXES = {
     "target_signals": ("NAME,NAME", "what the repair aims at"),
 }
 # recipe fields that are axes only; a ridge and a target signal may also be fixed by their own
+# of whole layers
+LAYERS = ("depth", "drop", "drop_layers", "span_repair")
 VARIED = ("sparsity", "target", "criterion", "allocation", "reconstruct")
 
 
@@ -60,7 +62,7 @@ def add_parser(commands: Any) -> None:
         "--eval-windows", type=int, metavar="N", help="of a text the first N windows (default all)"
     )
     group.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
-    add_recipe_options(parser, without=VARIED)
+    add_recipe_options(parser, without=(*VARIED, *LAYERS))
     group = parser.add_argument_group("execution")
     add_waiting(group)
     group.add_argument(

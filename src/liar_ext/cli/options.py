@@ -26,7 +26,11 @@ def refuse_torchrun(why: str) -> None:
 
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "sparsity": (float, "F", "fraction of the targeted budget to remove"),
+    "sparsity": (
+        float,
+        "F",
+        "fraction of the targeted budget to remove (default 0.3, and 0 where layers are left out)",
+    ),
     "budget": (str, "WHAT", "what --sparsity counts: parameters, flops, latency"),
     "latency": (str, "FILE", "for --budget latency: what `liar bench latency` measured"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
@@ -68,6 +72,25 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
     "round_to": (int, "N", "FFN widths become multiples of N"),
     "layers": (str, "A:B", "prune layers A to B-1 only"),
+    "depth": (
+        str,
+        "NAME",
+        "how layers are chosen that are left out: reverse, shortgpt, streamline, angular, "
+        "perplexity, perplexity-greedy, taylor, magnitude-l1, magnitude-l2, random",
+    ),
+    "drop": (int, "N", "how many, for --depth"),
+    "drop_layers": (
+        str,
+        "LIST",
+        "these layers instead, counted from 0: 20-27, or 3,7. Without any other option of the "
+        "recipe nothing is repaired, and tensors go from file to file",
+    ),
+    "span_repair": (
+        str,
+        "NAME",
+        "what stands in for left-out layers: liar (least squares, folded into the consumer in "
+        "front of them), none",
+    ),
     "device": (str, "NAME", "auto, cpu, cuda"),
     "dtype": (str, "NAME", "auto, float32, bfloat16, float16"),
     "seed": (int, "N", "of calibration sampling and random methods"),
@@ -139,6 +162,10 @@ def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parsed(name: str, value: Any) -> Any:
     if name == "target":
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    if name == "drop_layers":
+        from liar_ext.depth.methods import parse_layers
+
+        return parse_layers(value)
     if name == "layers":
         start, colon, stop = value.partition(":")
         if not (colon and start.isdecimal() and stop.isdecimal()):

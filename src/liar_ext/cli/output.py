@@ -16,6 +16,7 @@ from rich.table import Table
 
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import latency
+from liar_ext.report.text import layers as shown
 
 
 class Watcher:
@@ -50,9 +51,10 @@ class Watcher:
             self._console.print(f"{label}: goes on, {done} of {layers} are done")
 
     def site(self, report: SiteReport) -> None:
+        across = f", for layers {shown(report.across)} of the source too" if report.across else ""
         self._console.print(
             f"layer {report.layer:3d} {report.kind:5s} {report.units_before} -> "
-            f"{report.units_after} units, relative residual {report.relative_residual:.4f}"
+            f"{report.units_after} units, relative residual {report.relative_residual:.4f}{across}"
         )
 
     def layer(self, index: int) -> None:
@@ -77,21 +79,26 @@ def summary(report: Report) -> Table:
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     table.add_row(*_ratio("parameters", totals["parameters_before"], totals["parameters_after"]))
-    table.add_row(
-        *_ratio("targeted", totals["site_parameters_before"], totals["site_parameters_after"])
-    )
-    table.add_row(
-        *_ratio("targeted FLOPs", totals["site_flops_before"], totals["site_flops_after"])
-    )
+    if report.layers:
+        table.add_row(*_ratio("layers", report.layers["before"], report.layers["after"]))
+    if totals["site_parameters_before"]:
+        table.add_row(
+            *_ratio("targeted", totals["site_parameters_before"], totals["site_parameters_after"])
+        )
+        table.add_row(
+            *_ratio("targeted FLOPs", totals["site_flops_before"], totals["site_flops_after"])
+        )
     if "site_latency_after" in totals:
         before, after = totals["site_latency_before"], totals["site_latency_after"]
         table.add_row("predicted latency", latency(before), latency(after), f"{after / before:.3f}")
     if "bytes_after" in totals:
         table.add_row(*_ratio("bytes", totals["bytes_before"], totals["bytes_after"]))
     residuals = [site.relative_residual for site in report.sites]
-    table.add_section()
-    table.add_row("relative residual", "", f"{sum(residuals) / len(residuals):.4f}", "mean")
-    table.add_row("", "", f"{max(residuals):.4f}", "worst")
+    if residuals:
+        table.add_section()
+        mean = sum(residuals) / len(residuals)
+        table.add_row("relative residual", "", f"{mean:.4f}", "mean")
+        table.add_row("", "", f"{max(residuals):.4f}", "worst")
     table.add_section()
     for phase, seconds in report.seconds.items():
         share = seconds / max(report.seconds["total"], 1e-9)

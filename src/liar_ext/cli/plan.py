@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder that is to be made; its disk is looked at"
     )
-    add_recipe_options(parser)
+    add_recipe_options(parser, without=("depth", "drop", "drop_layers", "span_repair"))
     group = parser.add_argument_group("execution")
     add_places(group)
     group.add_argument(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.cli.options import OPTIONS, add_recipe_options, recipe_of, refuse_torchrun
-from liar_ext.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
@@ -21,12 +20,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     add_recipe_options(parser)
-    parser.add_argument_group("layers").add_argument(
-        "--drop-layers",
-        metavar="LIST",
-        help="leave out whole layers, counted from 0 (20-27, or 3,7), and change nothing else; "
-        "takes no other option of the recipe",
-    )
     add_execution_options(parser)
     add_trace(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
@@ -106,7 +99,7 @@ def execution_of(arguments: argparse.Namespace) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    if arguments.drop_layers is not None:
+    if arguments.drop_layers is not None and not _computes(arguments):
         return _drop(arguments)
     recipe, execution = recipe_of(arguments), execution_of(arguments)
     if arguments.dry_run:
@@ -155,22 +148,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"out": arguments.out, **report.to_json()}
 
 
+def _computes(arguments: argparse.Namespace) -> bool:
+    """Whether anything but `--drop-layers` is asked for of the model."""
+    own = [name for name in OPTIONS if name != "drop_layers"]
+    return any(
+        getattr(arguments, name) not in (None, False)
+        for name in (*own, "preset", "recipe", "resume", "dry_run", "trace", "moments")
+    )
+
+
 def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`--drop-layers`: no recipe, nothing to compute."""
-    from liar_ext.depth.drop import drop_layers, parse_layers
+    """`--drop-layers` alone: no recipe, nothing to compute."""
+    from liar_ext.depth.drop import drop_layers
+    from liar_ext.depth.methods import parse_layers
     from liar_ext.report.text import count, size
 
-    given = [name for name in OPTIONS if getattr(arguments, name, None) is not None]
-    given += [name for name in ("preset", "recipe") if getattr(arguments, name) is not None]
-    given += [
-        name for name in ("resume", "dry_run", "trace", "moments") if getattr(arguments, name)
-    ]
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise InputError(
-            f"--drop-layers with {option}: one at a time; leave out layers first, then prune the "
-            "result, which is a checkpoint like any other"
-        )
     refuse_torchrun("--drop-layers is one process; run it without torchrun")
     dropped = parse_layers(arguments.drop_layers)
     report = drop_layers(arguments.source, arguments.out, dropped, overwrite=arguments.overwrite)

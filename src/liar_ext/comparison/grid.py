@@ -124,8 +124,13 @@ def make_grid(base: Recipe, axes: Mapping[str, Sequence[Any]]) -> Grid:
 
     Raises:
         InputError: an axis has a value that no recipe can have, or one twice, or no combination is
-            possible.
+            possible; or layers are to be left out.
     """
+    if base.shortens:
+        raise InputError(
+            "liar compare prunes widths; leave out layers first (liar prune --depth or "
+            "--drop-layers), then compare what is left"
+        )
     values = {axis: tuple(axes.get(axis) or (getattr(base, AXES[axis]),)) for axis in AXES}
     for axis, wanted in values.items():
         _check_axis(axis, wanted)

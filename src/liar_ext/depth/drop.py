@@ -13,31 +13,14 @@ from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
-from liar_ext.depth.config import count_of, remapped
-from liar_ext.depth.surgery import check_places, layer_list
+from liar_ext.depth.config import count_of
+from liar_ext.depth.shorten import shortened_checkpoint
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import layout
 from liar_ext.report.schema import FILE, LAYERS, calibration_of
 
 VERSION = 1
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """`3`, `3,7`, `20-27` and combinations of these: indices of layers, from 0.
-
-    Raises:
-        InputError: it is something else, or names a layer twice.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
-            raise InputError(f"--drop-layers {text}: must be layers from 0, e.g. 20-27 or 3,7")
-        found += range(int(first), int(last or first) + 1)
-    if len(set(found)) != len(found):
-        raise InputError(f"--drop-layers {text}: names a layer twice")
-    return tuple(sorted(found))
 
 
 def drop_layers(
@@ -69,14 +52,10 @@ def drop_layers(
     kept = [layer for layer in range(count) if layer not in set(dropped)]
     if not kept:
         raise InputError(f"--drop-layers: all {count} layers; keep at least one")
-    config = remapped(reader.config, kept)
-    dense, model = layout.empty(reader.config), layout.empty(config)
-    path, layers = layer_list(dense)
-    check_places(path, layers, kept, model, {})
+    dense = layout.empty(reader.config)
     left_over = reader.bind(dense)
     before = parameter_count(dense), reader.bytes()
-    reader.keep_layers(path, kept)
-    reader.bind(model)
+    reader, model = shortened_checkpoint(reader, dense, kept)
     specs = [
         TensorSpec(name, reader.shape(name), reader.dtype(name))
         for name in model.state_dict()
@@ -107,10 +86,10 @@ def drop_layers(
             "calibration": calibration_of(folder),
             "warnings": _warnings(left_over, type(dense).__name__),
             "seconds": time.perf_counter() - started,
-            "config": config,
+            "config": reader.config,
             "environment": environment(),
         }
-        write_json(made / "config.json", config)
+        write_json(made / "config.json", reader.config)
         write_json(made / FILE, report)
         (made / "README.md").write_text(_card(report), encoding="utf-8")
     return report

@@ -68,6 +68,15 @@ def surgery(
     return new.train(model.training)
 
 
+def adopt(model: PreTrainedModel, new: PreTrainedModel) -> None:
+    """Make a model in place what `surgery` has made of it."""
+    model.config = new.config
+    for name, module in new.named_children():
+        setattr(model, name, module)
+    if model.can_generate():
+        model.generation_config = new.generation_config
+
+
 def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The layers of a model and their path: its adapter's, or the one list of their number.
 

@@ -10,13 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
-from liar_ext.checkpoint.reader import tied_names
+from liar_ext.checkpoint.reader import parameter_count, tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import output_folder
-from liar_ext.engine.compression import Compression, write_records
+from liar_ext.depth.choice import choose
+from liar_ext.depth.config import remapped
+from liar_ext.depth.surgery import adopt, surgery
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.compression import Compression, few_tokens, write_records
 from liar_ext.engine.inputs import check_backends, chosen_backends, fit_to
-from liar_ext.engine.progress import Progress
+from liar_ext.engine.paths import paths_for
+from liar_ext.engine.progress import Progress, Silent
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.source import with_trace
+from liar_ext.engine.spans import LeftOut
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
@@ -40,7 +47,8 @@ def prune(
         model: a supported transformers model; it stays on its device and in its dtype.
         batches: calibration tokens: `Batch`, a mapping with `input_ids` and optionally
             `attention_mask`, or a (b, t) tensor of ids.
-        recipe: what to do; its calibration, device and dtype fields are not used.
+        recipe: what to do; its calibration, device and dtype fields are not used. One that leaves
+            out layers puts modules of its own in the place of the model's.
         trace: of a family without an adapter, find the Sites by running its layers.
     Returns:
         the Report. `model.config` is updated; write the model with `liar_ext.save`.
@@ -67,12 +75,29 @@ def prune(
     }
     # the class that is here, whatever checkpoint it was made from: the folder is loaded as it
     dense = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    name, parameters = str(model.name_or_path or type(model).__name__), parameter_count(model)
+    short, choice = model, None
     with inference(model):
-        run = Compression(InMemory(model), dense, recipe, model.device, progress)
+        clock = Clock(model.device)
+        if recipe.shortens:
+            whole = Runtime(InMemory(model), model.device, clock, progress or Silent())
+            paths_for(recipe, whole.adapter, model.config)  # refuses by name
+            few_tokens(whole.store, recipe, prepared, sum(b.tokens for b in prepared))
+            choice = choose(recipe, whole, prepared)
+            # another tree over the same tensors: the model stays whole until all is done
+            dense, short = remapped(dense, choice.kept), surgery(model, choice.kept)
+        run = Compression(InMemory(short), dense, recipe, model.device, progress)
+        run.clock = clock
         # the embeddings' dtype is that of a model in memory
         run.facts["backends"] = chosen_backends(model.device, model.dtype)
-        report = run.run(prepared, str(model.name_or_path or type(model).__name__), calibration)
-    layout.update(model.config, report.config)
+        if choice is not None:
+            run.layers = choice.to_json()
+            run.left_out = LeftOut(whole, choice.gaps) if recipe.spans else None
+        report = run.run(prepared, name, calibration)
+    report.totals["parameters_before"] = parameters
+    layout.update(short.config, report.config)
+    if short is not model:
+        adopt(model, short.train(model.training))
     return report
 
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch, Calibration, first_samples
+from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
-from liar_ext.checkpoint.journal import check_identity
+from liar_ext.checkpoint.journal import check_identity, sync_path
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.checkpoint.reader import CheckpointReader, parameter_count, read_json
 from liar_ext.checkpoint.store import CheckpointStore, Placement
-from liar_ext.checkpoint.writer import check_output, copy_other_files, writing
+from liar_ext.checkpoint.writer import check_output, copy_other_files, write_json, writing
 from liar_ext.costs import gradient_held_bytes, held_bytes
-from liar_ext.engine.compression import Compression, write_records
-from liar_ext.engine.driver import targeted_layers
+from liar_ext.depth.choice import LayerChoice, choose
+from liar_ext.depth.shorten import shortened_checkpoint
+from liar_ext.engine.clock import Clock
+from liar_ext.engine.compression import Compression, few_tokens, write_records
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
+from liar_ext.engine.identity import identity_of, library_of
 from liar_ext.engine.inputs import (
     check_backends,
     chosen_backends,
@@ -36,20 +37,23 @@ from liar_ext.engine.inputs import (
 from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.ledger import FILE as SEARCH_FILE
 from liar_ext.engine.paths import paths_for
-from liar_ext.engine.progress import Progress
+from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.provenance import SourceSums
 from liar_ext.engine.ranks import Ranks
+from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.source import dense_checkpoint
+from liar_ext.engine.spans import LeftOut
 from liar_ext.engine.statistics import least_segments, segments
-from liar_ext.environment import environment
 from liar_ext.errors import InputError
-from liar_ext.latency import LatencyTable
 from liar_ext.models import adapter_for, text_config
 from liar_ext.policy_memory import policy_held_bytes
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
+from liar_ext.report.text import layers
 from liar_ext.search_costs import search_held_bytes
-from liar_ext.survey import needs_tokens
+
+# in the folder of a job: the layers that are left out
+LAYERS_FILE = "layers.json"
 
 
 def compress(
@@ -86,7 +90,7 @@ def compress(
     check_backends(device)
     reader, model, left_over = dense_checkpoint(folder, recipe.target if trace else None)
     adapter = adapter_for(model.config)
-    paths_for(recipe.target_signal, adapter, model.config)  # refuses by name
+    paths_for(recipe, adapter, model.config)  # refuses by name
     calibration = load_calibration(folder, model, recipe)
     dtype = compute_dtype(recipe.dtype, device) or reader.main_dtype()
     identity = identity_of(recipe, reader, calibration, device, dtype)
@@ -99,16 +103,35 @@ def compress(
     with (
         _shared_job(Path(out), folder, overwrite, execution.resume, ranks) as job,
         _scratch(job, execution, ranks) as scratch,
+        ExitStack() as opened,
     ):
         entry = job.journal.read()
         if entry is not None:
             known = {n: v for n, v in entry["identity"].items() if n != "source_sha256"}
             check_identity(known, identity, job.journal.path)
         sums = SourceSums(reader, ranks)
+        opened.callback(sums.stop)
         done = entry["written"] if entry else {}
         placement = Placement(job.output, device, dtype, recipe.dtype, ranks, done)
-        store = CheckpointStore(model, reader, placement)
-        try:
+        held = held_bytes_of(model, recipe, calibration.batches, dtype.itemsize, ranks.size)
+        place = choose_place(execution.hidden_states, held, device, ranks.local_size)
+        clock, shelf = Clock(device), make_shelf(place, scratch, device)
+        sizes = {"parameters_before": parameter_count(model), "bytes_before": reader.bytes()}
+        choice: LayerChoice | None = None
+        left_out: LeftOut | None = None
+        if recipe.shortens:
+            runtime = Runtime(
+                opened.enter_context(CheckpointStore(model, reader, placement)),
+                device,
+                clock,
+                progress or Silent(),
+                ranks,
+                shelf,
+            )
+            choice = _chosen(recipe, runtime, calibration.batches, job)
+            reader, model = shortened_checkpoint(reader, runtime.model, choice.kept)
+            left_out = LeftOut(runtime, choice.gaps) if recipe.spans else None
+        with CheckpointStore(model, reader, placement) as store:
             run = Compression(store, reader.config, recipe, device, progress, ranks)
             run.keeper = Keeper(
                 job,
@@ -119,13 +142,20 @@ def compress(
                 ranks=ranks,
                 source=sums,
             )
-            held = held_bytes_of(model, recipe, calibration.batches, dtype.itemsize, ranks.size)
-            place = choose_place(execution.hidden_states, held, device, ranks.local_size)
+            run.clock, run.shelf, run.left_out = clock, shelf, left_out
+            run.layers = choice.to_json() if choice is not None else {}
             run.facts["backends"] = chosen_backends(device, dtype)
             run.facts["hidden_states"] = run.clock.hidden_states = place
-            run.shelf = make_shelf(place, scratch, device)
-            run.library = _library(
-                job, execution, recipe, identity, store, sums, ranks, calibration.batches
+            run.library = library_of(
+                job,
+                execution,
+                recipe,
+                identity,
+                store,
+                sums,
+                ranks,
+                calibration.batches,
+                None if choice is None else choice.dropped,
             )
             if left_over:
                 run.warn(
@@ -142,14 +172,11 @@ def compress(
             with run.clock.phase("write"):
                 store.finish()
                 report.source_files = run.keeper.source_sums()
-        finally:
-            store.stop()
-            sums.stop()
         assert store.writer is not None
         if recipe.dtype != "auto":
             report.config["dtype"] = recipe.dtype
             report.config.pop("torch_dtype", None)
-        report.totals |= {"bytes_before": reader.bytes(), "bytes_after": store.writer.bytes}
+        report.totals |= {**sizes, "bytes_after": store.writer.bytes}
         report.seconds = {**run.clock.seconds, "total": time.perf_counter() - started}
         if ranks.rank == 0:
             copy_other_files(folder, job.output)
@@ -159,42 +186,6 @@ def compress(
             job.complete()
         ranks.barrier()
     return report
-
-
-def identity_of(
-    recipe: Recipe,
-    reader: CheckpointReader,
-    calibration: Calibration,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Everything that the result depends on, as JSON data."""
-    tokens = hashlib.sha256()
-    for batch in calibration.batches:
-        for tensor in (batch.input_ids, batch.attention_mask):
-            tokens.update(json.dumps(list(tensor.shape)).encode())
-            tokens.update(tensor.contiguous().numpy().tobytes())
-    here = environment(device)
-    measured = {} if recipe.latency is None else {"latency": LatencyTable.read(recipe.latency)}
-    return {
-        "recipe": recipe.to_json(),
-        **{name: table.sha256 for name, table in measured.items()},
-        "source": {
-            "config": hashlib.sha256(json.dumps(reader.config).encode()).hexdigest(),
-            **{file: found["size"] for file, found in reader.sizes().items()},
-        },
-        "calibration": {
-            "source": calibration.source,
-            "corpus_sha256": calibration.sha256,
-            "tokens_sha256": tokens.hexdigest(),
-        },
-        "versions": {name: here[name] for name in ("liar_ext", "torch", "transformers")},
-        "compute": {
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            **chosen_backends(device, dtype),
-        },
-    }
 
 
 def held_bytes_of(
@@ -219,6 +210,8 @@ def held_bytes_of(
 
 def _positions(batches: Sequence[Batch], least: int, ranks: int) -> int:
     """Tokens, with padding, of the rank with most; ranks have whole segments."""
+    if not batches:
+        return 0
     count = segments(batches, least)[-1] + 1
     return sum(b.input_ids.numel() for b in batches) * -(-count // ranks) // count
 
@@ -259,7 +252,7 @@ def _finished(out: Path, reader: CheckpointReader, identity: dict[str, Any]) -> 
         report = Report.read(out)
     except InputError:
         return None
-    calibration = report.calibration.get("sha256"), report.calibration.get("source")
+    calibration = report.calibration.get("sha256", ""), report.calibration.get("source", "")
     wanted = identity["calibration"]["corpus_sha256"], identity["calibration"]["source"]
     versions = {name: report.environment.get(name) for name in identity["versions"]}
     if report.recipe != identity["recipe"] or calibration != wanted:
@@ -301,74 +294,18 @@ def _scratch(job: Job, execution: Execution, ranks: Ranks) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def moments_fingerprint(
-    identity: dict[str, Any], source: dict[str, str], batches: Sequence[Batch], recipe: Recipe
-) -> dict[str, Any]:
-    """All that Moments of the dense path depend on.
-
-    Args:
-        identity: of `identity_of`; source: sha256 of its files; batches: as the recipe has them.
-    """
-    found = {name: identity[name] for name in ("versions", "compute")}
-    # the tokens, under whatever name they were read
-    found["calibration"] = identity["calibration"]["tokens_sha256"]
-    parts = segments(batches, least_segments(recipe))
-    if parts != segments(batches):
-        # float32 sums of other segments have other roundings
-        found["segments"] = parts[-1] + 1
-    found["source"] = {"config": identity["source"]["config"], **source}
-    return found
-
-
-def _library(
-    job: Job,
-    execution: Execution,
-    recipe: Recipe,
-    identity: dict[str, Any],
-    store: CheckpointStore,
-    sums: SourceSums,
-    ranks: Ranks,
-    batches: Sequence[Batch],
-) -> Any:
-    """Moments on disk: where the user wants them, or where they save a second pass.
-
-    Only those of the dense path can be used again, so `--statistics oneshot` only.
-
-    Raises:
-        InputError: a folder of Moments was given, and statistics are sequential.
-    """
-    if recipe.statistics != "oneshot":
-        if execution.moments is not None:
-            raise InputError(
-                "--moments: sequential statistics depend on what was pruned before and cannot be "
-                "used again; give --statistics oneshot too"
-            )
-        return None
-    from liar_ext.engine.moments_store import MomentsStore
-
-    folder = execution.moments
-    if folder is None:
-        if not needs_tokens(recipe):
-            return None
-        adapter = adapter_for(store.model.config)
-        columns = [
-            site.columns
-            for index in targeted_layers(store, recipe)
-            for site in adapter.sites_of(store.model, index, recipe.target)
-        ]
-        folder = job.folder / "moments"
-        # what an interrupted run has begun with, it goes on with
-        wanted = folder.exists()
-        if not wanted and job.journal.read() is None:
-            # with twice the room: the output is to fit as well
-            room = shutil.disk_usage(job.folder).free
-            sizes = columns * (2 if recipe.chooses_ridge else 1)
-            wanted = 2 * MomentsStore.bytes_needed(sizes) <= room
-        if not ranks.broadcast(wanted):
-            return None
-    fingerprint = moments_fingerprint(identity, sums.get(), batches, recipe)
+def _chosen(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch], job: Job) -> LayerChoice:
+    """The layers that are left out: chosen now, or by the run that this one goes on with."""
+    path = job.folder / LAYERS_FILE
+    ranks = runtime.ranks
+    if ranks.broadcast(job.journal.read() is not None and path.exists()):
+        return LayerChoice.from_json(ranks.broadcast(read_json(path) if not ranks.rank else None))
+    # before anything is computed that it would be for nothing
+    few_tokens(runtime.store, recipe, batches, sum(batch.tokens for batch in batches))
+    found = LayerChoice.from_json(ranks.broadcast(choose(recipe, runtime, batches).to_json()))
+    runtime.progress.tell(f"layers left out of {found.layers}: {layers(found.dropped)}")
     if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        MomentsStore(folder, fingerprint)
-    ranks.barrier()
-    return MomentsStore(folder, fingerprint)
+        # before the first entry of the journal: with that, a later run finds it
+        write_json(path, found.to_json())
+        sync_path(path)
+    return found

@@ -37,6 +37,7 @@ from liar_ext.report.schema import FILE, SiteReport
 
 if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
+    from liar_ext.engine.spans import LeftOut
 
 # asked and achieved sparsity may differ by this much before it is worth a warning
 SPARSITY_TOLERANCE = 0.02
@@ -46,7 +47,8 @@ class Compression:
     """One run of the driver, from a dense config to a Report.
 
     Attributes:
-        clock: where the time goes; shelf, library, keeper, judgements: see `Driver`.
+        clock: where the time goes; shelf, left_out, library, keeper, judgements: see `Driver`.
+        layers: for the report.
         facts: for the `run` field of the report.
     """
 
@@ -61,6 +63,8 @@ class Compression:
     ) -> None:
         self.clock = Clock(device)
         self.shelf: Shelf = DeviceShelf()
+        self.left_out: LeftOut | None = None
+        self.layers: dict[str, Any] = {}
         self.library: MomentsStore | None = None
         self.keeper: Keeper | None = None
         self.judgements: Judgements | None = None
@@ -81,7 +85,8 @@ class Compression:
         started = time.perf_counter()
         model, recipe = self._store.model, self._recipe
         adapter = adapter_for(model.config)
-        few = few_tokens(self._store, recipe, batches, int(calibration["tokens"]))
+        tokens = sum(batch.tokens for batch in batches)
+        few = few_tokens(self._store, recipe, batches, tokens)
         if few is not None:
             self.warn(few)
         before = layout.read(model)
@@ -96,12 +101,20 @@ class Compression:
         runtime = Runtime(
             self._store, self._device, self.clock, self._progress, self._ranks, self.shelf
         )
-        driver = Driver(runtime, batches, recipe, self.library, self.keeper, self.judgements)
+        driver = Driver(
+            runtime,
+            batches,
+            recipe,
+            left_out=self.left_out,
+            library=self.library,
+            keeper=self.keeper,
+            judgements=self.judgements,
+        )
         self._reset_peak()
         driver.run()
         sizes = {counts: _sizes(driver.sites, own) for counts, own in costs.items()}
         targeted, left = sizes[recipe.budget]
-        achieved = (targeted - left) / targeted
+        achieved = (targeted - left) / targeted if recipe.narrows else 0.0
         if table is not None:
             for text in table.warnings(recipe.target, recipe.round_to):
                 self.warn(text)
@@ -139,6 +152,7 @@ class Compression:
             environment=environment(self._device),
             layout=layout.loader_of(config, self._dense),
             config=config,
+            layers=self.layers,
             latency={} if table is None else table.to_json(),
             warnings=self._warnings,
             run={
@@ -163,20 +177,31 @@ class Compression:
 
 
 def few_tokens(
-    store: LayerStore, recipe: Recipe, batches: Sequence[Batch], tokens: int
+    store: LayerStore,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    tokens: int,
 ) -> str | None:
     """Whether `tokens` are few for the repairs of a recipe: a warning, or None.
 
     Raises:
         InputError: they are too few.
     """
-    if not RECONSTRUCTIONS[recipe.reconstruct].solves:
-        return None
     adapter = adapter_for(store.model.config)
+    solves = RECONSTRUCTIONS[recipe.reconstruct].solves
+    repaired = [
+        *((index, recipe.target) for index in targeted_layers(store, recipe) if solves),
+    ]
+    if recipe.spans:
+        # nobody knows yet which
+        every = range(len(adapter.layer_list(store.model)[1]))
+        repaired += [(index, (adapter.sites[-1].kind,)) for index in every]
+    if not repaired:
+        return None
     columns = [
         site.columns
-        for index in targeted_layers(store, recipe)
-        for site in adapter.sites_of(store.model, index, recipe.target)
+        for index, kinds in repaired
+        for site in adapter.sites_of(store.model, index, kinds)
     ]
     return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
 
@@ -235,7 +260,11 @@ def _status(name: str) -> int:
 def _sizes(
     sites: Sequence[SiteReport], costs: Mapping[tuple[int, str], Budget]
 ) -> tuple[float, float]:
-    """What all targeted Sites cost, before and after; whole numbers of parameters and FLOPs."""
+    """What all targeted Sites cost, before and after; whole numbers of parameters and FLOPs.
+
+    A Site that only stands in for layers is none of them, and as wide as before.
+    """
+    sites = [site for site in sites if (site.layer, site.kind) in costs]
     whole = all(budget.prices is None for budget in costs.values())
     before = sum(budget.price(budget.units) for budget in costs.values())
     after = sum(costs[site.layer, site.kind].price(site.units_after) for site in sites)

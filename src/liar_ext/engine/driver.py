@@ -21,6 +21,7 @@ from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position, Widths
 from liar_ext.engine.level_store import Key
 from liar_ext.engine.measure import Measured
+from liar_ext.engine.pairs import PairStream
 from liar_ext.engine.passes import PASSES, PriorPass
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.repair import Repairer
@@ -38,6 +39,7 @@ from liar_ext.survey import Survey, reads_of, survey_of
 
 if TYPE_CHECKING:
     from liar_ext.engine.moments_store import MomentsStore
+    from liar_ext.engine.spans import LeftOut
 
 
 def budgets(
@@ -69,6 +71,8 @@ def targeted_layers(store: LayerStore, recipe: Recipe) -> range:
     Raises:
         InputError: `--layers` reaches past the model.
     """
+    if not recipe.narrows:
+        return range(0)
     count = len(adapter_for(store.model.config).layer_list(store.model)[1])
     start, stop = recipe.layers or (0, count)
     if stop > count:
@@ -82,6 +86,7 @@ class Driver:
 
     Attributes:
         batches: calibration tokens; recipe: what to do.
+        left_out: layers that are not in the model, whose effect is to be repaired; or None.
         library: Moments of the dense path on disk, read if they are there and kept if not; with
             sequential statistics for the scores of an allocation only.
         keeper: keeps what an interrupted run goes on from.
@@ -92,6 +97,7 @@ class Driver:
     runtime: Runtime
     batches: Sequence[Batch]
     recipe: Recipe
+    left_out: LeftOut | None = None
     library: MomentsStore | None = None
     keeper: Keeper | None = None
     judgements: Judgements | None = None
@@ -102,17 +108,29 @@ class Driver:
         runtime, recipe, model = self.runtime, self.recipe, self.runtime.model
         self.targets = targeted_layers(runtime.store, recipe)
         biased = layout.biased_kinds(model)
-        intercept = {kind: self._may_shift(kind in biased) for kind in recipe.target}
+        gaps = self.left_out.gaps if self.left_out is not None else {}
+        kinds = dict.fromkeys(recipe.target if recipe.narrows else ())
+        if gaps:
+            kinds[runtime.adapter.sites[-1].kind] = None
+        intercept = {kind: self._may_shift(kind in biased) for kind in kinds}
         self.added_biases = [k for k, shift in intercept.items() if shift and k not in biased]
         self._repairer = Repairer(recipe, intercept, runtime.ranks, runtime.clock, self.judgements)
-        paths = paths_for(recipe.target_signal, runtime.adapter, model.config)
-        self._stream = runtime.stream(self.batches, least=least_segments(recipe), made=paths.stream)
-        self._measurer = paths.measurer(runtime, recipe, self.targets, self._stream, self.library)
+        paths = paths_for(recipe, runtime.adapter, model.config)
+        least = least_segments(recipe)
+        self._stream = runtime.stream(self.batches, least=least, made=paths.stream)
+        if self.left_out is not None:
+            assert isinstance(self._stream, PairStream), "see `paths`"
+            self._stream.left_out = self.left_out
+            self.left_out.start(self.batches, least)
+        self._measurer = paths.measurer(
+            runtime, recipe, self.targets, self._stream, self.library, tuple(gaps)
+        )
         self._prior: PriorPass | None = None
-        if (prior := PASSES.get(CRITERIA[recipe.criterion].needs)) is not None:
+        prior = PASSES.get(CRITERIA[recipe.criterion].needs) if recipe.narrows else None
+        if prior is not None:
             self._prior = prior(runtime, self.batches, recipe, self.targets)
         self._searcher: Searcher | None = None
-        if ALLOCATIONS[recipe.allocation].search is not None:
+        if recipe.narrows and ALLOCATIONS[recipe.allocation].search is not None:
             self._searcher = Searcher(
                 runtime,
                 self.batches,
@@ -136,7 +154,7 @@ class Driver:
             self._repairer.generator.set_state(position.generator)
         if self._searcher is not None:
             self._searcher.remember()
-        if position.stage == "survey":
+        if position.stage == "survey" and self.recipe.narrows:
             # before anything is computed that it would be for nothing
             known = self._budgets()
             check_reachable(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
@@ -146,7 +164,7 @@ class Driver:
             self._repairer.prior = self._prior.results(self.keeper)
             self.facts[self._prior.name] = self._prior.facts
         if position.stage == "survey":
-            widths = self._allocate(position)
+            widths = self._allocate(position) if self.recipe.narrows else {}
             self._repairer.generator.manual_seed(self.recipe.seed)
             position = Position("prune", widths=widths, notes=position.notes)
         if self._searcher is not None:
@@ -162,7 +180,7 @@ class Driver:
         self.runtime.progress.begin(len(self.runtime.layers), "pruning", position.layer)
         for index in range(position.layer, len(self.runtime.layers)):
             self.runtime.open(index)
-            if index in self.targets:
+            if index in self.targets or (self.left_out is not None and self._measurer.flows(index)):
                 self._shrink_layer(index, position)
             elif self._measurer.flows(index):
                 self._measurer.dense(index)
@@ -270,14 +288,14 @@ class Driver:
     def _shrink_layer(self, index: int, position: Position) -> None:
         """Prune a layer's Sites; what enters the next is the pruned layer's output if sequential,
         else the dense one's."""
-        sites, widths = self._measurer.sites(index), position.widths
+        sites, widths = self._measurer.repaired(index), position.widths
         noted = {site.kind: position.notes.get((index, site.kind), []) for site in sites}
         if self.recipe.statistics == "sequential":
 
             def visit(site: Site, feed: Feed) -> Tensor:
                 before = dict(self.runtime.clock.seconds)
                 measured = self._measurer.standing(site, feed)
-                units = widths[index, site.kind]
+                units = widths.get((index, site.kind), site.units)
                 return self._repair(site, measured, noted[site.kind], units, before)
 
             self._stream.stopping(index, sites, visit, onward=self._measurer.onward(index))
@@ -299,8 +317,17 @@ class Driver:
     ) -> Tensor:
         """Repair and shrink a Site; returns the kept columns."""
         notes = [*notes, *measured.notes]
+        across: Sequence[int] = ()
+        if self.left_out is not None and site.kind == self.runtime.adapter.sites[-1].kind:
+            across = self.left_out.gaps.get(site.layer, ())
         report, shrink = self._repairer.repair(
-            site, measured.moments, notes, kept_units, held=measured.held, drift=measured.drift
+            site,
+            measured.moments,
+            notes,
+            kept_units,
+            held=measured.held,
+            drift=measured.drift,
+            across=across,
         )
         report.seconds = {k: self.runtime.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:

@@ -1,10 +1,8 @@
 """Gradients of the calibration loss, for the criteria that judge by them.
 
-One pass over the dense model before anything is pruned: forward layer by layer, keeping what
-enters each; the loss of the next tokens; then the layers in reverse, each computed once more, with
-autograd, from what entered it. One layer's weights and one batch's graph are in memory at a time,
-and no parameter has a gradient: those of gates and weights follow from what the linears of a Site
-are given and what the loss makes of it (`ops.saliency`).
+One pass over the dense model before anything is pruned, backward layer by layer (`backward`). No
+parameter has a gradient: those of gates and weights follow from what the linears of a Site are
+given and what the loss makes of it (`ops.saliency`).
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batches import Batch
 from liar_ext.criteria import CRITERIA
+from liar_ext.engine.backward import BackwardPass
 from liar_ext.engine.capture import layer_output
 from liar_ext.engine.frozen import frozen
-from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item
 from liar_ext.errors import InputError
@@ -55,12 +53,17 @@ class GradientPass:
     name = "gradients"
 
     def __post_init__(self) -> None:
-        _refuse_without_loss(self.runtime, self.recipe.criterion)
-        self._weights = CRITERIA[self.recipe.criterion].needs == "weight_gradients"
-        self._batches = first_samples(self.batches, self.recipe.gradient_samples)
-        self._stream = self.runtime.stream(self._batches)
-        # predicted tokens of each example
-        self._counts: dict[int, Tensor] = {}
+        recipe = self.recipe
+        self._pass = BackwardPass(
+            self.runtime,
+            self.batches,
+            recipe.gradient_samples,
+            self.targets.start,
+            f"--criterion {recipe.criterion}",
+            [name for name, other in CRITERIA.items() if not other.differentiates],
+            facts=self.facts,
+        )
+        self._weights = CRITERIA[recipe.criterion].needs == "weight_gradients"
         self._gates: dict[tuple[int, str], dict[int, Tensor]] = {}
         self._taylor: dict[tuple[int, str], dict[str, Tensor]] = {}
 
@@ -84,84 +87,8 @@ class GradientPass:
 
     def _run(self) -> SiteGradients:
         with frozen(self.runtime.model):
-            entered = self._forward()
-            upstream = self._loss()
-            for index in reversed(range(self.targets.start, len(self.runtime.layers))):
-                self.runtime.open(index)
-                self._backward(index, entered.pop(index), upstream)
-                self.runtime.close(index)
-                self.runtime.progress.layer(index)
-        for item in upstream.values():
-            item.free()
+            self._pass.run(self._backward)
         return self._gathered()
-
-    def _forward(self) -> dict[int, dict[int, Item]]:
-        """What enters each layer from the first targeted one on; the last output is the stream's
-        hidden states."""
-        self.runtime.embed(self._stream)
-        layers = len(self.runtime.layers)
-        self.runtime.progress.begin(2 * layers - self.targets.start, "gradients")
-        entered: dict[int, dict[int, Item]] = {}
-        for index in range(layers):
-            self.runtime.open(index)
-            later = self._stream.through(index, (), onward=True)
-            self.runtime.close(index)
-            if index in range(self.targets.start, layers):
-                entered[index], self._stream.hidden = self._stream.hidden, later
-            else:
-                self._stream.advance(later)
-            self.runtime.progress.layer(index)
-        return entered
-
-    def _loss(self) -> dict[int, Item]:
-        """The gradient of each batch's summed loss with respect to the last layer's output.
-
-        Summed, not averaged, so that half precision has something to hold; what is averaged is
-        divided at the end.
-        """
-        with self.runtime.clock.phase("load"):
-            self.runtime.store.open_head()
-        head = self.runtime.model.get_output_embeddings()
-        upstream: dict[int, Item] = {}
-        total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
-        for number, item in self._stream.hidden.items():
-            batch = self._batches[number]
-            targets = next_tokens(batch)
-            self._counts[number] = (targets != NO_TARGET).sum(1)
-            with self.runtime.clock.phase("backward"):
-                final = item.fetch().detach().requires_grad_()
-                with torch.enable_grad():
-                    last = self.runtime.last_hidden(batch, final)
-                gradient, loss = loss_gradient(head, last.detach(), targets.to(self.runtime.device))
-                (own,) = torch.autograd.grad(last, final, gradient)
-                total += torch.stack((loss, self._counts[number].sum().to(loss)))
-                del final, last, gradient
-            with self.runtime.clock.phase("hold"):
-                item.free()
-                upstream[number] = self.runtime.shelf.put(own)
-        self._stream.hidden = {}
-        self.runtime.store.close_head()
-        loss_sum, predicted = self.runtime.ranks.sum_(total).tolist()
-        self._check_loss(loss_sum, int(predicted))
-        self.facts = {
-            "samples": sum(len(batch.input_ids) for batch in self._batches),
-            "predicted_tokens": int(predicted),
-            "loss": loss_sum / predicted,
-        }
-        return upstream
-
-    def _check_loss(self, loss: float, predicted: int) -> None:
-        name = f"--criterion {self.recipe.criterion}"
-        if not predicted:
-            raise InputError(
-                f"{name}: the first {self.recipe.gradient_samples} calibration windows have no "
-                "next token to predict; give longer ones, or more with --gradient-samples"
-            )
-        if not torch.isfinite(torch.tensor(loss)):
-            raise InputError(
-                f"{name}: the loss on the calibration windows is {loss}; check the checkpoint, or "
-                "compute in a wider type with --dtype"
-            )
 
     def _backward(self, index: int, entered: Mapping[int, Item], upstream: dict[int, Item]) -> None:
         """Through one layer, all batches of this rank; `upstream` goes on to what entered it."""
@@ -196,7 +123,7 @@ class GradientPass:
         sums: Mapping[str, WeightGradients],
     ) -> Tensor:
         """One batch: gates and weight gradients from it, and the gradient of what entered."""
-        batch, call = self._batches[number], self._stream.call(number, index)
+        batch, call = self._pass.windows[number], self._pass.stream.call(number, index)
         mask = batch.mask_on(self.runtime.device)
         hidden = entered.fetch().detach().requires_grad_()
         with torch.enable_grad(), taps.recording():
@@ -209,7 +136,7 @@ class GradientPass:
         found = list(torch.autograd.grad(output, wanted, upstream.fetch()))
         entering = hidden.new_empty(0) if first else found.pop()
         length = len(batch.input_ids)
-        scale = 1 / self._counts[number].clamp(min=1).double()
+        scale = 1 / self._pass.counts[number].clamp(min=1).double()
         for site, x, gradient in zip(taps.sites, given, found[: len(given)], strict=True):
             rows = gate_gradients(
                 _by_example(x, length), _by_example(gradient, length), site.columns_per_unit, mask
@@ -224,12 +151,12 @@ class GradientPass:
 
     def _sums(self, module: nn.Module) -> WeightGradients:
         # as of Moments: float64 where there is something to add up whose order may change
-        dtype = torch.float32 if self._stream.alone else torch.float64
+        dtype = torch.float32 if self._pass.stream.alone else torch.float64
         return WeightGradients(linear.weight(module), dtype)
 
     def _reduced(self, site: Site, sums: Mapping[str, WeightGradients]) -> dict[str, Tensor]:
         """Taylor sums of a Site's units, over its consumer's columns and its producers' rows."""
-        examples = sum(len(batch.input_ids) for batch in self._batches)
+        examples = sum(len(batch.input_ids) for batch in self._pass.windows)
 
         def means(path: str) -> tuple[Tensor, Tensor]:
             return sums[path].total / examples, sums[path].squares / examples
@@ -308,20 +235,6 @@ class _Taps:
 def _by_example(tensor: Tensor, examples: int) -> Tensor:
     """(b, t, n), also of the (b · t, n) that some families make for their FFN."""
     return tensor.detach().reshape(examples, -1, tensor.shape[-1])
-
-
-def _refuse_without_loss(runtime: Runtime, criterion: str) -> None:
-    if runtime.predicts:
-        return
-    model, adapter = runtime.model, runtime.adapter
-    reason = "has no language-model head" if adapter.plain_head else "scales or bounds its logits"
-    if not adapter.decoder:
-        reason = "is an encoder, which predicts none"
-    others = ", ".join(name for name, other in CRITERIA.items() if not other.differentiates)
-    raise InputError(
-        f"--criterion {criterion}: needs the loss of the next token, and {type(model).__name__} "
-        f"{reason}; these need no loss: {others}"
-    )
 
 
 def _flattened(found: SiteGradients) -> dict[str, Tensor]:

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from liar_ext.calibration.batches import Batch, Calibration, cut_to, make_batches
+from liar_ext.calibration.batches import (
+    NO_CALIBRATION,
+    Batch,
+    Calibration,
+    cut_to,
+    make_batches,
+)
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.engine.statistics import least_segments
@@ -22,13 +28,18 @@ from liar_ext.recipe import Recipe
 
 
 def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Calibration:
-    """The recipe's calibration tokens for the model in `folder`.
+    """The recipe's calibration tokens for the model in `folder`; none where it needs none.
 
     Raises:
         InputError: no or unusable calibration text, or no tokenizer.
     """
+    if not recipe.reads_text:
+        return NO_CALIBRATION
     if recipe.calibration is None:
-        raise InputError("--calibration is missing: give a .txt, .jsonl, .csv or token file")
+        without = "" if recipe.narrows or not recipe.spans else ", or --span-repair none"
+        raise InputError(
+            f"--calibration is missing: give a .txt, .jsonl, .csv or token file{without}"
+        )
     corpus = read(recipe.calibration)
     text = text_config(model.config)
     adapter = adapter_for(model.config)

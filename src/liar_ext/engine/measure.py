@@ -3,7 +3,7 @@ stand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,8 @@ class Measurer:
     another job may write there meanwhile.
 
     Attributes:
-        targets: the layers that are pruned.
+        targets: the layers whose widths are pruned.
+        gaps: those in front of layers that are left out, whose last Site stands in for them.
         library: Moments of the dense path on disk, with `--statistics oneshot` only.
         entered: hidden states are on their way.
         learns: what enters and leaves each layer is wanted beside its statistics.
@@ -90,6 +91,7 @@ class Measurer:
     targets: range
     stream: Stream
     library: MomentsStore | None
+    gaps: Collection[int] = ()
     entered: bool = False
     learns: bool = False
     _last: int = field(init=False, default=0)
@@ -102,13 +104,18 @@ class Measurer:
         # statistics end with the last targeted layer, or the last that other jobs ask for
         layers = len(self.runtime.layers)
         asked = [index + 1 for index in range(layers) if self._extra(index)]
-        self._last = max([self.targets.stop, *asked])
+        self._last = max([self.targets.stop, *asked, *(index + 1 for index in self.gaps)])
 
     def sites(self, index: int) -> list[Site]:
         """The targeted Sites of a layer in forward order."""
-        if index not in self.targets:
-            return []
-        return self.runtime.sites(index, self.recipe.target)
+        return self.runtime.sites(index, self.recipe.target) if index in self.targets else []
+
+    def repaired(self, index: int) -> list[Site]:
+        """These, and in front of a gap the layer's last one."""
+        kinds = set(self.recipe.target) if index in self.targets else set()
+        if index in self.gaps:
+            kinds.add(self.runtime.adapter.sites[-1].kind)
+        return self.runtime.sites(index, tuple(kinds))
 
     def _names(self, kind: str) -> tuple[str, ...]:
         """The files of a Site in the library that this recipe needs."""
@@ -117,6 +124,8 @@ class Measurer:
     def needed(self, layer: int, reads: Reads = "moments") -> bool:
         """Whether hidden states have to go through layers from `layer` on, for what is read."""
         ahead = range(max(layer, self.targets.start), self.targets.stop)
+        if any(index >= layer for index in self.gaps):
+            return reads != "weights"
         if reads == "weights" or not ahead:
             return False
         if self.library is None or reads == "states" or self.learns:

@@ -10,7 +10,7 @@ path is paused, and each layer is read once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from liar_ext.engine.stream import Accumulator, Feed, Stream, Visit
 from liar_ext.errors import InputError
 from liar_ext.models import Site
 
+if TYPE_CHECKING:
+    from liar_ext.engine.spans import LeftOut
+
 # what the name of a dense state in a snapshot ends with
 DENSE = "-dense"
 
@@ -33,12 +36,18 @@ class PairStream(Stream):
 
     Attributes:
         dense: those of the dense path by the number of the batch, once the paths have parted.
+        left_out: layers of the dense path that the pruned one has not, if there are any.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dense: dict[int, Item] = {}
+        self.left_out: LeftOut | None = None
         self._outputs: dict[tuple[str, int], Item] = {}
+
+    def parted(self, index: int) -> bool:
+        """Whether there are two paths at a layer."""
+        return True
 
     def advance(self, later: Mapping[int, Item]) -> None:
         """Both paths become `later`: they are one."""
@@ -78,7 +87,9 @@ class PairStream(Stream):
 
     def _ahead(self, index: int, sites: Sequence[Site], *, onward: bool) -> dict[int, Item]:
         """The dense path through a layer that is still dense; what Sites aim at waits."""
-        layer, later, heeded = self._layers[index], {}, self._heeded(sites)
+        layer, heeded = self._layers[index], self._heeded(sites)
+        later: dict[int, Item] = {}
+        gap = self.left_out is not None and index in self.left_out.gaps
         for number in self._batches:
             before = self.dense.get(number, self.hidden[number])
             with listening(heeded) as heard, self._clock.phase("forward"):
@@ -88,12 +99,32 @@ class PairStream(Stream):
             with self._clock.phase("hold"):
                 for kind, target in self._targets(number, sites, heard).items():
                     self._outputs[kind, number] = self._shelf.put(target)
-                if onward:
+                if onward or gap:
                     later[number] = self._shelf.put(states)
                 if number in self.dense:
                     self.dense.pop(number).free()
             del states
-        return later
+        if gap:
+            later = self._across(index, sites[-1].kind, later)
+        return later if onward else _freed(later)
+
+    def _across(self, index: int, kind: str, before: dict[int, Item]) -> dict[int, Item]:
+        """The dense path behind the layers that are left out behind `index`.
+
+        What they add goes on top of what the last Site in front of them aims at.
+        """
+        assert self.left_out is not None, "there is a gap"
+        behind = self.left_out.through(index, before)
+        for number, item in behind.items():
+            with self._clock.phase("hold"):
+                waiting = self._outputs[kind, number]
+                target = waiting.fetch()
+                added = wide(item.fetch()) - wide(before[number].fetch())
+                total = (wide(target) + added.view_as(target)).to(target.dtype)
+                waiting.free()
+                before[number].free()
+                self._outputs[kind, number] = self._shelf.put(total)
+        return behind
 
     def _heeded(self, sites: Sequence[Site]) -> Sequence[Site]:
         """The Sites of the layer whose outputs make the targets of `sites`."""
@@ -106,7 +137,10 @@ class PairStream(Stream):
         return heard
 
     def _hand(self, accumulator: Accumulator, site: Site, number: int, x: Tensor) -> None:
-        assert isinstance(accumulator, SitePairs), "a Measurer of pairs takes these statistics"
+        if not isinstance(accumulator, SitePairs):
+            # at a layer where there is one path
+            super()._hand(accumulator, site, number, x)
+            return
         with self._clock.phase("forward"):
             dense = self._outputs[site.kind, number].fetch()
             local = site.consumer(x)
@@ -128,6 +162,9 @@ class PairMeasurer(Measurer):
     """Statistics of Sites where both paths are known."""
 
     def _standing(self, site: Site, feed: Feed, dtype: torch.dtype) -> Measured:
+        assert isinstance(self.stream, PairStream), "see `paths`"
+        if not self.stream.parted(site.layer):
+            return super()._standing(site, feed, dtype)
         with self.runtime.clock.phase("gram"):
             accumulator = SitePairs(
                 site.weight().shape[0],
@@ -151,3 +188,14 @@ class PairMeasurer(Measurer):
                 "the dense or the pruned path; compute in a wider type with --dtype"
             )
         return Measured(moments, held=held, drift=drift)
+
+
+def wide(values: Tensor) -> Tensor:
+    """In at least float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _freed(states: Mapping[int, Item]) -> dict[int, Item]:
+    for item in states.values():
+        item.free()
+    return {}

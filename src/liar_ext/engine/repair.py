@@ -21,7 +21,7 @@ from liar_ext.ops.ladder import LADDER_STEPS
 from liar_ext.ops.moments import Moments
 from liar_ext.ops.residual import relative_residual_of, residual_energies
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction import RECONSTRUCTIONS, Repaired, Task
+from liar_ext.reconstruction import RECONSTRUCTIONS, Reconstruction, Repaired, Task
 from liar_ext.report.schema import SiteReport
 from liar_ext.survey import Survey, View
 
@@ -75,10 +75,13 @@ class Repairer:
         *,
         held: Sample | None = None,
         drift: Drift | None = None,
+        across: Sequence[int] = (),
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
         Args:
+            across: layers of the source that the Site stands in for as well, by least squares
+                whatever the reconstruction; they are part of the drift.
             held: statistics of those tokens that are held out to choose the ridge by.
             drift: of the Site's output; with it the target is the dense path's.
         Returns:
@@ -88,9 +91,16 @@ class Repairer:
         units, columns = site.units, site.columns
         with self._clock.phase("solve"):
             evidence = self._evidence(site, moments, kept_units)
-            keep = self._ranks.broadcast(self._criterion.select(evidence))
+            if kept_units == units:
+                # there is nothing to choose, and a criterion may know nothing of this Site
+                keep = torch.arange(units, device=moments.gram.device)
+            else:
+                keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
-            repaired, residual, choice = self._solve(site, moments, kept_columns, held, drift)
+            method = RECONSTRUCTIONS["liar"] if across else self._reconstruction
+            repaired, residual, choice = self._solve(
+                site, moments, kept_columns, method, held, drift
+            )
         bias = _shifted(site.bias(), repaired.shift)
         used = repaired.diagnostics
         report = SiteReport(
@@ -105,6 +115,7 @@ class Repairer:
             relative_residual=residual,
             steps=[*notes, *evidence.notes],
             remarks=list(evidence.remarks),
+            across=list(across),
         )
         if choice is not None:
             report.held_out = {f"{ridge:g}": error for ridge, error in choice.errors.items()}
@@ -157,7 +168,8 @@ class Repairer:
             held: of those tokens that are held out to choose the ridge by.
         """
         with self._clock.phase("solve"):
-            repaired, _, _ = self._solve(site, moments, site.unit_columns(keep), held)
+            columns, method = site.unit_columns(keep), self._reconstruction
+            repaired, _, _ = self._solve(site, moments, columns, method, held)
             bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
             steps = () if repaired.diagnostics is None else repaired.diagnostics.steps
             return Level(
@@ -186,6 +198,7 @@ class Repairer:
         site: Site,
         moments: Moments,
         keep: Tensor,
+        reconstruction: Reconstruction,
         held: Sample | None = None,
         drift: Drift | None = None,
     ) -> tuple[Repaired, float, Choice | None]:
@@ -202,7 +215,7 @@ class Repairer:
         weight, own = whole[mine], None if drift is None else drift.rows(mine)
         task = Task(
             moments,
-            whole if self._reconstruction.whole else weight,
+            whole if reconstruction.whole else weight,
             keep,
             dropped.nonzero().flatten(),
             self._recipe.first_ridge,
@@ -216,12 +229,12 @@ class Repairer:
             # what keeps all its columns has nothing to repair, unless its inputs have drifted
             idle = own is None and not task.drop.numel()
             if held is not None and not idle:
-                choice = choose(task, held.rows(mine), self._reconstruction, self._ranks)
+                choice = choose(task, held.rows(mine), reconstruction, self._ranks)
                 task = replace(task, ridge=choice.ridge)
-            part = Repaired(task.weight) if idle else self._agreed(task)
+            part = Repaired(task.weight) if idle else self._agreed(task, reconstruction)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
-        if self._reconstruction.whole:
+        if reconstruction.whole:
             shift = None if part.shift is None else part.shift[mine]
             part = replace(part, weight=part.weight[mine], shift=shift)
         energies = residual_energies(moments, weight, keep, part.weight, part.shift, own)
@@ -234,13 +247,13 @@ class Repairer:
         )
         return gathered, relative_residual_of(total.tolist()), choice
 
-    def _agreed(self, task: Task) -> Repaired:
+    def _agreed(self, task: Task, reconstruction: Reconstruction) -> Repaired:
         """The rows of this rank, with the same ridge on all ranks.
 
         The ladder looks at the backward error of the right sides at hand; where that decides, a
         rank may end on another rung than the rest.
         """
-        part = self._reconstruction.repair(task)
+        part = reconstruction.repair(task)
         steps: tuple[str, ...] = ()
         for _ in range(LADDER_STEPS):
             found = part.diagnostics
@@ -253,7 +266,7 @@ class Repairer:
             highest = max(every)
             steps = (*steps, *found.steps, f"ridge {highest:.1e} for all ranks")
             # a rank may climb again from there: until all agree
-            part = self._reconstruction.repair(replace(task, ridge=highest))
+            part = reconstruction.repair(replace(task, ridge=highest))
         raise NumericalError(f"ranks find no common ridge: {' | '.join(steps)}")
 
 

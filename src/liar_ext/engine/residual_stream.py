@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from liar_ext.engine.capture import listening
-from liar_ext.engine.pairs import PairStream
+from liar_ext.engine.pairs import PairStream, wide
 from liar_ext.engine.stream import Accumulator, Visit
 from liar_ext.models import Site
 
@@ -28,8 +28,10 @@ from liar_ext.models import Site
 class ResidualStream(PairStream):
     """Hidden states of both paths; a Site's target has the drift of the stream beside it."""
 
-    # what consumers in front of the present Site said in the run that is passing, by kind
-    _said: dict[str, Tensor]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # what consumers in front of the present Site said in the run that is passing, by kind
+        self._said: dict[str, Tensor] = {}
 
     def stopping(self, index: int, sites: Sequence[Site], visit: Visit, *, onward: bool) -> None:
         earlier = self._heeded(sites)[:-1]
@@ -38,6 +40,8 @@ class ResidualStream(PairStream):
 
     def _heeded(self, sites: Sequence[Site]) -> Sequence[Site]:
         """All Sites of the layer up to the last of these, in the order of a forward."""
+        if not sites:
+            return []
         kinds = [spec.kind for spec in self._specs]
         last = max(kinds.index(site.kind) for site in sites)
         return [replace(sites[0], spec=spec) for spec in self._specs[: last + 1]]
@@ -47,14 +51,14 @@ class ResidualStream(PairStream):
     ) -> Mapping[str, Tensor]:
         total: Tensor | None = None
         if number in self.dense:
-            total = _wide(self.dense[number].fetch()) - _wide(self.hidden[number].fetch())
+            total = wide(self.dense[number].fetch()) - wide(self.hidden[number].fetch())
         targets: dict[str, Tensor] = {}
         kinds = {site.kind for site in sites}
         for site in self._heeded(sites):
             output = heard[site.kind]
             # OPT's FFN has no batches: (b·t, d)
-            wide = _wide(output)
-            total = wide if total is None else total.view_as(output) + wide
+            own = wide(output)
+            total = own if total is None else total.view_as(output) + own
             if site.kind in kinds:
                 targets[site.kind] = total.to(output.dtype)
         return targets
@@ -71,11 +75,6 @@ class ResidualStream(PairStream):
         for key in [key for key in self._outputs if key[1] == number]:
             item = self._outputs[key]
             target = item.fetch()
-            rest = (_wide(target) - _wide(output).view_as(target)).to(target.dtype)
+            rest = (wide(target) - wide(output).view_as(target)).to(target.dtype)
             item.free()
             self._outputs[key] = self._shelf.put(rest)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In at least float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -100,6 +100,10 @@ class Stream:
         """Where valid tokens are in a batch (`Batch.valid_on`)."""
         return self._valid[number]
 
+    def segment(self, number: int) -> int:
+        """The segment that a batch is in (`statistics.segments`)."""
+        return self._segments[number]
+
     def embed(self, backbone: nn.Module, options: dict[str, Any], returns: int = 0) -> None:
         """Enter the first layer: embeddings, and every layer's own arguments (`record_calls`)."""
         known: dict[tuple[Any, ...], list[Tensor]] = {}

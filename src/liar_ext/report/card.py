@@ -14,6 +14,7 @@ from liar_ext.report.text import (
     count,
     is_hub_id,
     latency,
+    layers,
     number,
     parameters,
     percent,
@@ -110,31 +111,74 @@ def _front_matter(report: Report) -> str:
 
 
 def _what(report: Report) -> str:
-    recipe, totals = report.recipe, report.totals
+    what = [_layers(report), _widths(report)]
+    device = _plain(str(report.environment.get("device", "an unknown device")))
+    return (
+        f"Made from {_code(short_name(report.source))} with liar-ext "
+        f"{report.environment.get('liar_ext', '')}, without training. "
+        f"{' '.join(part for part in what if part)}\n\n"
+        f"{_options(report)}"
+        f"{_workload(report)}"
+        f"- made on {device}\n"
+    )
+
+
+def _layers(report: Report) -> str:
+    """Of whole layers; empty where all are there."""
+    if not report.layers:
+        return ""
+    before, dropped = report.layers["before"], report.layers["dropped"]
+    across = [site for site in report.sites if site.across]
+    repair = "nothing was repaired for them"
+    if across:
+        names = ", ".join(_code(site.name) for site in across)
+        repair = (
+            f"least squares folded what they did, as far as it can be predicted, into {names} in "
+            "front of them"
+        )
+    return (
+        f"{len(dropped)} of its {before} layers were left out ({layers(dropped)}, counted from 0); "
+        f"{repair}."
+    )
+
+
+def _widths(report: Report) -> str:
+    """Of units of layers; empty where no width was to change."""
+    if not report.recipe.get("sparsity", 1):
+        return ""
     shrunk = [s for s in report.sites if s.units_after < s.units_before]
     kinds = " and ".join(SITE_NAMES[k] for k in dict.fromkeys(s.kind for s in shrunk))
-    layers = len({s.layer for s in shrunk})
+    count_ = len({s.layer for s in shrunk})
     repair = {
         "none": "the linear layers that read them keep the rest of their weights as they were",
         "bias": "the linear layers that read them got a bias that stands in for their mean",
     }.get(
-        recipe["reconstruct"],
+        report.recipe["reconstruct"],
         "the linear layers that read them were adjusted in closed form to make up for it",
     )
     return (
-        f"Made from {_code(short_name(report.source))} with liar-ext "
-        f"{report.environment.get('liar_ext', '')}, without training. In {layers} "
-        f"{'layer' if layers == 1 else 'layers'}, {kinds or 'nothing'} were removed physically; "
-        f"{repair}.\n\n"
-        f"- sparsity of the targeted structures, in {budgeted(recipe)}: "
-        f"{percent(totals.get('sparsity'))} "
-        f"(asked for {percent(totals.get('sparsity_asked'))})\n"
-        f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
-        f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
-        f"statistics {_code(recipe['statistics'])}\n"
-        f"{_workload(report)}"
-        f"- made on {_plain(str(report.environment.get('device', 'an unknown device')))}\n"
+        f"In {count_} {'layer' if count_ == 1 else 'layers'}, {kinds or 'nothing'} were removed "
+        f"physically; {repair}."
     )
+
+
+def _options(report: Report) -> str:
+    recipe, totals = report.recipe, report.totals
+    lines = []
+    if report.layers:
+        chosen = recipe.get("depth")
+        how = f"chosen by {_code(chosen)}" if chosen else "as they were listed"
+        lines.append(f"- layers {how}, repair {_code(recipe['span_repair'])}")
+    if recipe.get("sparsity", 1):
+        lines += [
+            f"- sparsity of the targeted structures, in {budgeted(recipe)}: "
+            f"{percent(totals.get('sparsity'))} "
+            f"(asked for {percent(totals.get('sparsity_asked'))})",
+            f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
+            f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
+            f"statistics {_code(recipe['statistics'])}",
+        ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _workload(report: Report) -> str:
@@ -148,9 +192,13 @@ def _sizes(report: Report) -> str:
     totals = report.totals
     rows: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("parameters", "parameters", parameters),
-        ("of the targeted structures", "site_parameters", parameters),
     ]
-    if totals.get("site_flops_after") is not None:
+    if report.layers:
+        rows.append(("layers", "layers", count))
+        totals = totals | {f"layers_{when}": report.layers[when] for when in ("before", "after")}
+    if totals.get("site_parameters_before", 1):
+        rows.append(("of the targeted structures", "site_parameters", parameters))
+    if totals.get("site_flops_after"):
         rows.append(("FLOPs per token of the targeted structures", "site_flops", count))
     if totals.get("site_latency_after") is not None:
         rows.append(("predicted latency of the targeted structures", "site_latency", latency))
@@ -226,6 +274,8 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def _calibration(report: Report) -> str:
     data = report.calibration
+    if not data:
+        return "## Calibration\n\nNo text was read.\n"
     source = short_name(str(data.get("source", "unknown")))
     lines = ["## Calibration\n", f"- source: {_code(source)}"]
     amounts = [f"{int(data[key]):,} {key}" for key in ("samples", "tokens") if key in data]

@@ -23,6 +23,7 @@ from liar_ext.report.text import (
     duration,
     is_hub_id,
     latency,
+    layers,
     number,
     parameters,
     percent,
@@ -92,6 +93,7 @@ def render(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) -> str
         _warnings(report),
         _evaluations(rows),
         _plots(report),
+        _layers(report),
         _sites(report),
         _records("Recipe", "What was asked for; the same as recipe.json.", report.recipe),
         _records("Calibration", "The tokens that the statistics come from.", report.calibration),
@@ -124,12 +126,15 @@ def _header(report: Report, name: str) -> str:
         for label, key, show in sizes
         if totals.get(f"{key}_after") is not None
     ]
+    if report.layers:
+        gone = f"{report.layers['before']} before; left out: {layers(report.layers['dropped'])}"
+        cards.append(("Layers", str(report.layers["after"]), gone))
+    if report.recipe.get("sparsity", 1):
+        asked = f"asked for {percent(totals.get('sparsity_asked'))} of {budgeted(report.recipe)}"
+        cards.append(
+            ("Sparsity of the targeted structures", percent(totals.get("sparsity")), asked)
+        )
     cards += [
-        (
-            "Sparsity of the targeted structures",
-            percent(totals.get("sparsity")),
-            f"asked for {percent(totals.get('sparsity_asked'))} of {budgeted(report.recipe)}",
-        ),
         ("Time", duration(seconds), f"on {report.environment.get('device', 'unknown device')}"),
         ("Loads with", loads, how),
     ]
@@ -138,8 +143,11 @@ def _header(report: Report, name: str) -> str:
         for label, value, note in cards
     )
     recipe = report.recipe
-    chosen = ("criterion", "allocation", "reconstruct")
-    methods = ", ".join(f"{key} {recipe[key]}" for key in chosen)
+    widths = ("criterion", "allocation", "reconstruct") if recipe.get("sparsity", 1) else ()
+    depth = ("depth", "span_repair") if report.layers else ()
+    methods = ", ".join(
+        f"{key.replace('_', ' ')} {recipe[key]}" for key in (*depth, *widths) if recipe[key]
+    )
     origin = "" if is_hub_id(report.source) else f" · from {report.source}"
     return (
         f"<header><h1>{escape(name)}, pruned</h1>\n"
@@ -192,7 +200,37 @@ def _figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
+def _layers(report: Report) -> str:
+    """What was measured of layers, where some were left out."""
+    measured = {
+        name: values
+        for name, values in report.layers.get("measured", {}).items()
+        if len(values) <= report.layers["before"]
+    }
+    if not measured:
+        return ""
+    dropped = set(report.layers["dropped"])
+    rows = [
+        [
+            str(at),
+            *(number(v[at]) if at < len(v) else NONE for v in measured.values()),
+            "left out" if at in dropped else "kept",
+        ]
+        for at in range(report.layers["before"])
+    ]
+    return _table(
+        "Layers",
+        "Of the source. What was measured is of each layer, or of a span that begins with it where "
+        "layers go in one piece; low goes first.",
+        ["layer", *measured, "what became of it"],
+        rows,
+        text=("what became of it",),
+    )
+
+
 def _sites(report: Report) -> str:
+    if not report.sites:
+        return ""
     columns: list[tuple[str, Any]] = [
         ("layer", lambda s: str(s.layer)),
         ("kind", lambda s: s.kind),
@@ -207,6 +245,7 @@ def _sites(report: Report) -> str:
         ("precision", lambda s: s.precision or NONE),
         ("bias added", lambda s: "yes" if s.bias_added else "no"),
         ("seconds", lambda s: number(sum(s.seconds.values()))),
+        ("for layers", lambda s: layers(s.across) or NONE),
         ("steps", _steps),
     ]
     rows = [[show(site) for _, show in columns] for site in report.sites]

@@ -54,8 +54,10 @@ MARKERS = ("o", "s", "^")
 WIDTH = 6.4  # inches
 
 
-def widths(report: Report) -> str:
-    """Units per layer before and after, one panel for each kind of Site."""
+def widths(report: Report) -> str | None:
+    """Units per layer before and after, one panel for each kind of Site; None where all stayed."""
+    if all(s.units_after == s.units_before for s in report.sites):
+        return None
     groups = _by_kind(report.sites)
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(len(groups), 2.3)

@@ -33,6 +33,8 @@ class SiteReport:
         held_out: where the ridge was chosen, the mean squared error on held-out tokens of fits to
             the others, over the variance of the dense output there, by ridge; those that hold.
         remarks: what a criterion says of its selection.
+        across: layers of the source that were left out behind this one, and that the Site stands in
+            for; `relative_residual` is then of the stream behind them.
         seconds: by phase.
     """
 
@@ -55,6 +57,7 @@ class SiteReport:
     held_out: dict[str, float] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    across: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -63,7 +66,8 @@ class Report:
     """One compression.
 
     Attributes:
-        source: the dense checkpoint; recipe: as JSON; sites: what happened to each.
+        source: the dense checkpoint; recipe: as JSON; sites: what happened to each, by the layers
+            of the result.
         totals: parameters and bytes before and after; the same of the targeted Sites, with the
             FLOPs of one token at the calibration's sequence length and, where the budget is in
             seconds, the latency that its table predicts; `sparsity` in whichever of them the
@@ -73,6 +77,8 @@ class Report:
         environment: versions and device.
         layout: `stock`, or `liar_ext` if only `liar_ext.load` can load the result.
         config: the `config.json` of the result.
+        layers: where layers were left out, how many there were and are, which went, and what was
+            measured of them (`depth.choice.LayerChoice`).
         latency: the table of a budget in seconds: its sha256, device, dtype, workload, versions.
         source_files: sha256 of the source's weight files (the hub shows the same sums).
         run: how it ran and what does not show in the result: ranks, the layer that it was resumed
@@ -89,6 +95,7 @@ class Report:
     layout: str
     config: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    layers: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
     source_files: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)

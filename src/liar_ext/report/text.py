@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,17 @@ def change(before: float | None, after: float | None) -> str:
         return NONE
     relative = 100 * (after / before - 1)
     return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
+
+
+def layers(indices: Sequence[int]) -> str:
+    """[3, 20, 21, 22] -> `3, 20-22`."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def is_hub_id(source: str) -> bool:

@@ -1,0 +1,145 @@
+"""Which layers are left out: what was measured of them, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.depth.losses import losses_without
+from liar_ext.depth.methods import METHODS, check_count, check_finite, pick, placed
+from liar_ext.depth.states import turns
+from liar_ext.depth.taylor import taylor
+from liar_ext.depth.weights import magnitudes
+from liar_ext.engine.runtime import Runtime
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layers of the source that a recipe leaves out.
+
+    Attributes:
+        layers: of the source; dropped: those that go, in order.
+        measured: what it was made by: by the name of the measure, of each layer (of each span of
+            as many layers as go, by its first, where they go in one piece).
+    """
+
+    layers: int
+    dropped: tuple[int, ...]
+    measured: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The layers of the source that stay, in order."""
+        return tuple(i for i in range(self.layers) if i not in self.dropped)
+
+    @property
+    def gaps(self) -> dict[int, range]:
+        """The layers that are missing behind one of the result, by its index there; none for those
+        in front of the first."""
+        found = {}
+        for at, layer in enumerate(self.kept):
+            following = self.kept[at + 1] if at + 1 < len(self.kept) else self.layers
+            if following > layer + 1:
+                found[at] = range(layer + 1, following)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "before": self.layers,
+            "after": len(self.kept),
+            "dropped": list(self.dropped),
+            "measured": self.measured,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LayerChoice:
+        return cls(data["before"], tuple(data["dropped"]), data["measured"])
+
+
+def choose(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch]) -> LayerChoice:
+    """The layers that go.
+
+    Where what they did is to be repaired the first layer stays: nothing is in front of it that
+    could stand in for it.
+
+    Args:
+        runtime: of the whole model; batches: calibration tokens, none where the method needs none.
+    Raises:
+        InputError: layers that are not there, too many of them, or the method needs what the model
+            has not.
+    """
+    layers = len(runtime.layers)
+    first = 1 if recipe.spans else 0
+    if recipe.drop_layers is not None:
+        return _listed(recipe.drop_layers, layers, first)
+    name, drop = recipe.depth, recipe.drop
+    assert name is not None, "see `Recipe.shortens`"
+    assert drop is not None, "see `check_depth`"
+    method = METHODS[name]
+    check_count(drop, layers, first)
+    if method.measure is None:
+        dropped = placed(name, layers - first, drop, recipe.seed)
+        return LayerChoice(layers, tuple(first + layer for layer in dropped))
+    if method.repeated:
+        return _greedy(runtime, _windows(recipe, batches), layers, drop, first)
+    span = drop if method.window else 1
+    values = measure(method.measure, runtime, recipe, batches, span)
+    check_finite(method.measure, values)
+    dropped = pick(values[first:], drop, method.window)
+    return LayerChoice(layers, tuple(first + layer for layer in dropped), {method.measure: values})
+
+
+def measure(
+    name: str, runtime: Runtime, recipe: Recipe, batches: Sequence[Batch], span: int = 1
+) -> list[float]:
+    """A measure of `MEASURES` of each layer, or of each span of `span` layers by its first."""
+    if name in ("influence", "angle"):
+        return [getattr(turn, name) for turn in turns(runtime, batches, [span])[span]]
+    assert span == 1, f"{name} is of single layers"
+    if name == "loss":
+        layers = range(len(runtime.layers))
+        return losses_without(runtime, _windows(recipe, batches), [(layer,) for layer in layers])
+    if name == "taylor":
+        return taylor(runtime, batches, recipe)
+    return magnitudes(runtime, int(name[-1]))
+
+
+def _windows(recipe: Recipe, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """What models without layers are compared on."""
+    return first_samples(batches, recipe.search_samples)
+
+
+def _greedy(
+    runtime: Runtime, windows: Sequence[Batch], layers: int, drop: int, first: int
+) -> LayerChoice:
+    """One layer at a time, the losses of all others measured again without it."""
+    gone: list[int] = []
+    measured: list[float] = []
+    for _ in range(drop):
+        left = [layer for layer in range(first, layers) if layer not in gone]
+        losses = losses_without(runtime, windows, [(*gone, layer) for layer in left])
+        check_finite("loss", losses)
+        (at,) = pick(losses, 1, window=False)
+        gone.append(left[at])
+        measured.append(losses[at])
+    # in the order in which they went
+    return LayerChoice(layers, tuple(sorted(gone)), {"loss": measured, "order": list(gone)})
+
+
+def _listed(listed: Sequence[int], layers: int, first: int) -> LayerChoice:
+    if beyond := [layer for layer in listed if layer >= layers]:
+        raise InputError(
+            f"--drop-layers {beyond[0]}: the model has {layers} layers, 0 to {layers - 1}"
+        )
+    if len(listed) == layers:
+        raise InputError(f"--drop-layers: all {layers} layers; keep at least one")
+    if first and 0 in listed:
+        raise InputError(
+            "--drop-layers 0: nothing is in front of the first layer that could stand in for it; "
+            "keep it, or give --span-repair none"
+        )
+    return LayerChoice(layers, tuple(sorted(listed)))
