@@ -30,6 +30,7 @@ CHOICES = {
     "target_signal": ("local", "dense", "stream"),
     "statistics": ("sequential", "oneshot"),
     "span_repair": ("liar", "none"),
+    "refit": ("pruned", "all"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -69,6 +70,9 @@ class Recipe:
         drop_layers: instead of both, these layers of the source.
         span_repair: `liar` folds what the least squares can predict of left-out layers into the
             last consumer in front of them; `none` leaves it.
+        refit: which consumers are fitted: `pruned`, those that lose columns or stand in for layers;
+            `all`, every one behind the first of these too, to make up on the dense model's path
+            for what is lost in front (not with a local target).
         device, dtype: where and in what to compute; `auto` computes in float32 on a CPU and in the
             checkpoint's dtype elsewhere, and writes the checkpoint's dtype.
         seed: of calibration sampling and of random methods.
@@ -100,6 +104,7 @@ class Recipe:
     drop: int | None = None
     drop_layers: tuple[int, ...] | None = None
     span_repair: str = "liar"
+    refit: str = "pruned"
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -182,6 +187,12 @@ class Recipe:
             raise InputError(
                 f"--reconstruct {self.reconstruct} works through biases and --bias is never; "
                 "use --bias auto or another reconstruction"
+            )
+        if self.refit == "all" and not self.paired:
+            raise InputError(
+                "--refit all with --target-signal local: a consumer that keeps all its columns has "
+                "nothing to make up for on the path that is being pruned; add --target-signal "
+                "stream, or dense"
             )
         if self.paired:
             aim = f"--target-signal {self.target_signal}"

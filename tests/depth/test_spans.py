@@ -321,3 +321,53 @@ def test_the_command_line(tmp_path, capsys):
     listed = [*asked[:-3], "--drop-layers", "2-3", "--overwrite"]
     assert main(listed) == 0, "with a text to repair by"
     assert json.loads((out / "liar_report.json").read_text())["sites"][0]["across"] == [2, 3]
+
+
+@pytest.mark.parametrize("signal", ["dense", "stream"])
+def test_what_keeps_its_columns_makes_up_for_the_rest(tmp_path, signal):
+    """`--refit all`: attention behind a gap, which loses nothing, is fitted to the dense path."""
+    model = build("llama")
+    dense = copy.deepcopy(model)
+    recipe = recipe_of(tmp_path, drop_layers=(2,), target_signal=signal, refit="all")
+    batches = batches_of(recipe, decoder=True)
+    report = liar_ext.prune(model, batches, recipe)
+    fitted = [(site.layer, site.kind) for site in report.sites]
+    # in front of the gap there is nothing to make up for
+    assert fitted == [(1, "ffn"), *((at, kind) for at in (2, 3, 4) for kind in ("heads", "ffn"))]
+    assert all(site.units_after == site.units_before for site in report.sites)
+    # the third layer of the result is the fourth of the source; dense from there on
+    standing = copy.deepcopy(model)
+    standing.model.layers[2] = dense.model.layers[3]
+    inputs = {}
+    for name, own, at in (("present", standing, 2), ("dense", dense, 3)):
+        seen = []
+        consumer = own.model.layers[at].self_attn.o_proj
+        handle = consumer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        inputs[name] = passing(own, batches, at)["enters"]
+        handle.remove()
+        inputs[f"{name} x"] = torch.cat([part.flatten(0, 1) for part in seen]).double()
+    weight = dense.model.layers[3].self_attn.o_proj.weight.detach().double()
+    target = inputs["dense x"] @ weight.T
+    if signal == "stream":
+        target = target + inputs["dense"] - inputs["present"]
+    expected, _ = solved(inputs["present x"], target, weight, center=False)
+    new = model.model.layers[2].self_attn.o_proj.weight.detach()
+    assert_close_rms(new - weight, expected - weight, FIT)
+
+
+def test_refit_with_widths_alone(tmp_path):
+    """Heads behind the first pruned FFN are fitted too; those in front are not."""
+    model = build("llama")
+    fields = {"sparsity": 0.5, "layers": (2, 4), "target_signal": "stream", "refit": "all"}
+    recipe = recipe_of(tmp_path, **fields)
+    report = liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
+    assert [(site.layer, site.kind) for site in report.sites] == [
+        (2, "ffn"),
+        *((at, kind) for at in (3, 4, 5) for kind in ("heads", "ffn")),
+    ]
+    narrow = [site.layer for site in report.sites if site.units_after < site.units_before]
+    assert narrow == [2, 3]
+    totals = report.totals
+    assert totals["site_parameters_after"] == totals["site_parameters_before"] / 2
+    with pytest.raises(InputError, match="--refit all with --target-signal local"):
+        Recipe(refit="all")

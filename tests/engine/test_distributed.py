@@ -61,12 +61,18 @@ VARIANTS = {
     "ridge auto": ("llama", "--ridge auto --target ffn,heads"),
     "both": ("llama", "--ridge auto --target-signal stream --target ffn,heads"),
     "scores of weights": ("llama", "--allocation global --criterion magnitude --target ffn,heads"),
+    "layers": (
+        "llama",
+        "--depth streamline --drop 1 --target ffn,heads --target-signal stream --bias always",
+    ),
+    "layers alone": ("llama", "--depth perplexity-greedy --drop 2 --sparsity 0"),
+    "layers by gradients": ("llama", "--depth taylor --drop 1 --gradient-samples 100"),
     "all rows": ("llama", "--ridge auto --reconstruct mask-tuning --bias always"),
 }
 # four ranks run those in which they share work in different ways: a run of one takes a second
 ON_FOUR = (
     *("sequential", "oneshot", "stream target", "on disk", "encoder", "idle ranks"),
-    *("levels", "besa", "policy", "search", "taylor", "both"),
+    *("levels", "besa", "policy", "search", "taylor", "both", "layers"),
 )
 ON = {1: tuple(VARIANTS), 2: tuple(VARIANTS), 4: ON_FOUR}
 JOURNAL = "--journal-seconds 0"

@@ -74,6 +74,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
             ],
         ),
         (
+            {"depth": "shortgpt", "drop": 1, "sparsity": 0.3, "target_signal": "stream"},
+            "disk",
+            [
+                ("layers chosen", 1),
+                ("journal written", 1),
+                ("site half pruned", 1),
+                ("hidden states half written", 3),
+                ("records written", 1),
+            ],
+        ),
+        (
             {"allocation": "alpha", "layers": (1, 4)},
             "device",
             [("journal written", 1), ("layer computed", 2), ("tensor half written", 5)],
@@ -154,6 +165,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "global",
         "oneshot",
         "oneshot-global",
+        "layers",
         "alpha",
         "influence",
         "besa",

@@ -71,6 +71,7 @@ POINTS = {
     "search over": Point("liar_ext.engine.keeper:Keeper.put_aside", "after", (1, "search")),
     "levels still there": Point("liar_ext.engine.level_store:FiledLevels.discard", "before"),
     "levels gone": Point("liar_ext.engine.level_store:FiledLevels.discard", "after"),
+    "layers chosen": Point("liar_ext.engine.compress:sync_path", "after"),
     "shards complete": Point("liar_ext.checkpoint.store:CheckpointStore.finish", "after"),
     "other files copied": Point("liar_ext.engine.compress:copy_other_files", "after"),
     "records written": Point("liar_ext.engine.compress:write_records", "after"),

@@ -91,6 +91,12 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "what stands in for left-out layers: liar (least squares, folded into the consumer in "
         "front of them), none",
     ),
+    "refit": (
+        str,
+        "WHICH",
+        "consumers that are fitted: pruned, those that lose columns or stand in for layers; or "
+        "all behind the first of these, to the dense model's path",
+    ),
     "device": (str, "NAME", "auto, cpu, cuda"),
     "dtype": (str, "NAME", "auto, float32, bfloat16, float16"),
     "seed": (int, "N", "of calibration sampling and random methods"),

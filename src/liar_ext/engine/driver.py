@@ -108,10 +108,9 @@ class Driver:
         runtime, recipe, model = self.runtime, self.recipe, self.runtime.model
         self.targets = targeted_layers(runtime.store, recipe)
         biased = layout.biased_kinds(model)
-        gaps = self.left_out.gaps if self.left_out is not None else {}
+        beside = self._beside()
         kinds = dict.fromkeys(recipe.target if recipe.narrows else ())
-        if gaps:
-            kinds[runtime.adapter.sites[-1].kind] = None
+        kinds |= dict.fromkeys(kind for own in beside.values() for kind in own)
         intercept = {kind: self._may_shift(kind in biased) for kind in kinds}
         self.added_biases = [k for k, shift in intercept.items() if shift and k not in biased]
         self._repairer = Repairer(recipe, intercept, runtime.ranks, runtime.clock, self.judgements)
@@ -123,7 +122,7 @@ class Driver:
             self._stream.left_out = self.left_out
             self.left_out.start(self.batches, least)
         self._measurer = paths.measurer(
-            runtime, recipe, self.targets, self._stream, self.library, tuple(gaps)
+            runtime, recipe, self.targets, self._stream, self.library, beside
         )
         self._prior: PriorPass | None = None
         prior = PASSES.get(CRITERIA[recipe.criterion].needs) if recipe.narrows else None
@@ -180,7 +179,7 @@ class Driver:
         self.runtime.progress.begin(len(self.runtime.layers), "pruning", position.layer)
         for index in range(position.layer, len(self.runtime.layers)):
             self.runtime.open(index)
-            if index in self.targets or (self.left_out is not None and self._measurer.flows(index)):
+            if index in self.targets or (self._measurer.beside and self._measurer.flows(index)):
                 self._shrink_layer(index, position)
             elif self._measurer.flows(index):
                 self._measurer.dense(index)
@@ -219,6 +218,24 @@ class Driver:
             position.generator = self._repairer.generator.get_state()
             with self.runtime.clock.phase("write"):
                 self.keeper.keep(position, self._stream.kept())
+
+    def _beside(self) -> dict[int, tuple[str, ...]]:
+        """Kinds of Sites by layer that keep all their columns, and are fitted: what stands in for
+        layers, and with `--refit all` every Site behind the first change."""
+        specs: list[str] = [spec.kind for spec in self.runtime.adapter.sites]
+        gaps = self.left_out.gaps if self.left_out is not None else {}
+        found = {index: {specs[-1]} for index in gaps}
+        changed = [*gaps, *self.targets[:1]]
+        if self.recipe.refit == "all" and changed:
+            for index in range(min(changed), len(self.runtime.layers)):
+                found.setdefault(index, set()).update(specs)
+            first = min(changed)
+            # in front of the first change there is nothing to make up for
+            own = self.recipe.target if first in self.targets else (specs[-1],)
+            found[first] -= set(specs[: min(map(specs.index, own))])
+        return {
+            index: tuple(k for k in specs if k in kinds) for index, kinds in sorted(found.items())
+        }
 
     def _may_shift(self, has_bias: bool) -> bool:
         if RECONSTRUCTIONS[self.recipe.reconstruct].needs_bias or self.recipe.bias == "always":
@@ -317,9 +334,6 @@ class Driver:
     ) -> Tensor:
         """Repair and shrink a Site; returns the kept columns."""
         notes = [*notes, *measured.notes]
-        across: Sequence[int] = ()
-        if self.left_out is not None and site.kind == self.runtime.adapter.sites[-1].kind:
-            across = self.left_out.gaps.get(site.layer, ())
         report, shrink = self._repairer.repair(
             site,
             measured.moments,
@@ -327,8 +341,10 @@ class Driver:
             kept_units,
             held=measured.held,
             drift=measured.drift,
-            across=across,
+            fits=site.kind in self._measurer.beside.get(site.layer, ()),
         )
+        if self.left_out is not None and site.kind == self.runtime.adapter.sites[-1].kind:
+            report.across = list(self.left_out.gaps.get(site.layer, ()))
         report.seconds = {k: self.runtime.clock.seconds[k] - before[k] for k in ("gram", "solve")}
         for note in report.steps:
             self.runtime.progress.warn(f"{site.name}: {note}")

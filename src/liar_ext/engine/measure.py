@@ -80,7 +80,7 @@ class Measurer:
 
     Attributes:
         targets: the layers whose widths are pruned.
-        gaps: those in front of layers that are left out, whose last Site stands in for them.
+        beside: kinds of Sites, by layer, that keep all their columns and are fitted as well.
         library: Moments of the dense path on disk, with `--statistics oneshot` only.
         entered: hidden states are on their way.
         learns: what enters and leaves each layer is wanted beside its statistics.
@@ -91,7 +91,7 @@ class Measurer:
     targets: range
     stream: Stream
     library: MomentsStore | None
-    gaps: Collection[int] = ()
+    beside: Mapping[int, Collection[str]] = field(default_factory=dict)
     entered: bool = False
     learns: bool = False
     _last: int = field(init=False, default=0)
@@ -104,18 +104,16 @@ class Measurer:
         # statistics end with the last targeted layer, or the last that other jobs ask for
         layers = len(self.runtime.layers)
         asked = [index + 1 for index in range(layers) if self._extra(index)]
-        self._last = max([self.targets.stop, *asked, *(index + 1 for index in self.gaps)])
+        self._last = max([self.targets.stop, *asked, *(index + 1 for index in self.beside)])
 
     def sites(self, index: int) -> list[Site]:
         """The targeted Sites of a layer in forward order."""
         return self.runtime.sites(index, self.recipe.target) if index in self.targets else []
 
     def repaired(self, index: int) -> list[Site]:
-        """These, and in front of a gap the layer's last one."""
+        """These, and those `beside` them."""
         kinds = set(self.recipe.target) if index in self.targets else set()
-        if index in self.gaps:
-            kinds.add(self.runtime.adapter.sites[-1].kind)
-        return self.runtime.sites(index, tuple(kinds))
+        return self.runtime.sites(index, tuple(kinds | set(self.beside.get(index, ()))))
 
     def _names(self, kind: str) -> tuple[str, ...]:
         """The files of a Site in the library that this recipe needs."""
@@ -124,7 +122,7 @@ class Measurer:
     def needed(self, layer: int, reads: Reads = "moments") -> bool:
         """Whether hidden states have to go through layers from `layer` on, for what is read."""
         ahead = range(max(layer, self.targets.start), self.targets.stop)
-        if any(index >= layer for index in self.gaps):
+        if any(index >= layer for index in self.beside):
             return reads != "weights"
         if reads == "weights" or not ahead:
             return False

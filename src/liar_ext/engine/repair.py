@@ -75,13 +75,13 @@ class Repairer:
         *,
         held: Sample | None = None,
         drift: Drift | None = None,
-        across: Sequence[int] = (),
+        fits: bool = False,
     ) -> tuple[SiteReport, Callable[[], Tensor]]:
         """Select and solve.
 
         Args:
-            across: layers of the source that the Site stands in for as well, by least squares
-                whatever the reconstruction; they are part of the drift.
+            fits: the Site is to make up for more than its own columns, all of it in the drift: by
+                least squares whatever the reconstruction.
             held: statistics of those tokens that are held out to choose the ridge by.
             drift: of the Site's output; with it the target is the dense path's.
         Returns:
@@ -97,7 +97,7 @@ class Repairer:
             else:
                 keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
-            method = RECONSTRUCTIONS["liar"] if across else self._reconstruction
+            method = RECONSTRUCTIONS["liar"] if fits else self._reconstruction
             repaired, residual, choice = self._solve(
                 site, moments, kept_columns, method, held, drift
             )
@@ -115,7 +115,6 @@ class Repairer:
             relative_residual=residual,
             steps=[*notes, *evidence.notes],
             remarks=list(evidence.remarks),
-            across=list(across),
         )
         if choice is not None:
             report.held_out = {f"{ridge:g}": error for ridge, error in choice.errors.items()}
