@@ -1,11 +1,12 @@
 """Multiple-choice sets are read from files and data sets, and belong to one format."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from liar_choices import RECORDS, write_jsonl
+from liar_choices import DEMO, RECORDS, write_jsonl
 
 from liar_ext.errors import InputError
 from liar_ext.evaluation.choices import read_choices
@@ -144,3 +145,24 @@ def test_broken_json_and_an_empty_name_are_refused(tmp_path):
         read_choices(str(tmp_path / "a.jsonl"))
     with pytest.raises(InputError, match="is not a source"):
         read_choices("")
+
+
+def test_the_example_makes_questions_of_a_text_whose_answers_are_its_own(tmp_path):
+    file = Path(__file__).resolve().parents[2] / "examples" / "continuations.py"
+    spec = importlib.util.spec_from_file_location("liar_continuations", file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    held_out = DEMO.parent / "heldout.txt"
+    outs = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for out in outs:
+        script.main([str(held_out), str(out)])
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    found = read_choices(str(outs[0]))
+    assert (found.format, len(found.items), found.chance) == ("plain", 495, 0.25)
+    text = " ".join(held_out.read_text().split())
+    for item in found.items:
+        assert len(set(item.choices)) == 4
+        assert f"{item.context} {item.choices[item.answer]}" in text
+    assert {item.answer for item in found.items} == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="0 different endings"):
+        script.questions("too short")

@@ -32,8 +32,8 @@ def add_parser(commands: Any) -> None:
         "--stability",
         nargs="+",
         metavar="FILE.jsonl",
-        help="of the answers of --dense, how many are SRC's as well, weighted by how sure --dense "
-        "is; multiple-choice questions, of several files the mean",
+        help="share of multiple-choice questions that SRC and --dense both answer right or both "
+        "wrong, weighted by how decided --dense is, percent; the mean of several files",
     )
     parser.add_argument("--dense", metavar="SRC", help="of --stability: what SRC was pruned from")
     parser.add_argument(
