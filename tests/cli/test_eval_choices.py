@@ -6,6 +6,7 @@ import json
 
 import pytest
 from liar_choices import RECORDS, write_jsonl
+from liar_depth import build
 
 from liar_ext.cli import main
 
@@ -48,6 +49,38 @@ def test_widths_of_their_own_are_evaluated_too(inputs, questions, tmp_path, caps
     arguments = ["eval", out, "--stability", questions, "--dense", str(inputs.llama), "--json"]
     assert main(arguments) == 0
     assert 0 <= _json(capsys)["value"] <= 100
+
+
+def test_a_decoder_without_an_adapter_is_evaluated_as_any(inputs, questions, tmp_path, capsys):
+    build("gemma3").save_pretrained(tmp_path / "dense")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "dense" / file).write_bytes((inputs.llama / file).read_bytes())
+    dense, out = str(tmp_path / "dense"), str(tmp_path / "small")
+    assert main(["prune", dense, "--out", out, "--drop-layers", "1-3"]) == 0
+    capsys.readouterr()
+    for given in (["--choices", questions], ["--stability", questions, "--dense", dense]):
+        assert main(["eval", out, *given, "--json"]) == 0
+        assert 0 <= _json(capsys)["value"] <= 100
+    assert main(["eval", out, "--text", str(inputs.other), "--json"]) == 0
+    assert _json(capsys)["seq_len"] == 64
+
+
+def test_the_report_shows_what_eval_prints(inputs, questions, tmp_path, capsys):
+    out = str(tmp_path / "small")
+    place = ["--out", out, "--calibration", str(inputs.text)]
+    assert main(["prune", str(inputs.llama), *place, *SIZES]) == 0
+    files = []
+    for given in (
+        ["--choices", questions],
+        ["--stability", questions, "--dense", str(inputs.llama)],
+    ):
+        capsys.readouterr()
+        assert main(["eval", out, *given, "--json"]) == 0
+        files.append(tmp_path / f"{len(files)}.json")
+        files[-1].write_text(capsys.readouterr().out)
+    assert main(["report", out, *(f"--evaluation={file}" for file in files)]) == 0
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert "accuracy on" in page and "stability on" in page
 
 
 def test_the_printed_lines_have_all_three_accuracies(inputs, questions, capsys):
