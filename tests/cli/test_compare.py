@@ -340,7 +340,10 @@ def test_what_a_model_cannot_is_skipped_before_anything_is_computed(
         (["--ridge", "-1"], "--ridge -1.0"),
         (["--layers", "0:9"], "--layers 0:9: the model has 2 layers"),
         (["--eval", "text=nowhere.txt"], "--eval text=nowhere.txt: no such file"),
-        (["--eval", "glue=x"], "--eval glue=x: give text=FILE or stsb=FILE.csv"),
+        (
+            ["--eval", "glue=x"],
+            "--eval glue=x: give text=FILE, stsb=FILE.csv or choices=",
+        ),
         (["--eval", "stsb={stsb}"], "is evaluated with text=FILE"),
         (["--eval-windows", "0"], "--eval-windows 0: must be at least 1"),
         (["--eval-seq-len", "1"], "--eval-seq-len 1: must be at least 2"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liar_ext.calibration.records import (
+    dataset_parts,
+    dataset_records,
+    decode,
+    json_records,
+    looks_like_path,
+    one_line,
+    read_bytes,
+)
 from liar_ext.errors import InputError
 
 Kind = Literal["text", "jsonl", "csv", "tokens", "dataset"]
 
 READABLE = (".txt", ".jsonl", ".csv", ".npy", ".safetensors")
-# refused, but a spec that ends so is meant as a path
-_UNREADABLE = (".json", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".pt", ".bin", ".pkl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,23 +128,15 @@ def read(spec: str, *, max_characters: int = 50_000_000) -> Corpus:
     whole = Path(spec).expanduser()
     if whole.is_file():
         return _read_file(spec, whole)
-    name, *parts = [spec] if whole.is_dir() else spec.split(":")
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise InputError(f"{spec}: a file takes no ':' parts; give {name}")
-    if not path.exists() and (_looks_like_path(name) or _looks_like_path(spec)):
-        raise InputError(f"{spec}: no such file or folder; check the path")
-    if not name or len(parts) > 3:
-        raise InputError(f"{spec!r} is not a source; give a file or NAME[:CONFIG][:SPLIT][:FIELD]")
-    config, split, field = [*parts, "", "", ""][:3]
-    local = path if path.is_dir() else None
-    records = _dataset_records(spec, name, local, config, split or "train")
+    name, config, split, field = dataset_parts(spec, ("CONFIG", "SPLIT", "FIELD"))
+    instead = f"a {_either()} file"
+    records = dataset_records(spec, name, config, split or "train", instead=instead)
     return _read_dataset(spec, records, field, max_characters)
 
 
 def refuse_missing_path(spec: str) -> None:
     """Raise InputError for a spec that is meant as a path and is not there; reads nothing."""
-    if not Path(spec).expanduser().exists() and _looks_like_path(spec):
+    if not Path(spec).expanduser().exists() and looks_like_path(spec):
         raise InputError(f"{spec}: no such file or folder; check the path")
 
 
@@ -149,26 +147,21 @@ def csv_rows(path: str | Path) -> list[tuple[int, list[str]]]:
         InputError: unreadable, badly quoted, or with rows of different lengths.
     """
     path = Path(path).expanduser()
-    return _csv_rows(str(path), _decode(str(path), _bytes(str(path), path)))
-
-
-def _looks_like_path(spec: str) -> bool:
-    # a hub id is NAME or OWNER/NAME: it starts with none of these
-    return spec.startswith((".", "/", "~")) or spec.lower().endswith((*READABLE, *_UNREADABLE))
+    return _csv_rows(str(path), decode(str(path), read_bytes(str(path), path)))
 
 
 def _read_file(spec: str, path: Path) -> Corpus:
     suffix = path.suffix.lower()
     if suffix not in READABLE:
         raise InputError(f"{spec}: cannot read a {suffix or 'suffixless'} file; give {_either()}")
-    raw = _bytes(spec, path)
+    raw = read_bytes(spec, path)
     digest = hashlib.sha256(raw).hexdigest()
     if not raw:
         raise InputError(f"{spec}: the file is empty; give one with text or token ids")
     if suffix in (".npy", ".safetensors"):
         tokens = _npy(spec, raw) if suffix == ".npy" else _safetensors(spec, raw)
         return Corpus(spec, "tokens", digest, tokens=tokens)
-    text = _decode(spec, raw)
+    text = decode(spec, raw)
     if suffix == ".txt":
         return Corpus(spec, "text", digest, _present([text]))
     if suffix == ".jsonl":
@@ -178,26 +171,6 @@ def _read_file(spec: str, path: Path) -> Corpus:
 
 def _either() -> str:
     return ", ".join(READABLE[:-1]) + f" or {READABLE[-1]}"
-
-
-def _bytes(spec: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"{spec}: cannot be read ({reason}); check the path") from error
-
-
-def _decode(spec: str, raw: bytes) -> str:
-    try:
-        # a byte order mark is not text
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{spec}: line {line}: byte 0x{raw[error.start]:02x} is not valid UTF-8; "
-            "convert the file to UTF-8"
-        ) from error
 
 
 def _present(texts: list[str]) -> tuple[str, ...]:
@@ -234,21 +207,11 @@ def _record_texts(where: str, record: Any, field: str = "") -> list[str]:
 
 
 def _jsonl_texts(spec: str, text: str) -> list[str]:
-    texts = []
-    # split at "\n" alone: str.splitlines also cuts at U+2028, which JSON strings may contain
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{spec}: line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", type(error).__name__)
-            raise InputError(
-                f"{where}: not valid JSON ({reason}); give one object a line"
-            ) from error
-        texts += _record_texts(where, record)
-    return texts
+    return [
+        found
+        for where, record in json_records(spec, text)
+        for found in _record_texts(where, record)
+    ]
 
 
 def _csv_rows(spec: str, text: str) -> list[tuple[int, list[str]]]:
@@ -305,7 +268,7 @@ def _npy(spec: str, raw: bytes) -> TokenIds:
         array = np.load(io.BytesIO(raw), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(
-            f"{spec}: not a .npy file of integers ({_one_line(error)}); save it with numpy.save"
+            f"{spec}: not a .npy file of integers ({one_line(error)}); save it with numpy.save"
         ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
         kind = getattr(array, "dtype", "an archive")
@@ -321,7 +284,7 @@ def _safetensors(spec: str, raw: bytes) -> TokenIds:
     try:
         tensors = load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{spec}: not a safetensors file ({_one_line(error)})") from error
+        raise InputError(f"{spec}: not a safetensors file ({one_line(error)})") from error
     if "input_ids" not in tensors:
         found = ", ".join(sorted(tensors)) or "nothing"
         raise InputError(f"{spec}: has no tensor 'input_ids' (found {found}); add it")
@@ -340,40 +303,6 @@ def _token_ids(spec: str, ids: Tensor, mask: Tensor | None) -> TokenIds:
         raise InputError(f"{spec}: {error}") from None
 
 
-def _dataset_records(
-    spec: str, name: str, local: Path | None, config: str, split: str
-) -> Iterator[Any]:
-    """Stream the records of a data set: `load_from_disk` folders, data folders and hub names."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"{spec}: reading a data set needs the package 'datasets'; "
-            f"install it (pip install datasets) or give a {_either()} file"
-        ) from error
-    try:
-        if local is not None and _saved_to_disk(local):
-            saved = datasets.load_from_disk(str(local))
-            if isinstance(saved, datasets.DatasetDict):
-                if split not in saved:
-                    raise ValueError(f"no split {split!r}, available: {', '.join(saved)}")
-                saved = saved[split]
-            yield from saved
-            return
-        source = name if local is None else str(local)
-        yield from datasets.load_dataset(source, config or None, split=split, streaming=True)
-    except Exception as error:
-        # the package raises many types for a missing, unreachable or malformed data set
-        what = "a folder that cannot be read as" if local else "neither an existing path nor"
-        raise InputError(
-            f"{spec}: {what} a data set ({_one_line(error)}); check the name or give a file"
-        ) from error
-
-
-def _saved_to_disk(folder: Path) -> bool:
-    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-
-
 def _read_dataset(spec: str, records: Iterator[Any], field: str, max_characters: int) -> Corpus:
     documents: list[str] = []
     digest = hashlib.sha256()
@@ -388,7 +317,3 @@ def _read_dataset(spec: str, records: Iterator[Any], field: str, max_characters:
             # the separator keeps ("ab", "c") and ("a", "bc") apart
             digest.update(text.encode() + b"\0")
     return Corpus(spec, "dataset", digest.hexdigest(), tuple(documents), complete=complete)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

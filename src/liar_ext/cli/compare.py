@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from liar_ext.cli.options import add_recipe_options, recipe_of, refuse_torchrun
 from liar_ext.cli.prune import add_trace, add_waiting
 from liar_ext.errors import InputError, LiarError
+from liar_ext.evaluation.task import METRICS, Evaluation, known
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from liar_ext.evaluation.task import Evaluation
 
 DESCRIPTION = """Prune SRC in every combination of the axes, evaluate each, and write tables and
 plots. The model is read once and stays in memory; no pruned model is written. An axis that is not
@@ -52,12 +51,10 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KIND=FILE",
-        help="text=FILE (perplexity, decoders) or stsb=FILE.csv (Spearman x 100, encoders); may be "
-        "given several times",
+        help="; ".join(f"{kind}={m.file}: {m.help}" for kind, m in METRICS.items())
+        + "; may be given several times",
     )
-    group.add_argument(
-        "--eval-seq-len", type=int, default=2048, metavar="N", help="window (default 2048 at most)"
-    )
+    group.add_argument("--eval-seq-len", type=int, metavar="N", help="as --seq-len of `liar eval`")
     group.add_argument(
         "--eval-windows", type=int, metavar="N", help="of a text the first N windows (default all)"
     )
@@ -142,19 +139,17 @@ def _instead(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 def evaluations_of(arguments: argparse.Namespace) -> list[Evaluation]:
     """What `--eval` and its options say."""
-    from liar_ext.evaluation.task import METRICS, Evaluation
-
     for name, least in (("eval_seq_len", 2), ("eval_windows", 1), ("eval_batch_size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if not arguments.eval:
-        raise InputError("--eval is missing: give text=FILE or stsb=FILE.csv")
+        raise InputError(f"--eval is missing: give {known(form='{kind}={file}')}")
     found = []
     for text in arguments.eval:
         kind, equals, path = text.partition("=")
         if kind not in METRICS or not (equals and path):
-            raise InputError(f"--eval {text}: give text=FILE or stsb=FILE.csv")
+            raise InputError(f"--eval {text}: give {known(form='{kind}={file}')}")
         if not Path(path).is_file():
             raise InputError(f"--eval {text}: no such file")
         if arguments.eval.count(text) > 1:

@@ -15,7 +15,6 @@ import torch
 
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.calibration.overlap import warning
-from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.load import resolve
 from liar_ext.comparison.grid import Cell, Grid
 from liar_ext.comparison.ledger import HELD_OUT, MOMENTS, Ledger, check_folder, open_ledger
@@ -26,7 +25,7 @@ from liar_ext.engine.execution import Execution
 from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError, Interrupted, LiarError
-from liar_ext.evaluation.task import Evaluation
+from liar_ext.evaluation.task import Evaluation, known
 from liar_ext.models import adapter_for
 from liar_ext.report.text import number
 from liar_ext.survey import reads_of
@@ -70,7 +69,7 @@ def compare(
     say = say or _to_stderr
     out = Path(os.path.abspath(out))
     if not evaluations:
-        raise InputError("--eval is missing: give text=FILE or stsb=FILE.csv")
+        raise InputError(f"--eval is missing: give {known(form='{kind}={file}')}")
     folder = resolve(source)
     check_folder(out, folder, resume=resume, overwrite=overwrite)
     for evaluation in evaluations:
@@ -200,7 +199,7 @@ def _notes(subject: Subject) -> list[str]:
     for evaluation in subject.evaluations:
         # a text that no calibration could be read from cannot have been one
         with suppress(InputError):
-            notes.append(warning(calibration, read(evaluation.path)))
+            notes.append(warning(calibration, evaluation.corpus()))
     if subject.left_over:
         notes.append(
             f"{len(subject.left_over)} tensors of the source are no part of the model and were "

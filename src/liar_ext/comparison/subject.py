@@ -41,7 +41,7 @@ from liar_ext.engine.source import dense_checkpoint
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
-from liar_ext.evaluation.task import Evaluation
+from liar_ext.evaluation.task import Evaluation, known
 from liar_ext.models import adapter_for, text_config
 from liar_ext.models.traced import KEY as TRACE
 from liar_ext.models.twin import twin
@@ -82,13 +82,13 @@ class Subject:
         self._adapter = adapter_for(empty.config)
         targeted_layers(InMemory(empty), base)  # refuses layers that the model has not
         limit = self._adapter.max_positions(text_config(empty.config))
-        self.evaluations = [replace(e, seq_len=min(e.seq_len, limit)) for e in evaluations]
+        self.evaluations = [e.fitted(limit) for e in evaluations]
         for evaluation in evaluations:
             if evaluation.metric.decoder != self._adapter.decoder:
-                needed = "text" if self._adapter.decoder else "stsb"
+                needed = known(decoder=self._adapter.decoder, form="{kind}={file}")
                 raise InputError(
                     f"--eval {evaluation.name}: {folder} is a {self._adapter.model_type} model, "
-                    f"which is evaluated with {needed}=FILE"
+                    f"which is evaluated with {needed}"
                 )
         # hashing has the source to itself while the text is read
         self._reader.start_hashing(threads=max(1, (os.cpu_count() or 1) // 4))

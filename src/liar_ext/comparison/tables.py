@@ -175,7 +175,7 @@ def _spread(measured: dict[str, Any]) -> str:
 
 
 def _shown_metric(name: str) -> str:
-    return {"spearman": "Spearman × 100"}.get(name, name)
+    return {"spearman": "Spearman × 100", "accuracy": "accuracy, %"}.get(name, name)
 
 
 def _where(entry: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from liar_ext.errors import InputError
+
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[torch.device]:
@@ -35,3 +37,18 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
     """The input embedding of a transformers model; None for another module."""
     get = getattr(model, "get_input_embeddings", None)
     return get() if callable(get) else None
+
+
+def check_ids(model: nn.Module, lowest: int, highest: int) -> None:
+    """Raises InputError where token ids from `lowest` to `highest` are none of the model's."""
+    vocabulary = getattr(embedding_of(model), "num_embeddings", None)
+    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
+        raise InputError(
+            f"token ids run from {lowest} to {highest} and the model's vocabulary has "
+            f"{vocabulary}; use the model's own tokenizer"
+        )
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The longest input a model's config allows; None where it says nothing."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import encode
 from liar_ext.errors import InputError
-from liar_ext.evaluation.mode import embedding_of, inference
+from liar_ext.evaluation.mode import check_ids, inference, positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,14 +116,8 @@ def perplexity(
 
 
 def _check_model(model: nn.Module, token_ids: Tensor) -> None:
-    vocabulary = getattr(embedding_of(model), "num_embeddings", None)
-    lowest, highest = int(token_ids.min()), int(token_ids.max())
-    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
-        raise InputError(
-            f"token ids run from {lowest} to {highest} and the model's vocabulary has "
-            f"{vocabulary}; use the model's own tokenizer"
-        )
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    check_ids(model, int(token_ids.min()), int(token_ids.max()))
+    limit = positions_of(model)
     if limit is not None and token_ids.shape[1] > limit:
         raise InputError(
             f"--seq-len {token_ids.shape[1]} is beyond the model's limit of {limit} positions; "

@@ -1,0 +1,71 @@
+"""What a model is evaluated as, and how long its inputs may be: any model, adapter or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from liar_ext.checkpoint.reader import read_json
+from liar_ext.errors import UnsupportedModelError
+from liar_ext.models import ADAPTERS, Adapter, layout, text_config
+from liar_ext.models.traced import traced_family
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Attributes: `model_type`; `decoder`, see `is_decoder`; `positions`, see `max_positions`."""
+
+    model_type: str
+    decoder: bool
+    positions: int | None
+
+
+def limits_of(folder: Path) -> Limits:
+    """Of the model in a folder, from its config alone.
+
+    Raises:
+        InputError: the config is not usable, or the model cannot be evaluated.
+    """
+    empty = layout.empty(read_json(folder / "config.json"))
+    model_type = text_config(empty.config).model_type
+    return Limits(model_type, is_decoder(empty), max_positions(empty))
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model predicts the next token, each position seeing the ones before it only.
+
+    An adapter says so. Other families are decoders where they can generate and are not among those
+    that transformers lists for masked language modelling, unless the config asks for a decoder.
+
+    Raises:
+        UnsupportedModelError: it is an encoder-decoder, whose text is not one sequence.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = text_config(model.config)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is an encoder-decoder and cannot be evaluated here; "
+            "give a decoder or an encoder"
+        )
+    adapter = _adapter(model.config)
+    if adapter is not None:
+        return adapter.decoder
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return model.can_generate() and (not masked or bool(getattr(config, "is_decoder", False)))
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence a model takes, in tokens; None where its config states none."""
+    config = text_config(model.config)
+    adapter = _adapter(model.config)
+    if adapter is not None:
+        return adapter.max_positions(config)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _adapter(config: PretrainedConfig) -> Adapter | None:
+    family = traced_family(config)
+    return ADAPTERS.get(text_config(config).model_type) if family is None else family.adapter()
