@@ -523,3 +523,27 @@ def test_a_preset_aims_where_the_reconstructions_of_the_grid_can(inputs, tmp_pat
 def test_an_axis_and_an_option_for_one_field_are_refused(inputs, tmp_path, capsys, options, words):
     assert _compare(inputs, tmp_path / "out", *options) == 2
     assert words in _error(capsys)
+
+
+def test_an_option_of_prune_names_its_axis(inputs, tmp_path, capsys):
+    assert _compare(inputs, tmp_path / "grid", "--sparsity", "0.5") == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "--sparsity: liar compare has --sparsities for it" in line
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(Recipe(drop_layers=(1,)).to_json()))
+    options = ["--recipe", str(recipe), "--sparsities", "0.5"]
+    assert _compare(inputs, tmp_path / "grid", *options) == 2
+    assert "leave out layers first" in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_warnings_of_cells_are_on_the_page_once(inputs, tmp_path):
+    """Widths that come no closer: both reconstructions of a cell say so."""
+    axes = ["--sparsities", "0.4", "--targets", "heads", "--reconstructions", "none,liar"]
+    assert _compare(inputs, tmp_path / "grid", *axes) == 0
+    result = _result(tmp_path / "grid")
+    assert all(cell["warnings"] for cell in result["cells"])
+    text = (tmp_path / "grid" / "comparison.md").read_text()
+    for cell in result["cells"]:
+        for warning in cell["warnings"]:
+            assert text.count(warning) == 1

@@ -30,9 +30,9 @@ AXES = {
     "ridges": ("F,F", "λ relative to the mean variance of a Site's columns"),
     "target_signals": ("NAME,NAME", "what the repair aims at"),
 }
-# recipe fields that are axes only; a ridge and a target signal may also be fixed by their own
 # of whole layers
 LAYERS = ("depth", "drop", "drop_layers", "span_repair")
+# recipe fields that are axes only; a ridge and a target signal may also be fixed by their own
 VARIED = ("sparsity", "target", "criterion", "allocation", "reconstruct")
 
 
@@ -45,6 +45,9 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("axes")
     for name, (metavar, text) in AXES.items():
         group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+    for name in VARIED:
+        # known, so that the axis can be named
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval",
@@ -119,9 +122,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse_twice(arguments: argparse.Namespace, axes: Mapping[str, Sequence[Any]]) -> None:
-    """Raises InputError for a field that has an axis and an option of its own."""
+    """Raises InputError for a field that has an axis and an option of its own, or an axis only."""
     from liar_ext.comparison.grid import AXES as FIELDS
 
+    for axis, name in FIELDS.items():
+        if name in VARIED and getattr(arguments, name) is not None:
+            raise InputError(f"--{name}: liar compare has --{axis} for it; one value is a list too")
     for axis in axes:
         if getattr(arguments, FIELDS[axis], None) is not None:
             many, one = (f"--{name.replace('_', '-')}" for name in (axis, FIELDS[axis]))

@@ -219,7 +219,7 @@ def _line(entry: dict[str, Any]) -> str:
     return (
         f"{_metrics(entry)}; residual {entry['residual']['mean']:.4f}, "
         f"{entry['seconds']['total']:.2f} s ({entry['relative_to_forward']:.2f} forwards)"
-        + (f", {warnings} warnings" if warnings else "")
+        + (f", {warnings} warning{'s' if warnings > 1 else ''}" if warnings else "")
     )
 
 

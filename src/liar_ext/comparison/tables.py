@@ -56,9 +56,22 @@ def markdown(result: dict[str, Any]) -> str:
     if result["skipped"]:
         lines += ["", "## Not possible", ""]
         lines += [f"- {_where(entry)}: {entry['reason']}" for entry in result["skipped"]]
-    if result["warnings"]:
-        lines += ["", "## Warnings", "", *(f"- {text}" for text in result["warnings"])]
+    warned = _warned(result["cells"])
+    if result["warnings"] or warned:
+        lines += ["", "## Warnings", "", *(f"- {text}" for text in result["warnings"]), *warned]
     return "\n".join(lines) + "\n"
+
+
+def _warned(cells: Sequence[Cell]) -> list[str]:
+    """Warnings of cells; one that many have, as of a ridge that was raised, is there once."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        for text in dict.fromkeys(cell.get("warnings", ())):
+            found.setdefault(text, []).append(cell)
+    return [
+        f"- {_where(own[0])}{f' and {len(own) - 1} more' if len(own) > 1 else ''}: {text}"
+        for text, own in found.items()
+    ]
 
 
 class Group:

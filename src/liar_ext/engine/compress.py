@@ -106,6 +106,10 @@ def compress(
         ExitStack() as opened,
     ):
         entry = job.journal.read()
+        if execution.resume and entry is None and progress is not None:
+            progress.tell(
+                f"--resume: nothing beside {out} to go on with; starts from the beginning"
+            )
         if entry is not None:
             known = {n: v for n, v in entry["identity"].items() if n != "source_sha256"}
             check_identity(known, identity, job.journal.path)
