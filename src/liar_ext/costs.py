@@ -259,18 +259,24 @@ def held_bytes(
 
     A forward that stands at a Site holds the Site's input, the layer's input, what is added to the
     Site's output (for an FFN), and what its module was given. With `--target-signal dense` or
-    `stream` there are hidden states of two paths, and what the layer's Sites aim at.
+    `stream` there are hidden states of two paths, and what the layer's Sites aim at; where layers
+    are left out, those in front of them and behind.
     """
     hidden = _hidden(model)
     if recipe.statistics != "sequential":
         # what enters a layer and what leaves it
         return 2 * positions * hidden * item
     widest = outputs = 0
-    for site in adapter.sites_of(model, 0, recipe.target):
+    every = [spec.kind for spec in adapter.sites]
+    kinds = {*(recipe.target if recipe.narrows else ()), *(every[-1:] if recipe.spans else ())}
+    if recipe.refit == "all":
+        kinds.update(every)
+    for site in adapter.sites_of(model, 0, tuple(kinds)):
         beside = producer_rows(site) if site.kind == "heads" else hidden
         widest = max(widest, site.columns + beside + hidden)
         outputs += site.weight().shape[0]
-    dense = hidden + outputs if recipe.paired else 0
+    dense = hidden + outputs if recipe.paired or recipe.spans else 0
+    dense += hidden if recipe.spans else 0
     return positions * (hidden + widest + dense) * item
 
 

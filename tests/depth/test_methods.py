@@ -12,13 +12,14 @@ from liar_depth import MODELS, build
 from liar_ext import InputError, Recipe
 from liar_ext.calibration.batches import Batch
 from liar_ext.depth import surgery
-from liar_ext.depth.choice import LayerChoice, choose, measure
+from liar_ext.depth.choice import LayerChoice, choice_states, choose, measure
 from liar_ext.depth.losses import losses_without
 from liar_ext.depth.methods import METHODS, pick
 from liar_ext.depth.states import turns
 from liar_ext.depth.surgery import layer_list
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.runtime import Runtime
+from liar_ext.engine.shelf import DeviceShelf
 from liar_ext.engine.store import InMemory
 from liar_ext.evaluation.mode import inference
 
@@ -309,3 +310,38 @@ def test_an_encoder_has_no_loss_to_go_by():
         recipe = Recipe(depth=method, drop=1, span_repair="none")
         with inference(model), pytest.raises(InputError, match="shortgpt"):
             choose(recipe, runtime_of(model), batches())
+
+
+class CountingShelf(DeviceShelf):
+    """A shelf that knows how many hidden states wait on it at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def put(self, tensor):
+        item, rows = super().put(tensor), tensor.shape[:-1].numel()
+        self.now += rows
+        self.most = max(self.most, self.now)
+        free = item.free
+
+        def counted():
+            self.now -= rows
+            free()
+
+        item.free = counted
+        return item
+
+
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if m.needs != "nothing"])
+def test_no_more_waits_than_is_counted(method):
+    model, tokens = build("llama"), batches()
+    recipe = Recipe(depth=method, drop=2, gradient_samples=4, search_samples=8)
+    runtime, shelf = runtime_of(model), CountingShelf()
+    runtime.shelf = shelf
+    with inference(model):
+        choose(recipe, runtime, tokens)
+    # windows of 20 tokens in 3 batches of 4, of which 1 and 2 are taken
+    counted = choice_states(recipe, LAYERS, own=240, gradients=80, losses=160)
+    assert shelf.most <= counted
+    assert shelf.most > 0.5 * counted or counted == 0
+    assert shelf.now == 0, "all is freed"

@@ -108,6 +108,23 @@ def measure(
     return magnitudes(runtime, int(name[-1]))
 
 
+def choice_states(recipe: Recipe, layers: int, *, own: int, gradients: int, losses: int) -> int:
+    """Hidden states, one for a token, that wait on the shelf at most while layers are chosen.
+
+    Args:
+        layers: of the model; own: tokens of all calibration batches, with padding; gradients,
+            losses: of the windows that gradients are taken of, and that models are compared on.
+    """
+    if recipe.depth is None or recipe.drop is None:
+        return 0
+    method = METHODS[recipe.depth]
+    if method.needs == "states":
+        # what entered the layers of a span, and what leaves it
+        return (1 + (recipe.drop if method.window else 1)) * own
+    # what enters every layer, and the gradient; or a choice for each layer, and what one makes
+    return (layers + 1) * {"gradients": gradients, "losses": losses}.get(method.needs, 0)
+
+
 def _windows(recipe: Recipe, batches: Sequence[Batch]) -> Sequence[Batch]:
     """What models without layers are compared on."""
     return first_samples(batches, recipe.search_samples)

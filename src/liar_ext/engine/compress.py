@@ -21,7 +21,7 @@ from liar_ext.checkpoint.reader import CheckpointReader, parameter_count, read_j
 from liar_ext.checkpoint.store import CheckpointStore, Placement
 from liar_ext.checkpoint.writer import check_output, copy_other_files, write_json, writing
 from liar_ext.costs import gradient_held_bytes, held_bytes
-from liar_ext.depth.choice import LayerChoice, choose
+from liar_ext.depth.choice import LayerChoice, choice_states, choose
 from liar_ext.depth.shorten import shortened_checkpoint
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.compression import Compression, few_tokens, write_records
@@ -209,6 +209,15 @@ def held_bytes_of(
         # each rank has all
         policy_held_bytes(model, recipe, _positions(batches, 1, 1), item),
         search_held_bytes(recipe, _positions(tried, len(tried), ranks), hidden, item),
+        choice_states(
+            recipe,
+            len(adapter.layer_list(model)[1]),
+            own=own,
+            gradients=theirs,
+            losses=_positions(tried, 1, ranks),
+        )
+        * hidden
+        * item,
     )
 
 
