@@ -34,8 +34,8 @@ def losses_without(
     """
     if not runtime.predicts:
         raise InputError(
-            f"--depth by a loss: {type(runtime.model).__name__} makes no logits of the next token "
-            "with a plain head; choose a method that goes by hidden states, such as shortgpt"
+            f"loss without layers: {type(runtime.model).__name__} makes no logits of the next "
+            "token with a plain head; go by hidden states instead, such as --depth shortgpt"
         )
     stream = runtime.stream(batches)
     runtime.embed(stream)
@@ -76,8 +76,8 @@ def losses_without(
     runtime.ranks.sum_(total)
     if not bool(total[:, 1].all()):
         raise InputError(
-            "--depth by a loss: the calibration windows have no next token to predict; give longer "
-            "ones"
+            "loss without layers: the calibration windows have no next token to predict; give "
+            "longer ones"
         )
     found = dict(zip(names, (total[:, 0] / total[:, 1]).tolist(), strict=True))
     return [found[choice] for choice in wanted]

@@ -26,10 +26,9 @@ def taylor(runtime: Runtime, batches: Sequence[Batch], recipe: Recipe) -> list[f
 
     Beside the layer that is open its gradient is in memory, float32.
     """
+    asked = f"--depth {recipe.depth}" if recipe.depth else "--measures taylor"
     instead = [name for name, m in METHODS.items() if m.needs not in ("gradients", "losses")]
-    backward = BackwardPass(
-        runtime, batches, recipe.gradient_samples, 0, f"--depth {recipe.depth}", instead
-    )
+    backward = BackwardPass(runtime, batches, recipe.gradient_samples, 0, asked, instead)
     found: dict[int, float] = {}
 
     def visit(index: int, entered: Mapping[int, Item], upstream: dict[int, Item]) -> None:
