@@ -20,6 +20,7 @@ from liar_ext.cli import main
 from liar_ext.depth.surgery import layer_list
 from liar_ext.models import adapter_for
 from liar_ext.ops.drift import drift_reference
+from liar_ext.report.schema import calibration_of
 
 LAYERS, RIDGE = 6, 1e-3
 PRE_NORM = ["llama", "llama-tied", "qwen3-windows", "gpt2", "opt"]
@@ -273,6 +274,7 @@ def test_layers_by_their_place_need_no_text(tmp_path):
             assert torch.equal(stored[f"model.layers.{at}.{name}"], value)
     assert report.calibration == {} and report.sites == []
     assert "nothing was repaired" in (tmp_path / "out" / "README.md").read_text()
+    assert calibration_of(tmp_path / "out") is None
     with pytest.raises(InputError, match="--calibration is missing.*or --span-repair none"):
         liar_ext.compress(tmp_path / "dense", tmp_path / "no", Recipe(depth="reverse", drop=1))
     assert not (tmp_path / "no").exists()

@@ -141,11 +141,11 @@ def read_data(folder: str | Path) -> Any:
 
 
 def calibration_of(folder: str | Path) -> dict[str, Any] | None:
-    """What a folder's model was calibrated on; None of a dense one, or if only layers were left
-    out of a dense one."""
+    """What a folder's model was calibrated on; None of a dense one, or if layers were left out of a
+    dense one by their place or size alone."""
     if not (Path(folder) / FILE).exists():
         return None
     data = read_data(folder)
     if isinstance(data, dict) and data.get("kind") == LAYERS:
         return data.get("calibration")
-    return Report.read(folder).calibration
+    return Report.read(folder).calibration or None
