@@ -7,6 +7,7 @@ model in memory, rounded once to the dtype they are stored in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -129,8 +130,10 @@ def mixed(source: Source, mixture: Mixture, terms: Terms, name: str) -> Iterator
         for piece in source.pieces(terms[0][0], name):
             yield piece.to(dtype)
         return
+    # whole numbers of each and one division, as in the definition: 1/3 is no float
+    below = math.lcm(*(factor.denominator for _, factor in terms))
     for pieces in zip(*(source.pieces(layer, name) for layer, _ in terms), strict=True):
         total = torch.zeros(pieces[0].shape, dtype=torch.float64, device=pieces[0].device)
         for (_, factor), piece in zip(terms, pieces, strict=True):
-            total.add_(piece.double(), alpha=float(factor))
-        yield total.to(dtype)
+            total.add_(piece.double(), alpha=int(factor * below))
+        yield total.div_(below).to(dtype)
