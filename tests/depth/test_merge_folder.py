@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from liar_depth import MODELS, build
-from liar_families import outputs, tree_hash, write_tokens
+from liar_families import FAMILIES, outputs, tree_hash, write_tokens
 from liar_merge import last_states, padded, similarity, texts
 from safetensors.torch import load_file, save_file
 
@@ -141,6 +141,17 @@ def test_a_family_without_an_adapter_is_traced(tmp_path, tokens, capsys):
     report = json.loads((tmp_path / "out" / "liar_report.json").read_text())
     direct = similarity("flat", last_states(model, texts()), last_states(loaded.eval(), texts()))
     assert report["merge"]["accepted"][-1]["similarity"] == pytest.approx(direct, abs=2e-6)
+
+
+def test_a_nested_model_with_names_of_old_is_merged(tmp_path):
+    tokens = str(write_tokens(tmp_path / "tokens.npy"))
+    family = FAMILIES["llava"]
+    family.build().save_pretrained(tmp_path / "dense")
+    settings = MergeSettings(drop=1, calibration=tokens, seq_len=12)
+    merge_layers(tmp_path / "dense", tmp_path / "out", settings)
+    loaded, info = family.auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.config.get_text_config().num_hidden_layers == 1
 
 
 def test_pruned_models_of_equal_shapes_are_merged_and_others_refused(tmp_path):

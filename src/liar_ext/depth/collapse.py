@@ -96,7 +96,9 @@ def _strictest(walk: _Walk) -> Outcome:
     """The search under the highest threshold with which `drop` layers go.
 
     What a threshold does changes only at similarities of merges that it refuses: the next lower
-    one to look at is the highest of them. Models that were asked for before are known.
+    one to look at is the highest of them. Models that were asked for before are known. No
+    bisection: more merges under a lower threshold may well be fewer layers, and what bisection
+    ends at can be far below the highest.
     """
     schedule, threshold = walk.schedule, 1.0
     while True:
