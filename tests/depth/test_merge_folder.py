@@ -123,6 +123,8 @@ def test_texts_too_large_for_memory_and_models_too(tmp_path, tokens, monkeypatch
     settings = MergeSettings(drop=1, calibration=tokens)
     report = merge_layers(tmp_path / "dense", tmp_path / "out", settings)
     assert report["run"]["weights"] == report["run"]["hidden_states"] == "disk"
+    with pytest.raises(InputError, match=r"--weights memory: all layers take .* KiB, 1000 B are"):
+        merge_layers(tmp_path / "dense", tmp_path / "no", settings, weights="memory")
 
 
 def test_a_family_without_an_adapter_is_traced(tmp_path, tokens, capsys):
@@ -221,6 +223,24 @@ def test_the_command_line_on_the_demo(tmp_path, capsys):
     assert "warning" in capsys.readouterr().err, "what it was calibrated on is no held-out text"
     assert main(["report", out]) == 2
     assert "left out or merged" in capsys.readouterr().err
+
+
+def test_help_says_the_defaults_and_imports_no_torch(capsys):
+    import dataclasses
+    import subprocess
+    import sys
+
+    from liar_ext.cli.merge import OPTIONS
+
+    for field in dataclasses.fields(MergeSettings):
+        if field.default is not None:
+            assert f"default {field.default})" in OPTIONS[field.name][2], field.name
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(MergeSettings)}
+    code = (
+        "import sys; from liar_ext.cli import build_parser; build_parser([]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_the_threshold_that_was_found_gives_the_same_model(tmp_path, tokens):

@@ -9,18 +9,20 @@ from typing import Any
 from liar_ext.cli.options import refuse_torchrun
 from liar_ext.cli.prune import add_trace, add_waiting
 
-# option -> (type, metavar, help); the option's name is the MergeSettings field's
+# option -> (type, metavar, help); the option's name is the MergeSettings field's. its defaults are
+# said here again: to import it takes seconds, which help should not
 OPTIONS: dict[str, tuple[Any, str, str]] = {
     "rule": (
         str,
         "NAME",
-        "what the merged layer is: telescope (LaCo's code), rdsc (its paper), mean",
+        "what the merged layer is: telescope (LaCo's code), rdsc (its paper), mean "
+        "(default telescope)",
     ),
     "norms": (
         str,
         "HOW",
         "weights of norms: base (the first layer's), rule (as all else), auto (as the rule's "
-        "source has it)",
+        "source has it; default auto)",
     ),
     "drop": (int, "N", "let exactly N layers go, by a threshold that is found or given"),
     "threshold": (
@@ -33,20 +35,26 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "lowest": (int, "L", "lowest layer that takes others in (default 0)"),
     "highest": (int, "H", "the first merge ends below this layer (default the last one)"),
     "interval": (int, "I", "step down after a merge (default 2 of 32 in proportion)"),
-    "similarity": (str, "NAME", "flat (a text's tokens as one vector) or token (their mean)"),
+    "similarity": (
+        str,
+        "NAME",
+        "cosine of a text's tokens as one vector (flat), or mean of theirs (token) (default flat)",
+    ),
     "calibration": (str, "TEXT", ".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets name"),
-    "texts": (int, "D", "lines, or records, that models are compared on"),
-    "seq_len": (int, "N", "tokens of each at most"),
-    "batch_size": (int, "N", "texts at a time"),
-    "seed": (int, "N", "of the choice of texts"),
-    "device": (str, "NAME", "auto, cpu, cuda"),
-    "dtype": (str, "NAME", "of computing: auto, float32, bfloat16, float16; files keep theirs"),
+    "texts": (int, "D", "lines, or records, that models are compared on (default 10)"),
+    "seq_len": (int, "N", "tokens of each at most (default 128)"),
+    "batch_size": (int, "N", "texts at a time (default 8)"),
+    "seed": (int, "N", "of the choice of texts (default 0)"),
+    "device": (str, "NAME", "auto, cpu, cuda (default auto)"),
+    "dtype": (
+        str,
+        "NAME",
+        "of computing: auto, float32, bfloat16, float16 (default auto); files keep theirs",
+    ),
 }
 
 
 def add_parser(commands: Any) -> None:
-    from liar_ext.depth.merge_settings import MergeSettings
-
     parser = commands.add_parser(
         "merge",
         help="merge layers into those before them",
@@ -56,14 +64,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    defaults = MergeSettings()
     group = parser.add_argument_group("merge")
     for name, (kind, metavar, text) in OPTIONS.items():
-        default = getattr(defaults, name)
-        suffix = "" if default is None else f" (default {default})"
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text + suffix
-        )
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     group = parser.add_argument_group("execution")
     group.add_argument(
         "--weights",

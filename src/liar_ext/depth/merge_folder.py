@@ -44,7 +44,8 @@ from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recipe import KINDS
-from liar_ext.report.schema import FILE, LAYERS
+from liar_ext.report.schema import FILE, LAYERS, calibration_of
+from liar_ext.report.text import size
 
 VERSION = 1
 WEIGHTS = ("auto", "memory", "disk")
@@ -152,6 +153,8 @@ def merge_layers(
                 "bytes_after": writer.bytes,
             },
             "calibration": subject.texts.to_json(),
+            # of widths that were pruned before
+            "calibration_before": calibration_of(subject.folder),
             "warnings": warnings,
             "seconds": ended - started,
             "seconds_by": {"search": searched - started, "write": ended - searched},
@@ -245,9 +248,14 @@ def opened(
     texts = load_texts(folder, model, settings)
     dtype = compute_dtype(settings.dtype, device) or reader.main_dtype()
     needs = _needs(model, layers, schedule, texts, dtype)
+    free = free_bytes(device)
+    if weights == "memory" and needs["weights"] > free:
+        raise InputError(
+            f"--weights memory: all layers take {size(needs['weights'])}, {size(free)} are free; "
+            "use --weights disk, which holds one at a time"
+        )
     if weights == "auto":
-        fits = needs["weights"] <= HELD_SHARE * free_bytes(device)
-        weights = "memory" if fits else "disk"
+        weights = "memory" if needs["weights"] <= HELD_SHARE * free else "disk"
     place = choose_place(execution.hidden_states, needs["hidden_states"], device)
     return Subject(
         folder,
