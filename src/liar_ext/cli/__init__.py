@@ -18,6 +18,7 @@ from liar_ext.cli import (
     env,
     evaluate,
     layers,
+    merge,
     plan,
     prune,
     report,
@@ -25,7 +26,7 @@ from liar_ext.cli import (
 )
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
-COMMANDS = (prune, batch, compare, evaluate, plan, layers, trace, bench, demo, report, env)
+COMMANDS = (prune, merge, batch, compare, evaluate, plan, layers, trace, bench, demo, report, env)
 USAGE, FAILURE = 2, 1
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 

@@ -11,7 +11,7 @@ from typing import Any
 from liar_ext.errors import InputError
 
 FILE = "liar_report.json"
-# of a folder from which only layers were left out: `kind` in its report
+# of a folder of which only layers were left out or merged: `kind` in its report
 LAYERS = "layers"
 VERSION = 1
 
@@ -112,8 +112,8 @@ class Report:
             raise InputError(f"{origin}: version {found!r}; this release reads {VERSION}")
         if data.get("kind") == LAYERS:
             raise InputError(
-                f"{origin}: of whole layers that were left out; there is nothing in it but what "
-                "README.md beside it says"
+                f"{origin}: of whole layers that were left out or merged; there is nothing in it "
+                "but what README.md beside it says"
             )
         try:
             sites = [SiteReport(**site) for site in data["sites"]]
