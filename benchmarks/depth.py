@@ -2,22 +2,24 @@
 
     python benchmarks/depth.py demo --work build/depth       # the model that ships with the package
     python benchmarks/depth.py demo --report                 # table from the committed JSON
-    python benchmarks/depth.py cost --model DIR --calibration FILE   # time and memory only
 
-Each cell is `liar prune` in a process of its own, so that its peak memory is its own; a run that is
-stopped goes on where it was. Latency is measured once for each number of layers, all models by
+First every method chooses; then each choice that any of them has made is pruned once with each
+repair. Each is `liar prune` in a process of its own, so that its peak memory is its own; a run that
+is stopped goes on where it was. Latency is measured once for each number of layers, all models by
 turns in this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +46,45 @@ EQUAL = {
 }
 
 
-def cells(cost: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and recipe fields."""
-    for drop in (1,) if cost else (1, 2, 3):
-        for method in METHODS:
-            for repair, fields in REPAIRS.items():
-                if cost and repair in ("stream", "refit all") and method != "streamline":
-                    continue
-                yield f"{method}/{drop}/{repair}", {"depth": method, "drop": drop, **fields}
-    if cost:
-        return
+def chosen(source: Path, calibration: str, drops: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What each method leaves out, by `METHOD/N/none` or `/liar`: with a repair the first layer
+    stays; and the seconds of choosing."""
+    import torch
+
+    import liar_ext
+    from liar_ext import Recipe
+    from liar_ext.depth.choice import choose
+    from liar_ext.engine.clock import Clock
+    from liar_ext.engine.inputs import load_calibration
+    from liar_ext.engine.runtime import Runtime
+    from liar_ext.engine.store import InMemory
+    from liar_ext.evaluation.mode import inference
+
+    model = liar_ext.load(source, dtype=torch.float32)
+    base = Recipe(calibration=calibration, **SIZES)
+    batches = load_calibration(source, model, base).batches
+    found = {}
+    with inference(model):
+        for drop, method, repair in itertools.product(drops, METHODS, ("none", "liar")):
+            recipe = replace(base, sparsity=0, depth=method, drop=drop, span_repair=repair)
+            runtime = Runtime(InMemory(model), model.device, Clock(model.device))
+            began = time.perf_counter()
+            choice = choose(recipe, runtime, batches)
+            seconds = time.perf_counter() - began
+            found[f"{method}/{drop}/{repair}"] = {"dropped": choice.dropped, "seconds": seconds}
+    return found
+
+
+def cells(choices: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and recipe fields: each choice of layers with each repair, and widths of equal size."""
+    for name, choice in choices.items():
+        dropped = ",".join(map(str, choice["dropped"]))
+        for repair, fields in REPAIRS.items():
+            if (repair == "none") == name.endswith("/none"):
+                yield f"{dropped}/{repair}", {"drop_layers": dropped, **fields}
     for drop, pairs in EQUAL.items():
         for layers, sparsity in pairs:
-            fields: dict[str, Any] = {"target_signal": "stream", "refit": "all"}
+            fields = {"target_signal": "stream", "refit": "all"}
             if layers:
                 fields |= {"depth": "perplexity-greedy", "drop": layers}
             if sparsity:
@@ -119,110 +147,95 @@ def run(arguments: argparse.Namespace) -> None:
     from liar_ext.environment import environment
     from liar_ext.evaluation.task import Evaluation
 
-    cost = arguments.name == "cost"
-    source = arguments.model if cost else Path(MODEL)
-    calibration = arguments.calibration or str(CALIBRATION)
+    source, calibration = Path(MODEL), str(CALIBRATION)
     work = arguments.work or ROOT / "build" / "depth"
     work.mkdir(parents=True, exist_ok=True)
-    journal = work / f"{arguments.name}.json"
+    journal = work / "demo.json"
     data = json.loads(journal.read_text()) if journal.exists() else {"rows": {}}
-    measure = None
-    if not cost:
-        # as the grids of widths evaluate
-        measure = Evaluation("text", str(HELDOUT), 256, 16, 128).on(load_tokenizer(source))
-        if "dense" not in data:
-            data["dense"] = measure(liar_ext.load(source, dtype=torch.float32))["value"]
-    shortest: dict[int, Path] = {}
-    for name, fields in cells(cost):
-        out = work / "out"
+    # as the grids of widths evaluate
+    measure = Evaluation("text", str(HELDOUT), 256, 16, 128).on(load_tokenizer(source))
+    if "choices" not in data:
+        data["dense"] = measure(liar_ext.load(source, dtype=torch.float32))["value"]
+        data["choices"] = chosen(source, calibration, (1, 2, 3))
+        journal.write_text(json.dumps(data))
+    for name, fields in cells(data["choices"]):
         if name in data["rows"]:
             continue
-        report = pruned(source, out, calibration, fields)
-        data["rows"][name] = row(name, report)
-        if measure is not None:
-            found = measure(liar_ext.load(out, dtype=torch.float32))
-            data["rows"][name] |= {k: found[k] for k in ("value", "standard_error")}
+        out = work / "out"
+        data["rows"][name] = row(name, pruned(source, out, calibration, fields))
+        found = measure(liar_ext.load(out, dtype=torch.float32))
+        data["rows"][name] |= {k: found[k] for k in ("value", "standard_error")}
         print(name, data["rows"][name], flush=True)
         journal.write_text(json.dumps(data))
-    if not cost:
-        shortest = {5: source}
-        for drop in (1, 2, 3):
-            shortest[5 - drop] = work / f"layers-{5 - drop}"
-            pruned(
-                source,
-                shortest[5 - drop],
-                calibration,
-                {"depth": "reverse", "drop": drop} | REPAIRS["none"],
-            )
-        data["latency"] = latencies(shortest)
-    data["environment"] = environment()
-    data["command"] = "python benchmarks/depth.py " + arguments.name
-    (RESULTS / f"depth-{arguments.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    folders = {5: source}
+    for drop in (1, 2, 3):
+        folders[5 - drop] = work / f"layers-{5 - drop}"
+        fields = {"depth": "reverse", "drop": drop, "span_repair": "none"}
+        pruned(source, folders[5 - drop], calibration, fields)
+    data["latency"] = latencies(folders)
+    data |= {"environment": environment(), "command": "python benchmarks/depth.py demo"}
+    (RESULTS / "depth-demo.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def report() -> None:
     """`docs/results/depth.md`, from the JSON."""
     data = json.loads((RESULTS / "depth-demo.json").read_text())
-    rows, env = data["rows"], data["environment"]
+    rows, choices, env = data["rows"], data["choices"], data["environment"]
     lines = [
         "# Whole layers of the demo LLaMA",
         "",
         f"Perplexity of the first 128 windows of 256 held-out tokens, dense {data['dense']:.2f}; "
-        "32,768 calibration tokens; five layers. Layers that went in brackets, counted from 0. "
+        "32,768 calibration tokens; five layers, counted from 0. `none` repairs nothing, `liar` the "
+        "consumer in front of a gap, `stream` aims at the dense stream, `refit all` fits all "
+        "consumers behind as well. "
         f"{env['device']}, torch {env['torch']}, transformers {env['transformers']}. Made by "
         "`python benchmarks/depth.py demo`; JSON in `benchmarks/results/depth-demo.json`.",
     ]
     for drop in (1, 2, 3):
-        size = rows[f"reverse/{drop}/none"]["parameters"]
-        lines += ["", f"## {drop} of 5 layers left out ({size:,} parameters)", ""]
-        lines += [
-            f"| method | layers | {' | '.join(REPAIRS)} |",
-            f"|---|---|{'---:|' * len(REPAIRS)}",
-        ]
+        lines += ["", f"## {drop} of 5 layers left out", ""]
+        lines.append(f"| method | layers | {' | '.join(REPAIRS)} |")
+        lines.append(f"|---|---|{'---:|' * len(REPAIRS)}")
         for method in METHODS:
-            own = [rows[f"{method}/{drop}/{repair}"] for repair in REPAIRS]
-            gone = ", ".join(map(str, own[0]["dropped"]))
-            # with a repair the first layer stays
-            other = (
-                ""
-                if own[1]["dropped"] == own[0]["dropped"]
-                else (f" [{', '.join(map(str, own[1]['dropped']))}]")
-            )
-            values = [
-                f"{r['value']:.2f}" if r["value"] < 1000 else f"{r['value']:.0f}" for r in own
-            ]
-            values[1] += other
-            lines.append(f"| `{method}` | {gone} | {' | '.join(values)} |")
+            gone = {
+                repair: ",".join(map(str, choices[f"{method}/{drop}/{repair}"]["dropped"]))
+                for repair in ("none", "liar")
+            }
+            shown = gone["none"]
+            if gone["liar"] != shown:
+                # with a repair the first layer stays
+                shown += f" (repaired: {gone['liar']})"
+            own = [rows[f"{gone[r if r == 'none' else 'liar']}/{r}"]["value"] for r in REPAIRS]
+            values = [f"{value:.{2 if value < 1000 else 0}f}" for value in own]
+            lines.append(f"| `{method}` | {shown} | {' | '.join(values)} |")
     lines += ["", "## Width and depth at equal size", ""]
-    lines += ["| about as large as | layers left out | widths | parameters | perplexity |"]
+    lines += ["FFN and heads of the layers that stay, criterion `obs`, `--refit all`; layers by "]
+    lines[-1] += "`perplexity-greedy`."
+    lines += ["", "| about as large as | layers left out | widths | parameters | perplexity |"]
     lines += ["|---|---:|---:|---:|---:|"]
     for drop, pairs in EQUAL.items():
         for layers, sparsity in pairs:
-            own = rows[f"equal/{drop}/{layers}"]
+            cell = rows[f"equal/{drop}/{layers}"]
             lines.append(
                 f"| {5 - drop} layers | {layers} | {100 * sparsity:.0f} % | "
-                f"{own['parameters']:,} | {own['value']:.2f} |"
+                f"{cell['parameters']:,} | {cell['value']:.2f} |"
             )
     lines += ["", "## Latency", "", "| layers | prefill of 256 tokens | one token |"]
     lines += ["|---:|---:|---:|"]
-    for layers, own in data["latency"].items():
-        prefill, decode = (f"{own[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))
+    for layers, times in data["latency"].items():
+        prefill, decode = (f"{times[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))
         lines.append(f"| {layers} | {prefill} | {decode} |")
     (DOCS / "depth.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=("demo", "cost"))
-    parser.add_argument("--model", type=Path, help="cost: a checkpoint")
-    parser.add_argument("--calibration", help="default: the package's own text")
+    parser.add_argument("name", choices=("demo",))
     parser.add_argument("--work", type=Path, help="default build/depth")
     parser.add_argument("--report", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     if not arguments.report:
         run(arguments)
-    if arguments.name == "demo":
-        report()
+    report()
 
 
 if __name__ == "__main__":
