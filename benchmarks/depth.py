@@ -185,8 +185,8 @@ def report() -> None:
         "# Whole layers of the demo LLaMA",
         "",
         f"Perplexity of the first 128 windows of 256 held-out tokens, dense {data['dense']:.2f}; "
-        "32,768 calibration tokens; five layers, counted from 0. `none` repairs nothing, `liar` the "
-        "consumer in front of a gap, `stream` aims at the dense stream, `refit all` fits all "
+        "32,768 calibration tokens; five layers, counted from 0. `none` repairs nothing, `liar` "
+        "the consumer in front of a gap, `stream` aims at the dense stream, `refit all` fits all "
         "consumers behind as well. "
         f"{env['device']}, torch {env['torch']}, transformers {env['transformers']}. Made by "
         "`python benchmarks/depth.py demo`; JSON in `benchmarks/results/depth-demo.json`.",

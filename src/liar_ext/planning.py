@@ -176,6 +176,11 @@ def plan(
         pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
     )
     flops |= {**beside, "search": 0}
+    if recipe.refit == "all":
+        notes.append(
+            "--refit all: the statistics and solves of consumers that keep all their columns are "
+            "not counted; each takes what one that is pruned takes"
+        )
     if search is not None:
         flops |= {name: flops[name] + more for name, more in search.flops.items()}
         notes.append(search.reads(recipe))
