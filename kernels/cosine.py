@@ -2,10 +2,10 @@
 
     out[i] = x·y / (√x·x √y·y)  of rows t = valid[i] of x and y,  0 where a row is zero
 
-A program has a few rows, one for each of its warps: the sums of a row stay in registers until they
-are done, nothing is shared between programs, and the bits are the same every time. The pass is
-limited by memory: while one pair of 16-bit values arrives, an H200 can issue some 25 instructions
-by its data sheet, and the loop takes 6.
+A program has a few rows, one for each of its warps where rows are aligned: the sums of a row stay
+in registers until they are done, nothing is shared between programs, and the bits are the same
+every time. The pass is limited by memory: while one pair of 16-bit values arrives, an H200 can
+issue some 25 instructions by its data sheet, and the loop takes 6.
 
 Squares leave the range of float32 long before values do: they are infinite from 1e19 on, and lose
 bits below 1e-19. So a row whose sums of squares are outside of [2^-80, 2^120] is read again, from
