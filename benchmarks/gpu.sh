@@ -47,7 +47,7 @@ log=$out/gpu.log
 records=()
 failed=0
 
-known=(pytest gram gram-other solve methods prune-7b prune-70b-2-layers memcheck tune racecheck)
+known=(pytest gram gram-other solve cosine methods prune-7b prune-70b-2-layers memcheck tune racecheck)
 STEPS=$(tr ',\n\t' '   ' <<<"${STEPS:-}" | xargs)
 for name in $STEPS; do
   if [[ " ${known[*]} " != *" $name "* ]]; then
@@ -150,6 +150,7 @@ step gram 120 "${liar[@]}" bench gram --device cuda --dtypes bfloat16 \
 step gram-other 60 "${liar[@]}" bench gram --device cuda --dtypes float16:11008 float32:11008 \
   --json "$out/gram-other-gpu-$today.json"
 step solve 60 "${liar[@]}" bench solve --device cuda --json "$out/solve-gpu-$today.json"
+step cosine 45 "${liar[@]}" bench cosine --device cuda --json "$out/cosine-gpu-$today.json"
 # every method on the model that ships with the package: that each runs here, and what it costs
 if wanted methods; then
   read -r demo text < <("$python" -P -c 'from liar_ext.demo import *; print(MODEL, CALIBRATION)')

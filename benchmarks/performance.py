@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from performance_cosine import cosine_table
 from performance_plots import plot_gram, plot_solve
 from performance_roofline import roofline
 
@@ -69,7 +70,7 @@ def load(folder: Path) -> list[Result]:
     grams: dict[str, list[Result]] = {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("benchmark") not in ("gram", "solve", "prune", "tune"):
+        if data.get("benchmark") not in ("gram", "solve", "cosine", "prune", "tune"):
             continue
         # results before there was a GPU harness do not say what kind of device they are from
         data.setdefault("device", "cpu")
@@ -146,6 +147,8 @@ def command(goal: Goal) -> str:
     if goal.benchmark == "gram":
         size = f" --sizes {where['n']}" if "n" in where else ""
         return f"liar bench gram{size} --dtypes {where['dtype']}"
+    if goal.benchmark == "cosine":
+        return f"liar bench cosine --sizes {where['n']} --dtypes {where['dtype']}"
     if "batch" in where:
         return f"liar bench solve --cases {where['batch']}x{where['s']}"
     return "liar bench solve --cases"
@@ -246,7 +249,7 @@ def outside(data: Result) -> list[str]:
             groups.setdefault(f"- no `{name}`: {why}", {})[key] = None
     for text, dtypes in groups.items():
         some = isinstance(data["absent"], dict) and len(dtypes) < len(data["absent"])
-        by_dtype = data["benchmark"] == "gram" and some
+        by_dtype = data["benchmark"] in ("gram", "cosine") and some
         lines.append(f"{text} ({', '.join(dtypes)})" if by_dtype else text)
     reasons = {f"- no `{r['variant']}`: {r['reason']}": None for r in data["rows"] if "reason" in r}
     return ["", *lines, *reasons] if lines or reasons else []
@@ -338,6 +341,8 @@ def document(results: Sequence[Result]) -> str:
         lines += [*gram_section(data), ""]
     for data in solves:
         lines += [*solve_section(data), ""]
+    for data in of(results, "cosine"):
+        lines += [*heading("Cosines", data), *cosine_table(data), *outside(data), ""]
     if of(results, "prune"):
         lines += [*prune_section(results), ""]
     lines += roofline(grams)

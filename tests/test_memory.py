@@ -20,6 +20,7 @@ from liar_ext import memory_parts, planning
 from liar_ext.cli.plan import bytes_of
 from liar_ext.engine.execution import Execution
 from liar_ext.errors import InputError
+from liar_ext.ops.cosine import cosine_bytes
 from liar_ext.recipe import Recipe
 
 RATES = {"forward": 1e9, "gram": 1e9, "solve": 1e9, "residual": 1e9}
@@ -273,6 +274,18 @@ def test_surveys_have_phases_of_their_own(small):
 
     assert names(allocation="alpha")[0] == "reading the weights"
     assert "comparing hidden states" in names(allocation="influence")
+    # a narrow FFN: the copies for the cosines are the most that passes
+    narrow = config_folder(
+        small.parent / "narrow",
+        vocab_size=96,
+        hidden_size=256,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        dtype="float32",
+    )
+    compared = parts_of(plan(narrow, recipe(allocation="influence")), "comparing hidden states")
+    assert compared["passing_batch"] == cosine_bytes(3 * 32, 256, 4, "cpu")
     assert {"statistics of ffn in the survey", "survey of ffn"} <= set(names(allocation="levels"))
     assert "survey of ffn" in names(allocation="kwon", criterion="obs")
     # the tableau, and what it was made from

@@ -15,6 +15,7 @@ from liar_ext.engine.ranks import BUFFER_BYTES
 from liar_ext.engine.ridge import choice_bytes
 from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
+from liar_ext.ops.cosine import cosine_bytes
 from liar_ext.ops.gram import TOKENS
 from liar_ext.ops.interpolate import products_bytes, repair_bytes
 from liar_ext.ops.moments import column_bytes
@@ -134,11 +135,12 @@ class Phases:
         return self._phase("reading the weights", device, {"next_layer": following})
 
     def _comparing(self) -> Phase:
-        """Hidden states on both sides of a layer, in float32, and their product."""
+        """Hidden states on both sides of a layer, and what their cosines take."""
         s = self._sizes
         device, host = self._standing(written=False, leaving=True)
         widest = max(self._frame(site, s.batch) + self._passing(site) for site in self._sites)
-        device["passing_batch"] = max(widest, 12 * s.batch * s.hidden)
+        cosines = cosine_bytes(s.batch, s.hidden, s.item, "cuda" if s.cuda else "cpu")
+        device["passing_batch"] = max(widest, cosines)
         return self._phase("comparing hidden states", device, host)
 
     def _adjusting(self, numbers: int, wide: int) -> Phase:

@@ -33,7 +33,7 @@ exit 0
 
 # the results of the commands, without their dates
 WRITTEN = [
-    *("gram-gpu.json", "gram-other-gpu.json", "methods-demo-gpu.json"),
+    *("cosine-gpu.json", "gram-gpu.json", "gram-other-gpu.json", "methods-demo-gpu.json"),
     *("prune-llama-70b-2-layers-gpu.json", "prune-llama-7b-gpu.json"),
     "solve-gpu.json",
 ]
@@ -86,8 +86,16 @@ def test_everything_runs_in_order_and_is_recorded(machine):
     done, steps, summary = machine()
     assert done.returncode == 0, done.stdout
     assert list(steps) == [
-        *("build", "environment", "pytest", "gram", "gram-other", "solve", "methods", "model-7b"),
-        *("prune-7b", "model-70b-2-layers", "prune-70b-2-layers", "memcheck", "tune", "racecheck"),
+        *("build", "environment", "pytest", "gram", "gram-other", "solve", "cosine", "methods"),
+        *(
+            "model-7b",
+            "prune-7b",
+            "model-70b-2-layers",
+            "prune-70b-2-layers",
+            "memcheck",
+            "tune",
+            "racecheck",
+        ),
     ]
     assert summary["environment"] == {"device": "pretended"}
     assert summary["tuned"] == {"device": "tuned"}

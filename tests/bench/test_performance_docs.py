@@ -137,3 +137,36 @@ def test_a_dtype_that_the_newest_result_lacks_stays(tmp_path):
     assert sorted(page.partition(head)[2].splitlines()[:20]) == sorted(
         whole.partition(head)[2].splitlines()[:20]
     )
+
+
+def test_cosines_on_a_gpu_are_judged_and_shown(tmp_path):
+    row = {"n": 4096, "tokens": 9, "dtype": "bfloat16", "case": "all", "variant": "triton"}
+    row |= {"ok": True, "ours": True, "chosen": True, "error": 1e-7, "peak_bytes": 2**20}
+    row |= {"ms": 1.0, "gbytes": 3200.0, "bandwidth": 0.7, "ratio": 4.5}
+    data = {
+        "benchmark": "cosine",
+        "device": "cuda",
+        "date": "2030-01-01",
+        "environment": {"device": "Some GPU", "torch": "2.11", "triton": "3.6", "threads": 16},
+        "ceilings": {"copy_gbytes": 4571.0},
+        "rows": [row, row | {"case": "half", "ratio": None}, row | {"ok": False, "ms": None}],
+        "absent": {"bfloat16": {}, "float32": {"triton": "it is broken"}},
+    }
+    data["rows"] = [{k: v for k, v in one.items() if v is not None} for one in data["rows"]]
+    (tmp_path / "cosine.json").write_text(json.dumps(data))
+    generate(tmp_path, "--results", str(tmp_path))
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert (
+        "| Some GPU | bytes a second over those of a large copy ≥ 0.80 | 0.70 | **missed** |"
+        in page
+    )
+    assert "| Some GPU | times as fast as the baseline ≥ 4.00 | 4.50 | reached |" in page
+    assert "`liar bench cosine --sizes 4096 --dtypes bfloat16`" in page
+    assert "## Cosines: Some GPU" in page
+    assert "copy 4.57e+03 GB/s" in page
+    figures = "| 1 | 3.2e+03 | 0.70 | {} | 1.0e-07 | 1 |"
+    start = "| 4096 | 9 | bfloat16 | **triton** |"
+    assert page.count(start) == 2
+    assert f"{start} all {figures.format('4.50')}" in page
+    assert f"{start} half {figures.format('')}" in page
+    assert "- no `triton`: it is broken (float32)" in page

@@ -12,7 +12,14 @@ from liar_testing import assert_close_rms
 
 from liar_ext.bench.gram_variants import KERNELS, SETTINGS, Variant
 from liar_ext.bench.solve_systems import systems
-from liar_ext.ops import _native_gram, backends, gram_reference, solve
+from liar_ext.ops import (
+    _native_gram,
+    backends,
+    gram_reference,
+    row_cosines,
+    row_cosines_reference,
+    solve,
+)
 from liar_ext.ops.moments import Moments
 
 CPU = torch.device("cpu")
@@ -62,6 +69,25 @@ def check(variant, x, expected, mask=None, keep=None):
     assert_close_rms(moments.gram.cpu().tril(), expected.gram.tril(), BOUND)
     assert_close_rms(moments.sum.cpu(), expected.sum, BOUND)
     assert int(moments.count) == int(expected.count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [136, 601])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_cosines(backend, dtype, columns):
+    device = torch.device("cuda")
+    if reason := backends.obstacle("cosine", "triton", device, dtype):
+        pytest.skip(reason)
+    backend("triton")
+    x, y = (torch.randn(70, columns).to(dtype) for _ in range(2))
+    # rows that are read again
+    x[5::9] *= torch.finfo(dtype).max / 1e3
+    valid = torch.arange(69, -1, -2)
+    expected = row_cosines_reference(x, y, valid)
+    found = row_cosines(x.to(device), y.to(device), valid.to(device))
+    assert float((found.cpu() - expected).abs().max()) <= BOUND
+    # what is no row is not read
+    assert bool(row_cosines(x.to(device), y.to(device), valid.to(device) + 70).isnan().all())
 
 
 @pytest.mark.gpu

@@ -80,7 +80,7 @@ def test_a_backend_can_be_forced_on_all_ops_that_have_it_or_on_one(
     ("setting", "message"),
     [
         ("solve=triton", "LIAR_BACKEND=solve=triton cannot run solve.*no triton implementation"),
-        ("grahm=torch", "grahm is no op; use one of cross, gram, pack, solve"),
+        ("grahm=torch", "grahm is no op; use one of cosine, cross, gram, pack, solve"),
         ("gram=numpy", "'numpy' is no backend; use one of reference"),
         ("gram=torch,gram=cpu", "gram twice"),
         ("torch,cpu", "all ops twice"),

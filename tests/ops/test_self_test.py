@@ -14,6 +14,7 @@ ERRORS = {
     "gram": self_test.gram_error,
     "cross": self_test.cross_error,
     "pack": self_test.pack_error,
+    "cosine": self_test.cosine_error,
     "solve": self_test.solve_error,
 }
 
@@ -27,7 +28,7 @@ def test_right_implementations_pass(op, name):
         assert error <= bound
 
 
-@pytest.mark.parametrize("op", ["gram", "cross", "pack"])
+@pytest.mark.parametrize("op", ["gram", "cross", "pack", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_triton_versions_pass_in_the_interpreter(op, dtype):
     pytest.importorskip("triton")
@@ -122,6 +123,61 @@ def never_flushed(x, mask, order, gram, sum, count):
 
 def test_a_sum_that_stays_in_the_tensor_core_shows():
     error, bound = self_test.gram_error(never_flushed, CPU, torch.bfloat16)
+    assert error > bound
+
+
+def plain(x, y, valid):
+    """float32 sums without a factor."""
+    x, y = (part.float() if valid is None else part[valid].float() for part in (x, y))
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+
+
+def zero_for_nan(x, y, valid):
+    return run_torch("cosine", x, y, valid).nan_to_num(0.0)
+
+
+def nan_for_zero(x, y, valid):
+    found = run_torch("cosine", x, y, valid)
+    return found.where(found != 0, torch.nan)
+
+
+def without_the_last_column(x, y, valid):
+    return run_torch("cosine", x[:, :-1], y[:, :-1], valid)
+
+
+def one_step_of_512(x, y, valid):
+    return run_torch("cosine", x[:, :512], y[:, :512], valid)
+
+
+def rows_as_they_come(x, y, valid):
+    count = len(x) if valid is None else len(valid)
+    return run_torch("cosine", x[:count], y[:count], None)
+
+
+def in_16_bits(x, y, valid):
+    return run_torch("cosine", x.bfloat16(), y.bfloat16(), valid)
+
+
+def packed_rows(x, y, valid):
+    """As if rows followed each other without a gap."""
+    flat = (part.as_strided(part.shape, (part.shape[1], 1)) for part in (x, y))
+    return run_torch("cosine", *flat, valid)
+
+
+def clamped_norms(x, y, valid):
+    x, y = (part if valid is None else part[valid] for part in (x, y))
+    return torch.cosine_similarity(x.double(), y.double(), dim=1).clamp(-1, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(plain, zero_for_nan, nan_for_zero, without_the_last_column, one_step_of_512),
+        *(rows_as_they_come, in_16_bits, packed_rows, clamped_norms),
+    ],
+)
+def test_wrong_cosines_do_not_pass(wrong):
+    error, bound = self_test.cosine_error(wrong, CPU, torch.float32)
     assert error > bound
 
 

@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from liar_ext.kernels import config as configs
-from liar_ext.kernels import gram_descriptor, gram_pointer, pack, tune
+from liar_ext.kernels import cosine, gram_descriptor, gram_pointer, pack, tune
 
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
@@ -73,6 +73,10 @@ def compile_for(function, types, constants, capability, aligned=(), **options):
         # a wait for all but the last product: steps overlap
         "overlaps": bool(re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", text)),
         "additions": sum(2 if packed else 1 for packed in additions),
+        "loads": len(re.findall(r"\bld\.global\b", text)),
+        "wide_loads": len(re.findall(r"\bld\.global(?:\.\w+)*\.v4\b", text)),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.(?!sync)", text)),
+        "flushes_subnormals": ".ftz" in text,
     }
 
 
@@ -179,7 +183,40 @@ def pack_variants(capability):
         yield {"kernel": name, "warps": pack.WARPS, **row}
 
 
+def cosine_variants(capability):
+    """`aligned`: rows start at multiples of 16 elements, as hidden states do."""
+    integers = ("tokens", "count", "columns", "x_stride", "y_stride")
+    for dtype, element, size in (
+        ("bfloat16", "bf16", 2),
+        ("float16", "fp16", 2),
+        ("float32", "fp32", 4),
+    ):
+        for valid, aligned in ((False, True), (True, True), (True, False)):
+            types = {
+                "x_ptr": f"*{element}",
+                "y_ptr": f"*{element}",
+                "valid_ptr": "*i64" if valid else f"*{element}",
+                "out_ptr": "*fp32",
+                **dict.fromkeys(integers, "i32"),
+            }
+            constants = {
+                "x_column_stride": 1,
+                "y_column_stride": 1,
+                "HAS_VALID": valid,
+                "ROWS": cosine.ROWS,
+                "BLOCK": cosine.PIECE // size,
+            }
+            multiples = [name for name in types if name.endswith("_ptr")]
+            multiples += ["columns", "x_stride", "y_stride"] if aligned else []
+            row = compile_for(
+                cosine.cosine_kernel, types, constants, capability, multiples, num_warps=cosine.ROWS
+            )
+            key = {"dtype": dtype, "valid": valid, "aligned": aligned}
+            yield {"kernel": "cosine", "warps": cosine.ROWS, **key, **row}
+
+
 if __name__ == "__main__":
     arch, candidates = int(sys.argv[1]), sys.argv[2:] == ["--candidates"]
-    for variant in (*pack_variants(arch), *product_variants(arch, candidates)):
+    small = (*pack_variants(arch), *cosine_variants(arch))
+    for variant in (*small, *product_variants(arch, candidates)):
         print(json.dumps({"arch": arch, **variant}), flush=True)

@@ -47,6 +47,7 @@ class Benchmark:
 BENCHMARKS = {
     "gram": Benchmark("liar_ext.bench.gram", "Gram accumulation beside x.T @ x"),
     "solve": Benchmark("liar_ext.bench.solve", "batched ridge solves beside torch.linalg"),
+    "cosine": Benchmark("liar_ext.bench.cosine", "cosines of rows beside cosine_similarity"),
     "tune": Benchmark(
         "liar_ext.bench.tune", "launch parameters of the Triton kernels for this GPU"
     ),

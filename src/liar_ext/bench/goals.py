@@ -67,6 +67,7 @@ class Goal:
 METRICS = {
     "ratio": ("times as fast as the baseline", "{:.2f}"),
     "share": ("useful rate over the measured matmul rate", "{:.2f}"),
+    "bandwidth": ("bytes a second over those of a large copy", "{:.2f}"),
     "error": ("relative error", "{:.1e}"),
     "bias": ("one-sided error of the diagonal", "{:.1e}"),
     "extraction": ("time over (its tiles / triangle's tiles) × the triangle's time", "{:.2f}"),
@@ -99,6 +100,11 @@ def _gram(line: str, metric: str, limit: float, at_least: bool, **where: Any) ->
 
 def _solve(line: str, metric: str, limit: float, at_least: bool, **where: Any) -> Goal:
     return Goal(line, "solve", "cuda", where, metric, limit, at_least)
+
+
+def _cosine(device: Literal["cpu", "cuda"], metric: str, limit: float, dtype: str) -> Goal:
+    where = {"n": 4096, "dtype": dtype, "case": "all"}
+    return Goal(f"cosines, {dtype}, d = 4096", "cosine", device, where, metric, limit, True)
 
 
 # one-sided error of a diagonal that is no worse than rounding
@@ -137,6 +143,11 @@ GOALS = (
         for n in (4096, 11008)
         for d in ("float32", "bfloat16")
     ),
+    # cosine_similarity reads and writes five times the bytes that are needed
+    _cosine("cuda", "bandwidth", 0.8, "bfloat16"),
+    _cosine("cuda", "bandwidth", 0.8, "float32"),
+    _cosine("cuda", "ratio", 4.0, "bfloat16"),
+    *(_cosine("cpu", "ratio", 2.0, dtype) for dtype in ("float32", "bfloat16")),
 )  # fmt: skip
 
 
@@ -157,7 +168,7 @@ def judge(goal: Goal, result: Mapping[str, Any] | None) -> Verdict:
 
 
 def _better(goal: Goal, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    if goal.metric not in ("ratio", "share", "slowdown"):
+    if goal.metric not in ("ratio", "share", "slowdown", "bandwidth"):
         return None
     names = [name for name in row if name in ("n", "tokens", "dtype", "case", "batch", "s", "r")]
     others = [

@@ -99,16 +99,16 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     scale = DEFAULTS[device.type]
     tokens = scale.tokens if args.tokens is None else args.tokens
     repeats = scale.repeats if args.repeats is None else args.repeats
-    work = _work(args.dtypes or scale.dtypes, args.sizes or scale.sizes)
-    _check(tokens, repeats, args.keep, work)
-    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in work}
+    shapes = work(args.dtypes or scale.dtypes, args.sizes or scale.sizes)
+    _check(tokens, repeats, args.keep, shapes)
+    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in shapes}
     before = machine_state()
     ceilings: dict[str, Any] = {
-        "matmul_gflops": {n: matmul_rate(DTYPES[n], device) / 1e9 for n in dict(work)},
+        "matmul_gflops": {n: matmul_rate(DTYPES[n], device) / 1e9 for n in dict(shapes)},
         "copy_gbytes": copy_rate(device) / 1e9,
     }
     rows, lost = [], []
-    for name, columns in ((name, columns) for name, sizes in work for columns in sizes):
+    for name, columns in ((name, columns) for name, sizes in shapes for columns in sizes):
         try:
             found = run(columns, tokens, name, plans[name][0], repeats, device, args.keep)
         except RuntimeError as failure:
@@ -197,8 +197,13 @@ def run(
     return rows
 
 
-def _work(dtypes: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-    work = []
+def work(dtypes: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Each dtype of `--dtypes` with its sizes, those of `--sizes` unless it names its own.
+
+    Raises:
+        InputError: what is no dtype, or no sizes behind it.
+    """
+    found = []
     for spec in dtypes:
         name, _, own = spec.partition(":")
         if name not in DTYPES or not all(part.isdigit() for part in own.split(",") if own):
@@ -206,12 +211,12 @@ def _work(dtypes: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, tuple[
                 f"--dtypes {spec}: give one of {', '.join(DTYPES)}, "
                 "with sizes after a colon if it has its own, as in float32:4096,11008"
             )
-        work.append((name, tuple(int(n) for n in own.split(",")) if own else tuple(sizes)))
-    return work
+        found.append((name, tuple(int(n) for n in own.split(",")) if own else tuple(sizes)))
+    return found
 
 
-def _check(tokens: int, repeats: int, keep: Sequence[float], work: Sequence[Any]) -> None:
-    sizes = [n for _, own in work for n in own]
+def _check(tokens: int, repeats: int, keep: Sequence[float], shapes: Sequence[Any]) -> None:
+    sizes = [n for _, own in shapes for n in own]
     if min([tokens, repeats, *sizes]) < 1:
         raise InputError(
             f"sizes, tokens and repeats must be positive: {sizes}, {tokens}, {repeats}"

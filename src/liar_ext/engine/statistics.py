@@ -16,6 +16,7 @@ from torch import Tensor
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.ranks import Ranks
+from liar_ext.ops.cosine import row_cosines
 from liar_ext.ops.cross import cross
 from liar_ext.ops.drift import Drift, Sample
 from liar_ext.ops.gram import gram
@@ -309,7 +310,8 @@ class SiteColumns:
 class StateSimilarity:
     """Mean cosine of the hidden states that enter a layer and leave it, over the valid tokens.
 
-    Sums are kept by segment, and a segment is one rank's: that of all ranks is the same to the bit.
+    A token whose state is zero counts as 0 (`ops.row_cosines`). Sums are kept by segment, and a
+    segment is one rank's: that of all ranks is the same to the bit.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -318,9 +320,8 @@ class StateSimilarity:
 
     def add(self, before: Tensor, after: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of both (..., d)."""
-        cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
-        if valid is not None:
-            cosines = cosines.index_select(0, valid)
+        # the op takes the valid rows itself: no copy of either, in whatever dtype
+        cosines = row_cosines(valid_rows(before, None), valid_rows(after, None), valid)
         self._sums[segment] += cosines.sum(dtype=torch.float64)
         self._count += cosines.numel()
 

@@ -1,10 +1,12 @@
-"""The ops: Gram and cross moments, packing, ridge solves, interpolation and its residual."""
+"""The ops: Gram and cross moments, packing, cosines of rows, ridge solves, interpolation and its
+residual."""
 
 # these register implementations
 import liar_ext.ops.factor
 import liar_ext.ops.gram_cuda
 import liar_ext.ops.solve_cuda  # noqa: F401
 from liar_ext.ops.attempt import Attempt, attempt, attempt_reference
+from liar_ext.ops.cosine import row_cosines, row_cosines_reference
 from liar_ext.ops.cross import CrossMoments, cross, cross_reference
 from liar_ext.ops.diagnostics import Diagnostics
 from liar_ext.ops.drift import Drift, drift_reference, drift_residual_reference
@@ -48,5 +50,7 @@ __all__ = [
     "relative_residual",
     "repair",
     "residual_reference",
+    "row_cosines",
+    "row_cosines_reference",
     "solve",
 ]

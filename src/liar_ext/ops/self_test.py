@@ -95,6 +95,28 @@ def pack_error(
     return worst, 0.0
 
 
+def cosine_error(
+    run: Callable[..., Any], device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Rows of every size and direction, zeros and what is not finite; some of them, and any stride.
+
+    The error is absolute: that of a cosine is, whatever it is itself.
+    """
+    from liar_ext.ops.cosine import error_bound, row_cosines_reference
+
+    worst = 0.0
+    # the last one: more than one step of a kernel's loop
+    for columns in (*WIDTHS, 600):
+        x, y, some = _directions(columns, device, dtype)
+        for left, right, valid in ((x, y, None), (y, x, some), (x[::3, ::2], y[::3, ::2], None)):
+            found = run(left, right, valid).double()
+            true = row_cosines_reference(left, right, valid)
+            hidden = not torch.equal(found.isnan(), true.isnan())
+            error = (found - true).nan_to_num(0.0, torch.inf, torch.inf).abs().max()
+            worst = float("inf") if hidden else max(worst, float(error))
+    return worst, 1e-13 if dtype == torch.float64 else error_bound(600)
+
+
 def solve_error(
     run: Callable[..., Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
@@ -150,6 +172,30 @@ def _activations(columns: int, device: torch.device, dtype: torch.dtype) -> tupl
         device=device, dtype=dtype
     )
     return x, (torch.arange(TOKENS) % 3 != 1).to(device)
+
+
+def _directions(
+    columns: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of rows with cosines from -1 to 1, and indices of some of them."""
+    made, mask = _activations(columns, torch.device("cpu"), torch.float64)
+    x, other = made[::10], made.flip(0)[::10]
+    y = x * torch.linspace(-1.0, 1.0, len(x), dtype=torch.float64)[:, None] + 0.3 * other
+    y[8], y[9] = x[8], -x[9]
+    # squares of these are infinite or zero in the sums' dtype
+    limits = torch.finfo(dtype)
+    for rows in (x[1], y[2], x[14], y[14], x[15]):
+        rows *= limits.max / 4 / rows.abs().max()
+    for rows in (x[3], y[6], x[16], y[16], y[15]):
+        rows.copy_(rows.sign() * (1.0 + rows.abs() / rows.abs().max()) * limits.smallest_normal)
+    x[4], y[5], x[7], y[7] = 0.0, 0.0, 0.0, 0.0
+    # in the last column, and beside a row of zeros as well
+    y[4, -1], x[10, -1], y[11, -1], x[12, 0], y[13, 1] = torch.tensor(
+        [torch.inf, torch.nan, torch.nan, torch.inf, -torch.inf], dtype=torch.float64
+    )
+    some = mask[: len(x)].nonzero().flatten().flip(0)
+    x, y = (value.to(device=device, dtype=dtype) for value in (x, y))
+    return x, y, some.to(device)
 
 
 def _long_sums(device: torch.device, dtype: torch.dtype) -> Tensor:
