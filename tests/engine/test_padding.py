@@ -88,7 +88,8 @@ def test_statistics_of_padded_batches_wait_for_nothing(chunk, monkeypatch):
     pair = (part.flatten(0, 1)[padded.attention_mask.flatten()] for part in (local, dense))
     cosines = row_cosines_reference(*pair)
     # each is rounded to float32
-    assert similarity.finish(ranks) == pytest.approx(float(cosines.mean()), abs=2.0**-24)
+    turn = similarity.finish(ranks)
+    assert turn.influence == pytest.approx(1 - float(cosines.mean()), abs=2.0**-24)
 
 
 def test_a_compression_finds_the_valid_tokens_of_a_batch_once(monkeypatch):

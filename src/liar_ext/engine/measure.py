@@ -163,7 +163,7 @@ class Measurer:
             self.pass_on(index, compared)
         else:
             self._forward(index, compared)
-        return compared.finish(self.runtime.ranks)
+        return 1.0 - compared.finish(self.runtime.ranks).influence
 
     def _columns(self, index: int) -> Mapping[str, ColumnMoments]:
         """Column statistics.

@@ -8,8 +8,9 @@ float32 once. That also keeps long sums from drifting.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -307,26 +308,40 @@ class SiteColumns:
         return self._columns
 
 
-class StateSimilarity:
-    """Mean cosine of the hidden states that enter a layer and leave it, over the valid tokens.
+@dataclass(frozen=True)
+class Turn:
+    """How layers turn their hidden states, means over the valid tokens.
 
-    A token whose state is zero counts as 0 (`ops.row_cosines`). Sums are kept by segment, and a
-    segment is one rank's: that of all ranks is the same to the bit.
+    Attributes: `influence`, 1 − cosine of what enters and leaves, 0 to 2; `angle` between them over
+    π, 0 to 1.
+    """
+
+    influence: float
+    angle: float
+
+
+class StateSimilarity:
+    """The `Turn` from the hidden states that enter a layer, or a span of them, to those that leave.
+
+    A token whose state is zero counts as a right angle (`ops.row_cosines`). Sums are kept by
+    segment, and a segment is one rank's: that of all ranks is the same to the bit.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(MOST_SEGMENTS, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, MOST_SEGMENTS, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, before: Tensor, after: Tensor, valid: Tensor | None, segment: int) -> None:
         """Accumulate the valid rows of both (..., d)."""
         # the op takes the valid rows itself: no copy of either, in whatever dtype
-        cosines = row_cosines(valid_rows(before, None), valid_rows(after, None), valid)
-        self._sums[segment] += cosines.sum(dtype=torch.float64)
+        cosines = row_cosines(valid_rows(before, None), valid_rows(after, None), valid).double()
+        self._sums[0, segment] += (1 - cosines).sum()
+        self._sums[1, segment] += cosines.acos().sum() / math.pi
         self._count += cosines.numel()
 
-    def finish(self, ranks: Ranks) -> float:
+    def finish(self, ranks: Ranks) -> Turn:
         """Of all batches of all ranks."""
         ranks.sum_(self._sums)
         ranks.sum_(self._count)
-        return float(self._sums.sum() / self._count.clamp(min=1))
+        influence, angle = (self._sums.sum(1) / self._count.clamp(min=1)).tolist()
+        return Turn(influence, angle)
