@@ -61,11 +61,13 @@ class Evaluated:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--note", help="what else ran")
     arguments = parser.parse_args()
     evaluated, rows = Evaluated(), []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        result = {"dense": evaluated(MODEL), "environment": environment(), "rows": rows}
+        result: dict[str, Any] = {"note": arguments.note, "environment": environment()}
+        result |= {"dense": evaluated(MODEL), "rows": rows}
         print("dense", result["dense"], flush=True)
         for count in DROPS:
             last = list(range(LAYERS - count, LAYERS))
