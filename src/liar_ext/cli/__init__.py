@@ -10,10 +10,22 @@ import sys
 from typing import NoReturn
 
 from liar_ext._version import __version__
-from liar_ext.cli import batch, bench, compare, demo, env, evaluate, plan, prune, report, trace
+from liar_ext.cli import (
+    batch,
+    bench,
+    compare,
+    demo,
+    env,
+    evaluate,
+    grow,
+    plan,
+    prune,
+    report,
+    trace,
+)
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
-COMMANDS = (prune, batch, compare, evaluate, plan, trace, bench, demo, report, env)
+COMMANDS = (prune, grow, batch, compare, evaluate, plan, trace, bench, demo, report, env)
 USAGE, FAILURE = 2, 1
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
