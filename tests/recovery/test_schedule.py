@@ -38,7 +38,7 @@ def test_every_window_is_seen_before_any_is_seen_again():
     ("fields", "words"),
     [
         ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"learning_rate": float("nan")}, "--lr nan: must be a positive number"),
+        ({"learning_rate": float("nan")}, "--lr nan: must be above 0, at most 1"),
         ({"learning_rate": float("inf")}, "--lr inf"),
         ({"learning_rate": 0.0}, "--lr 0.0"),
         ({"batch_size": 0}, "--batch-size 0"),

@@ -47,7 +47,7 @@ class Schedule:
                 (name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
                 for name in WHOLE
             ),
-            ("lr", rate, 0 < rate < math.inf, "a positive number"),
+            ("lr", rate, 0 < rate <= 1, "above 0, at most 1"),
             ("warmup", self.warmup, (self.warmup or 0) >= 0, "0 or more"),
             ("floor", self.floor, 0 <= self.floor <= 1, "a fraction, 0 to 1"),
             ("weight_decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 or more, below 1"),
