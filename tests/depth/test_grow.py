@@ -21,6 +21,7 @@ from liar_ext.depth.grow.mlp import MlpOptions
 from liar_ext.depth.grow.placement import default_gaps
 from liar_ext.depth.grow.predictors import Predictor
 from liar_ext.depth.grow.ridge import ridge_reference
+from liar_ext.depth.grow.write import Places, check_learnable
 from liar_ext.depth.surgery import layer_list
 
 # by the layer below: Qwen3 has windows from layer 3 on, Gemma 3 none in layers 2 and 5
@@ -312,6 +313,10 @@ def test_the_command_line(tmp_path, capsys):
         (["--layers", "1", "--predictor", "svd"], "mlp, ridge, average, copy, identity"),
         (["--layers", "1", "--hyper-parameters", "x"], "choose from paper, code"),
         (["--layers", "1", "--epochs", "0"], "--epochs 0: must be at least 1"),
+        (
+            ["--layers", "1", "--epochs", "2", "--predictor", "copy"],
+            "--epochs: is of --predictor mlp",
+        ),
         (["--layers", "1", "--device", "tpu"], "--device tpu: choose from"),
         (["--layers", "1", "--resume"], "--resume goes on with a training; give --train"),
         (["--layers", "1", "--steps", "3"], "--steps: is of a training; give --train"),
@@ -367,10 +372,25 @@ def test_damaged_weights_are_named(tmp_path):
     with torch.no_grad():
         model.model.layers[4].mlp.up_proj.weight[3, 3] = torch.nan
     model.save_pretrained(tmp_path / "dense")
-    words = r"model.layers.5.mlp.up_proj.weight: has NaN or infinite weights"
-    with pytest.raises(InputError, match=words):
-        grown(tmp_path, (1,), "ridge")
+    # as the source has it: in the result it is layer 5
+    words = r"model.layers.4.mlp.up_proj.weight: has NaN or infinite weights"
+    for predictor, gap in (("ridge", 1), ("average", 3)):
+        with pytest.raises(InputError, match=words):
+            grown(tmp_path, (gap,), predictor)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_layers_of_two_kinds_have_parts_of_their_own():
+    """As of a hybrid: attention in layers 0 to 2, something else in 3 to 5."""
+    attention = [torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6)}) for _ in range(3)]
+    others = [torch.nn.ModuleDict({"mix": torch.nn.Linear(4, 4, bias=False)}) for _ in range(3)]
+    layers = torch.nn.ModuleList([*attention, *others])
+    found = Places("layers", layers, [0, 0, 1, 2, 3, 3, 4, 5], {0: 1, 3: 5})
+    assert [matrix.name for matrix in found.matrices()] == ["q.weight", "mix.weight"]
+    assert found.vectors() == ["q.bias"]
+    assert found.gaps_with("mix.weight") == [3]
+    assert found.parameters() == ["layers.1.q.weight", "layers.1.q.bias", "layers.5.mix.weight"]
+    check_learnable(found, PREDICTORS["mlp"])
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path):

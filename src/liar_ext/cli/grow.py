@@ -51,7 +51,6 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--hyper-parameters",
-        default="paper",
         metavar="NAME",
         help="of mlp: paper (5 epochs, norm weight 5e-5) or code (10 epochs, 5e-4); default paper",
     )
@@ -127,12 +126,15 @@ def growth_of(arguments: argparse.Namespace) -> Any:
 
     if arguments.device not in CHOICES["device"]:
         raise InputError(f"--device {arguments.device}: choose from {', '.join(CHOICES['device'])}")
-    if arguments.hyper_parameters not in HYPER_PARAMETERS:
-        raise InputError(
-            f"--hyper-parameters {arguments.hyper_parameters}: choose from "
-            f"{', '.join(HYPER_PARAMETERS)}"
-        )
-    options = HYPER_PARAMETERS[arguments.hyper_parameters]
+    for name in ("hyper_parameters", "epochs"):
+        if getattr(arguments, name) is not None and arguments.predictor != "mlp":
+            raise InputError(
+                f"--{name.replace('_', '-')}: is of --predictor mlp; {arguments.predictor} has none"
+            )
+    chosen = arguments.hyper_parameters or "paper"
+    if chosen not in HYPER_PARAMETERS:
+        raise InputError(f"--hyper-parameters {chosen}: choose from {', '.join(HYPER_PARAMETERS)}")
+    options = HYPER_PARAMETERS[chosen]
     if arguments.epochs is not None:
         options = replace(options, epochs=arguments.epochs)
     if arguments.insert is not None:

@@ -153,7 +153,8 @@ class _Run:
     def _update(self, step: int, windows: Batch, forwards: list[list[int]]) -> None:
         """One update; every process has its share of the forwards."""
         accelerator, training = self._accelerator, self.training
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        device = next(iter(self._chosen.values())).device
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._optimiser.zero_grad()
         for rows in forwards[accelerator.process_index :: accelerator.num_processes]:
             batch = Batch(windows.input_ids[rows], windows.attention_mask[rows])

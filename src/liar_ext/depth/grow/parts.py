@@ -15,18 +15,12 @@ class Matrix:
     """A matrix that every layer has.
 
     Attributes:
-        name: in the layer; shape: as it is stored.
+        name: in the layer.
         transposed: stored as (in, out), as in GPT-2's `Conv1D`.
     """
 
     name: str
-    shape: tuple[int, int]
     transposed: bool
-
-    @property
-    def owner(self) -> str:
-        """The path of its module in the layer."""
-        return self.name.rpartition(".")[0]
 
     def oriented(self, stored: Tensor) -> Tensor:
         """Stored to (out, in), and back: a view."""
@@ -48,8 +42,7 @@ def matrices_of(layer: nn.Module) -> list[Matrix]:
             )
         if parameter.dim() == 2:
             owner = layer.get_submodule(name.rpartition(".")[0])
-            rows, columns = parameter.shape
-            found.append(Matrix(name, (rows, columns), isinstance(owner, Conv1D)))
+            found.append(Matrix(name, isinstance(owner, Conv1D)))
     return found
 
 

@@ -33,6 +33,8 @@ def default_gaps(count: int, added: int) -> tuple[int, ...]:
 
 def check_gaps(gaps: Sequence[int], count: int) -> None:
     """Raises InputError unless these are gaps of a model of `count` layers."""
+    if len(set(gaps)) != len(gaps):
+        raise InputError(f"--insert {list(gaps)}: names a gap twice, and each takes one layer")
     if not gaps:
         raise InputError("--insert: no gap is named; give the layers to insert behind, e.g. 15-30")
     for gap in gaps:

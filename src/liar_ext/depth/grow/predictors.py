@@ -42,10 +42,13 @@ class Predictor:
     silent: bool = False
 
 
-def combined(below: Tensor, above: Tensor, *, average: bool) -> Tensor:
-    """The mean of two tensors, rounded once, or the first; in their dtype."""
-    if not average:
-        return below
+def mean(below: Tensor, above: Tensor) -> Tensor:
+    """The mean of two tensors, rounded once, in the dtype of the first.
+
+    Biases and norms are made so where matrices are predicted: they grow and shrink with depth, and
+    what a new layer is given is between what its neighbours are given. LESA's repository leaves
+    those of layer 0, which its new modules are copies of.
+    """
     return ((below.double() + above.double()) / 2).to(below.dtype)
 
 

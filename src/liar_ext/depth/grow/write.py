@@ -15,7 +15,7 @@ from liar_ext.checkpoint.shards import ShardWriter
 from liar_ext.depth.grow.basis import shared_basis
 from liar_ext.depth.grow.mlp import MlpOptions
 from liar_ext.depth.grow.parts import Matrix, matrices_of, vectors_of
-from liar_ext.depth.grow.predictors import Predictor, combined
+from liar_ext.depth.grow.predictors import Predictor, mean
 from liar_ext.engine.progress import Progress
 from liar_ext.errors import InputError
 
@@ -39,6 +39,22 @@ class Places:
 
     def new_name(self, gap: int, part: str) -> str:
         return f"{self.path}.{self.new[gap]}.{part}"
+
+    def source_name(self, layer: int, part: str) -> str:
+        """The name that the user knows it by."""
+        return f"{self.path}.{layer}.{part}"
+
+    def gaps_with(self, part: str) -> list[int]:
+        """Gaps between layers that have a part: layers of other kinds have others."""
+        return [gap for gap in self.new if part in dict(self.layers[gap].named_parameters())]
+
+    def matrices(self) -> list[Matrix]:
+        """All that a new layer has, each once."""
+        found = {m.name: m for gap in self.new for m in matrices_of(self.layers[gap])}
+        return list(found.values())
+
+    def vectors(self) -> list[str]:
+        return list(dict.fromkeys(v for gap in self.new for v in vectors_of(self.layers[gap])))
 
     def parameters(self) -> list[str]:
         """The names of all parameters of all new layers."""
@@ -84,26 +100,24 @@ def write_layers(
     Raises:
         InputError: nothing to learn from, or weights that do not fit the dtype of the file.
     """
-    first = places.layers[next(iter(places.new))]
-    matrices = {matrix.name: matrix for matrix in matrices_of(first)}
-    done: set[str] = set()
+    matrices = places.matrices()
     facts: list[dict[str, Any]] = []
     progress.begin(len(matrices), "matrices")
-    for number, matrix in enumerate(matrices.values()):
+    for number, matrix in enumerate(matrices):
         if how.predictor.fit is None:
-            for gap in places.new:
+            for gap in places.gaps_with(matrix.name):
                 _combine(reader, writer, places, how, gap, matrix.name)
         else:
             facts += [
                 _predict(reader, writer, places, how, matrix, group)
                 for group in _groups(places, matrix.name)
             ]
-        done |= {places.new_name(gap, matrix.name) for gap in places.new}
         progress.layer(number)
-    for vector in vectors_of(first):
-        for gap in places.new:
+    for vector in places.vectors():
+        for gap in places.gaps_with(vector):
             _combine(reader, writer, places, how, gap, vector)
-            done.add(places.new_name(gap, vector))
+    # saved buffers of a new layer are those of the one below it
+    done = set(places.parameters())
     for name in writer.names:
         if name not in done:
             writer.write_pieces(name, reader.pieces(name))
@@ -114,7 +128,7 @@ def check_learnable(places: Places, predictor: Predictor) -> None:
     """Raises InputError where a predictor has to learn and there is nothing to learn from."""
     if predictor.fit is None:
         return
-    for matrix in matrices_of(places.layers[next(iter(places.new))]):
+    for matrix in places.matrices():
         for group in _groups(places, matrix.name):
             if not _centres(group):
                 raise InputError(
@@ -133,14 +147,12 @@ def _combine(
     part: str,
 ) -> None:
     """A part of a new layer without a prediction."""
-    below = reader.get(places.name(gap, part))
     if part.rpartition(".")[0] in how.silenced:
-        found = torch.zeros_like(below)
+        found = torch.zeros_like(reader.get(places.name(gap, part)))
     elif how.predictor.average:
-        above = reader.get(places.name(gap + 1, part))
-        found = combined(below, above.to(below.dtype), average=True)
+        found = mean(*(_checked(reader, places, layer, part) for layer in (gap, gap + 1)))
     else:
-        found = below
+        found = reader.get(places.name(gap, part))
     writer.write(places.new_name(gap, part), found)
 
 
@@ -156,7 +168,7 @@ def _predict(
     assert how.predictor.fit is not None
 
     def read(layer: int) -> Tensor:
-        return matrix.oriented(_checked(reader, places.name(layer, matrix.name)))
+        return matrix.oriented(_checked(reader, places, layer, matrix.name))
 
     stored = {reader.dtype(places.name(layer, matrix.name)) for layer in group}
     wide = torch.float64 if torch.float64 in stored else torch.float32
@@ -169,7 +181,7 @@ def _predict(
         )
         facts |= fitted.facts
     norms: dict[str, float] = {}
-    for gap in places.new:
+    for gap in places.gaps_with(matrix.name):
         if gap not in group:
             continue
         if fitted is None:
@@ -198,7 +210,7 @@ def _groups(places: Places, part: str) -> list[list[int]]:
         known = dict(layer.named_parameters())
         if part in known:
             shapes[index] = tuple(known[part].shape)
-    wanted = dict.fromkeys(shapes[gap] for gap in places.new)
+    wanted = dict.fromkeys(shapes[gap] for gap in places.gaps_with(part))
     return [[index for index, own in shapes.items() if own == shape] for shape in wanted]
 
 
@@ -218,8 +230,9 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.matrix_norm(tensor.double()))
 
 
-def _checked(reader: CheckpointReader, name: str) -> Tensor:
-    tensor = reader.get(name)
+def _checked(reader: CheckpointReader, places: Places, layer: int, part: str) -> Tensor:
+    tensor = reader.get(places.name(layer, part))
+    name = places.source_name(layer, part)
     if tensor.dtype not in DTYPES.values():
         raise InputError(f"{name} is {tensor.dtype}; only float weights can be predicted")
     if not bool(torch.isfinite(tensor).all()):
