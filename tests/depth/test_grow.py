@@ -137,9 +137,11 @@ def test_ridge_by_the_definitions(tmp_path, name):
         weights = ridge_reference(given, torch.cat(list(v[1:5])), entry["ridge"])
         expected = basis.matrix(torch.cat((v[gap], v[gap + 1]), 1) @ weights)
         value = new[part].double()
-        torch.testing.assert_close(value.T if turned else value, expected, rtol=0, atol=2e-6)
         beside = (found[gap].norm() + found[gap + 1].norm()) / 2
         assert entry["norms"][str(gap)] == pytest.approx(float(expected.norm() / beside), 1e-4)
+        # what is small because it cannot be predicted gets the size of its neighbours
+        expected *= beside / expected.norm()
+        torch.testing.assert_close(value.T if turned else value, expected, rtol=1e-4, atol=1e-5)
         assert entry["rank"] == basis.rank
 
 
@@ -402,7 +404,7 @@ def test_a_mixture_of_experts_is_refused(tmp_path):
         num_experts_per_tok=2,
     )
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"experts.* has shape .*: only layers of matrices"):
         grown(tmp_path, (1,), "average")
     assert not (tmp_path / "out").exists()
 

@@ -253,6 +253,13 @@ def test_a_loss_that_is_not_finite_is_named(value):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = value
     with pytest.raises(InputError, match="training, step 1: the loss is nan; lower --lr"):
         train(model, chosen(model), windows(), next_token_loss(model), schedule())
+    with pytest.raises(
+        InputError, match="after 0 steps the loss on held-out windows is nan; check"
+    ):
+        train(
+            *(model, chosen(model), windows(), next_token_loss(model), schedule()),
+            held_out=windows(),
+        )
 
 
 def test_processes_share_the_forwards_of_a_step(tmp_path):

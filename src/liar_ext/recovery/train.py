@@ -166,7 +166,8 @@ class _Run:
                 )
             if found.count:
                 accelerator.backward(found.total)
-            sums += torch.tensor([float(found.total.detach()), found.count, batch.tokens]).to(sums)
+            # float32 would miscount the elements of hidden states
+            sums += sums.new_tensor([float(found.total.detach()), found.count, batch.tokens])
         sums = accelerator.reduce(sums, "sum")
         total, count, tokens = sums.tolist()
         if not (math.isfinite(total) and count):
@@ -214,6 +215,11 @@ class _Run:
             with self._compute():
                 found = self._loss(Batch(ids[rows], mask[rows]))
             total, count = total + float(found.total), count + found.count
+        if not math.isfinite(total):
+            raise InputError(
+                f"training: after {step} steps the loss on held-out windows is {total}; "
+                + ("lower --lr, or compute in float32" if step else "check the checkpoint")
+            )
         if count:
             self.training.held_out.append({"step": step, "loss": total / count})
 

@@ -31,6 +31,7 @@ class Predictor:
     Attributes:
         name: as the command line has it; summary: for people.
         fit: learns to predict coefficients; None: matrices are combined as they are.
+        scaled: predicted matrices get the mean norm (Frobenius) of their neighbours.
         average: the mean of both neighbours for what is not predicted, else the layer below.
         silent: what its attention and FFN add to the residual stream is set to zero.
     """
@@ -38,6 +39,7 @@ class Predictor:
     name: str
     summary: str
     fit: Fit | None = None
+    scaled: bool = False
     average: bool = True
     silent: bool = False
 
@@ -64,6 +66,9 @@ PREDICTORS: dict[str, Predictor] = {
             "ridge",
             "the same by ridge regression, λ chosen on layers that were left out",
             lambda coefficients, centres, options, seed: fit_ridge(coefficients, centres),
+            # squared error alone leaves next to nothing of what cannot be predicted, and a layer
+            # of tiny weights is slow to train; LESA's loss has a term for it
+            scaled=True,
         ),
         Predictor("average", "the mean of the two neighbours"),
         # SOLAR (arXiv 2312.15166) repeats a block of layers, here each is repeated by itself

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
@@ -23,7 +26,6 @@ from liar_ext.depth.grow.report import card
 from liar_ext.depth.grow.training import (
     LayerTraining,
     Trained,
-    read_text,
     train_layers,
 )
 from liar_ext.depth.grow.write import Growing, Places, check_learnable, write_layers
@@ -98,6 +100,103 @@ def grow(
     folder, out = resolve(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
     device = resolve_device(growth.device)
+    plan = _planned(folder, growth)
+    training, corpus = growth.training, None
+    if training is not None:
+        # whether it predicts next tokens at all
+        next_token_loss(plan.model)
+        corpus = read(training.text)
+    learned = {} if training is None or corpus is None else training.identity(corpus)
+    state = TrainingState(
+        state_folder(out),
+        {"source": plan.reader.sizes(), "growth": growth.to_json(), **learned},
+    )
+    _check_state(state, out, training, overwrite=overwrite, resume=resume)
+    with _keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
+        writer = ShardWriter(made, plan.specs)
+        try:
+            how = Growing(
+                PREDICTORS[growth.predictor], growth.options, growth.seed, plan.silenced, device
+            )
+            facts = write_layers(plan.reader, writer, plan.places, how, progress)
+            writer.finish()
+        finally:
+            writer.close()
+        write_json(made / "config.json", plan.config)
+        copy_other_files(folder, made)
+        trained = Trained()
+        if training is not None and corpus is not None:
+            trained = train_layers(
+                *(made, plan.places.parameters(), corpus, training),
+                device=growth.device,
+                state=state,
+                progress=progress,
+            )
+            _write_again(made, plan.specs, trained)
+        report = {
+            "version": VERSION,
+            "kind": LAYERS,
+            "source": str(source),
+            "date": datetime.date.today().isoformat(),
+            **plan.sizes(),
+            "growth": {**growth.to_json(), "matrices": facts},
+            "training": trained.facts or None,
+            # the text that these weights have seen last
+            "calibration": trained.calibration or calibration_of(folder),
+            "warnings": plan.warnings,
+            "seconds": time.perf_counter() - started,
+            "config": plan.config,
+            "environment": environment(device),
+        }
+        write_json(made / FILE, report)
+        (made / "README.md").write_text(card(report), encoding="utf-8")
+    state.remove()
+    return report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before anything is computed.
+
+    Attributes:
+        reader: bound to the grown model; model: that, on `meta`; config: its `config.json`.
+        places: of its layers; silenced: see `Growing`; specs: all of its tensors.
+        before: parameters and bytes of the source.
+    """
+
+    reader: CheckpointReader
+    model: PreTrainedModel
+    config: dict[str, Any]
+    places: Places
+    silenced: frozenset[str]
+    specs: list[TensorSpec]
+    before: tuple[int, int]
+    warnings: list[str]
+
+    def sizes(self) -> dict[str, Any]:
+        """Layers and totals, for the report."""
+        return {
+            "layers": {
+                "before": len(self.places.layers),
+                "after": len(self.places.kept),
+                "inserted_after": sorted(self.places.new),
+                "inserted": sorted(self.places.new.values()),
+            },
+            "totals": {
+                "parameters_before": self.before[0],
+                "parameters_after": parameter_count(self.model),
+                "bytes_before": self.before[1],
+                "bytes_after": sum(spec.bytes for spec in self.specs),
+            },
+        }
+
+
+def _planned(folder: Path, growth: Growth) -> _Plan:
+    """All checks of a source and of what is to be inserted; no weight is read.
+
+    Raises:
+        InputError: as `grow`, but for the text.
+    """
     reader = CheckpointReader(folder)
     count = count_of(reader.config)
     check_gaps(growth.gaps, count)
@@ -112,80 +211,17 @@ def grow(
     where = Places(path, layers, kept, new)
     check_learnable(where, predictor)
     silenced = _silenced(dense) if predictor.silent else frozenset()
-    training = growth.training
-    corpus = None
-    if training is not None:
-        # whether it predicts next tokens at all
-        next_token_loss(model)
-        corpus = read_text(training)
     left_over = reader.bind(dense)
     before = parameter_count(dense), reader.bytes()
     reader.keep_layers(path, kept)
     reader.bind(model)
-    state = TrainingState(
-        state_folder(out),
-        {
-            "source": reader.sizes(),
-            "growth": growth.to_json(),
-            **({} if corpus is None or training is None else training.identity(corpus)),
-        },
-    )
-    _check_state(state, out, training, overwrite=overwrite, resume=resume)
     specs = [
         TensorSpec(name, reader.shape(name), reader.dtype(name))
         for name in model.state_dict()
         if name in reader
     ]
-    with _keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
-        writer = ShardWriter(made, specs)
-        try:
-            how = Growing(predictor, growth.options, growth.seed, silenced, device)
-            facts = write_layers(reader, writer, where, how, progress)
-            writer.finish()
-        finally:
-            writer.close()
-        write_json(made / "config.json", config)
-        copy_other_files(folder, made)
-        trained = Trained()
-        if training is not None and corpus is not None:
-            names = where.parameters()
-            trained = train_layers(
-                *(made, names, corpus, training),
-                device=growth.device,
-                state=state,
-                progress=progress,
-            )
-            _write_again(made, specs, trained)
-        report = {
-            "version": VERSION,
-            "kind": LAYERS,
-            "source": str(source),
-            "date": datetime.date.today().isoformat(),
-            "layers": {
-                "before": count,
-                "after": len(kept),
-                "inserted_after": sorted(growth.gaps),
-                "inserted": sorted(new.values()),
-            },
-            "totals": {
-                "parameters_before": before[0],
-                "parameters_after": parameter_count(model),
-                "bytes_before": before[1],
-                "bytes_after": writer.bytes,
-            },
-            "growth": {**growth.to_json(), "matrices": facts},
-            "training": trained.facts or None,
-            # the text that these weights have seen last
-            "calibration": trained.calibration or calibration_of(folder),
-            "warnings": _warnings(left_over, type(dense).__name__),
-            "seconds": time.perf_counter() - started,
-            "config": config,
-            "environment": environment(device),
-        }
-        write_json(made / FILE, report)
-        (made / "README.md").write_text(card(report), encoding="utf-8")
-    state.remove()
-    return report
+    warnings = _warnings(left_over, type(dense).__name__)
+    return _Plan(reader, model, config, where, silenced, specs, before, warnings)
 
 
 def state_folder(out: Path) -> Path:
@@ -194,7 +230,7 @@ def state_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.train"
 
 
-def _silenced(model: Any) -> frozenset[str]:
+def _silenced(model: PreTrainedModel) -> frozenset[str]:
     """The modules of a layer that add to the residual stream.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liar_ext.calibration.sources import Corpus, read
+from liar_ext.calibration.sources import Corpus
 from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.engine.inputs import compute_dtype, load_tokenizer, resolve_device
@@ -63,11 +63,6 @@ class Trained:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
-
-
-def read_text(training: LayerTraining) -> Corpus:
-    """The text, before anything is computed. Raises InputError as `read`."""
-    return read(training.text)
 
 
 def train_layers(

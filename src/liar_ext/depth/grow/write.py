@@ -96,7 +96,7 @@ def write_layers(
         reader: bound to the grown model, in which a new layer has the tensors of the one below.
     Returns:
         for each matrix and shape that was predicted: its name, layers, rank, what the predictor
-        says of its fit, and by gap the norm of the new matrix over the mean of its neighbours'.
+        says of its fit, and by gap the norm of the prediction over the mean of its neighbours'.
     Raises:
         InputError: nothing to learn from, or weights that do not fit the dtype of the file.
     """
@@ -125,10 +125,12 @@ def write_layers(
 
 
 def check_learnable(places: Places, predictor: Predictor) -> None:
-    """Raises InputError where a predictor has to learn and there is nothing to learn from."""
+    """Raises InputError where a layer is no set of matrices and vectors, or where a predictor has
+    to learn and there is nothing to learn from."""
+    matrices = places.matrices()
     if predictor.fit is None:
         return
-    for matrix in places.matrices():
+    for matrix in matrices:
         for group in _groups(places, matrix.name):
             if not _centres(group):
                 raise InputError(
@@ -190,8 +192,10 @@ def _predict(
         else:
             place = group.index(gap)
             new = basis.matrix(fitted(coefficients[place], coefficients[place + 1]))
-        beside = (_norm(read(gap)) + _norm(read(gap + 1))) / 2
-        norms[str(gap)] = _norm(new) / beside if beside else 0.0
+        beside, own = (_norm(read(gap)) + _norm(read(gap + 1))) / 2, _norm(new)
+        norms[str(gap)] = own / beside if beside else 0.0
+        if how.predictor.scaled and own:
+            new = new * (beside / own)
         name = places.new_name(gap, matrix.name)
         value = matrix.oriented(new).to("cpu", reader.dtype(name)).contiguous()
         if not bool(torch.isfinite(value).all()):
