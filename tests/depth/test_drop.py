@@ -72,6 +72,17 @@ def test_widths_of_their_own_stay_with_their_layers(tmp_path):
     assert torch.equal(outputs(found), outputs(expected))
 
 
+def test_a_nested_model_keeps_its_other_parts(tmp_path):
+    """LLaVA is stored under the names that it had in older releases."""
+    family = FAMILIES["llava"]
+    model = family.build()
+    model.save_pretrained(tmp_path / "dense")
+    drop_layers(tmp_path / "dense", tmp_path / "out", [0])
+    loaded, info = family.auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), "nothing new, missing or left over"
+    assert torch.equal(outputs(loaded.eval()), outputs(surgery(model, [1])))
+
+
 def test_the_command_line(tmp_path, capsys):
     build("llama").save_pretrained(tmp_path / "dense")
     out = str(tmp_path / "out")

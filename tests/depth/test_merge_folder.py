@@ -222,7 +222,7 @@ def test_the_command_line_on_the_demo(tmp_path, capsys):
     assert main(["eval", out, "--text", str(part), "--seq-len", "64"]) == 0
     assert "warning" in capsys.readouterr().err, "what it was calibrated on is no held-out text"
     assert main(["report", out]) == 2
-    assert "left out or merged" in capsys.readouterr().err
+    assert "left out, merged or inserted" in capsys.readouterr().err
 
 
 def test_help_says_the_defaults_and_imports_no_torch(capsys):

@@ -121,6 +121,8 @@ class CheckpointReader:
             raise InputError(_nothing_to_read(folder))
         self._names: dict[str, str] = {}
         self._layers: tuple[str, tuple[int, ...]] | None = None
+        # of the model with all layers, where it was bound before
+        self._whole: dict[str, str] = {}
 
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -175,10 +177,15 @@ class CheckpointReader:
     def keep_layers(self, path: str, kept: Sequence[int]) -> None:
         """Be the checkpoint of a model of these layers, from `bind` on.
 
+        Names that only transformers' own rules explain, as of nested models, are known if the
+        model of the files was bound before.
+
         Args:
             path: of the list of layers in the model; kept: for each layer of that model, its index
                 in the files.
         """
+        if self._layers is None:
+            self._whole = self._names
         self._layers = path, tuple(kept)
         self._names = {}
 
@@ -207,6 +214,8 @@ class CheckpointReader:
         for name, expected in model.state_dict().items():
             own = self._stored_name(name)
             found = next((c for c in candidates(own, prefix) if c in self._stored), None)
+            if found is None:
+                found = self._whole.get(own)
             if found is None and name not in tied and self._layers is None:
                 # only here: the usual names need no knowledge of a release's renamings
                 rules = library_names(model, list(self._stored)) if rules is None else rules

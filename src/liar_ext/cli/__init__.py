@@ -17,6 +17,7 @@ from liar_ext.cli import (
     demo,
     env,
     evaluate,
+    grow,
     layers,
     merge,
     plan,
@@ -26,7 +27,10 @@ from liar_ext.cli import (
 )
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
-COMMANDS = (prune, merge, batch, compare, evaluate, plan, layers, trace, bench, demo, report, env)
+COMMANDS = (
+    *(prune, merge, grow, batch, compare, evaluate, plan, layers),
+    *(trace, bench, demo, report, env),
+)
 USAGE, FAILURE = 2, 1
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 

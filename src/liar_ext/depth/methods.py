@@ -134,7 +134,7 @@ def check_depth(recipe: Recipe) -> None:
         )
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
+def parse_layers(text: str, option: str = "--drop-layers") -> tuple[int, ...]:
     """`3`, `3,7`, `20-27` and combinations of these: indices of layers, from 0.
 
     Raises:
@@ -144,10 +144,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
-            raise InputError(f"--drop-layers {text}: must be layers from 0, e.g. 20-27 or 3,7")
+            raise InputError(f"{option} {text}: must be layers from 0, e.g. 20-27 or 3,7")
         found += range(int(first), int(last or first) + 1)
     if len(set(found)) != len(found):
-        raise InputError(f"--drop-layers {text}: names a layer twice")
+        raise InputError(f"{option} {text}: names a layer twice")
     return tuple(sorted(found))
 
 

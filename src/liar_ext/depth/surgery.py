@@ -208,7 +208,7 @@ def check_places(
             )
         parts = dict(made.named_modules())
         for name, module in layers[layer].named_modules():
-            mine, theirs = _settings(module), _settings(parts[name]) if name in parts else None
+            mine, theirs = settings(module), settings(parts[name]) if name in parts else None
             if theirs is None or mine != theirs:
                 changed = sorted(k for k in mine if theirs is None or theirs.get(k) != mine[k])
                 where = f"{path}.{layer}.{name}".rstrip(".")
@@ -218,7 +218,7 @@ def check_places(
                 )
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings(module: nn.Module) -> dict[str, Any]:
     """What a module was told when it was made: plain values, but for its place."""
     plain = (int, float, str, bool, type(None))
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from liar_ext.errors import InputError
 
 FILE = "liar_report.json"
-# of a folder of which only layers were left out or merged: `kind` in its report
+# of a folder in which only layers were left out, merged or inserted: `kind` in its report
 LAYERS = "layers"
 VERSION = 1
 
@@ -112,8 +112,8 @@ class Report:
             raise InputError(f"{origin}: version {found!r}; this release reads {VERSION}")
         if data.get("kind") == LAYERS:
             raise InputError(
-                f"{origin}: of whole layers that were left out or merged; there is nothing in it "
-                "but what README.md beside it says"
+                f"{origin}: of whole layers that were left out, merged or inserted; README.md "
+                "beside it says what there is to say"
             )
         try:
             sites = [SiteReport(**site) for site in data["sites"]]
@@ -141,8 +141,8 @@ def read_data(folder: str | Path) -> Any:
 
 
 def calibration_of(folder: str | Path) -> dict[str, Any] | None:
-    """What a folder's model was calibrated on; None of a dense one, or if layers were left out of a
-    dense one by their place or size alone."""
+    """What a folder's model was calibrated on, or its new layers trained; None of a dense one, or
+    where layers were left out of or inserted into one without a text."""
     if not (Path(folder) / FILE).exists():
         return None
     data = read_data(folder)

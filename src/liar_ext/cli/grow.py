@@ -1,0 +1,174 @@
+"""`liar grow SRC --out DIR`: a checkpoint with more layers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from liar_ext.cli.options import refuse_torchrun
+from liar_ext.errors import InputError
+
+# option of the training -> (type, metavar, help)
+TRAINING: dict[str, tuple[Any, str, str]] = {
+    "steps": (int, "N", "updates (required with --train)"),
+    "lr": (float, "F", "learning rate at its height (default 2e-4)"),
+    "warmup": (int, "N", "steps until then (default 3 %% of all)"),
+    "floor": (float, "F", "at the end, as a fraction of it, by a cosine (default 0.1)"),
+    "batch_size": (int, "N", "windows in a forward (default 8)"),
+    "accumulation": (int, "N", "forwards in an update (default 1)"),
+    "seq_len": (int, "N", "tokens in a window (default 2048 at most)"),
+    "weight_decay": (float, "F", "of AdamW (default 0)"),
+    "clip": (float, "F", "norm of all gradients at most (default 1)"),
+    "held_out": (int, "N", "windows to measure on, not to train on (default 32, a tenth at most)"),
+    "evaluate_every": (int, "N", "steps between two such measurements (default a tenth of all)"),
+    "save_every": (int, "N", "steps between two states that --resume goes on from (default 100)"),
+}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "grow",
+        help="insert layers, predicted from their neighbours",
+        description="Make a deeper checkpoint (LESA): each new layer is predicted from the two "
+        "beside it, and can be trained while the others are frozen.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--insert", metavar="LIST", help="behind these layers, counted from 0 (15-30, or 3,7)"
+    )
+    where.add_argument(
+        "--layers", type=int, metavar="N", help="so many more, in the last N gaps between layers"
+    )
+    parser.add_argument(
+        "--predictor",
+        default="mlp",
+        metavar="NAME",
+        help="mlp (LESA), ridge, average (of the neighbours), copy (of the layer below), identity "
+        "(a copy that adds nothing yet); default mlp",
+    )
+    parser.add_argument(
+        "--hyper-parameters",
+        metavar="NAME",
+        help="of mlp: paper (5 epochs, norm weight 5e-5) or code (10 epochs, 5e-4); default paper",
+    )
+    parser.add_argument("--epochs", type=int, metavar="N", help="of mlp, instead of theirs")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
+    group = parser.add_argument_group("training of the new layers")
+    group.add_argument(
+        "--train", metavar="TEXT", help=".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets"
+    )
+    for name, (kind, metavar, text) in TRAINING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    refuse_torchrun("liar grow is one process; run it without torchrun")
+    from liar_ext.cli.output import Watcher
+    from liar_ext.depth.grow import grow
+    from liar_ext.report.text import count, size
+
+    growth = growth_of(arguments)
+    with Watcher() as watcher:
+        report = grow(
+            arguments.source,
+            arguments.out,
+            growth,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            progress=watcher,
+        )
+    for text in report["warnings"]:
+        print(f"warning: {text}", file=sys.stderr)
+    if not arguments.json:
+        layers, totals, training = report["layers"], report["totals"], report["training"]
+        print(
+            f"layers {layers['before']} -> {layers['after']}, parameters "
+            f"{count(totals['parameters_before'])} -> {count(totals['parameters_after'])}, "
+            f"{size(totals['bytes_before'])} -> {size(totals['bytes_after'])}, "
+            f"{report['seconds']:.1f} s"
+        )
+        if training is not None and training["held_out"]:
+            looks = training["held_out"]
+            print(
+                f"trained {count(training['parameters'])} parameters for {training['steps']} "
+                f"steps: held-out loss {looks[0]['loss']:.4f} -> {looks[-1]['loss']:.4f}"
+            )
+        print(f"written: {arguments.out}")
+    return {"out": arguments.out, **report}
+
+
+def growth_of(arguments: argparse.Namespace) -> Any:
+    """The Growth that the options describe; the source's `config.json` says how many layers.
+
+    Raises:
+        InputError: an option that means nothing, alone or without another.
+    """
+    from dataclasses import replace
+
+    from liar_ext.checkpoint.load import resolve
+    from liar_ext.checkpoint.reader import read_json
+    from liar_ext.depth.config import count_of
+    from liar_ext.depth.grow import Growth
+    from liar_ext.depth.grow.mlp import HYPER_PARAMETERS
+    from liar_ext.depth.grow.placement import default_gaps
+    from liar_ext.depth.methods import parse_layers
+    from liar_ext.recipe import CHOICES
+
+    if arguments.device not in CHOICES["device"]:
+        raise InputError(f"--device {arguments.device}: choose from {', '.join(CHOICES['device'])}")
+    for name in ("hyper_parameters", "epochs"):
+        if getattr(arguments, name) is not None and arguments.predictor != "mlp":
+            raise InputError(
+                f"--{name.replace('_', '-')}: is of --predictor mlp; {arguments.predictor} has none"
+            )
+    chosen = arguments.hyper_parameters or "paper"
+    if chosen not in HYPER_PARAMETERS:
+        raise InputError(f"--hyper-parameters {chosen}: choose from {', '.join(HYPER_PARAMETERS)}")
+    options = HYPER_PARAMETERS[chosen]
+    if arguments.epochs is not None:
+        options = replace(options, epochs=arguments.epochs)
+    if arguments.insert is not None:
+        gaps = parse_layers(arguments.insert, "--insert")
+    else:
+        folder = resolve(arguments.source, config_only=True)
+        data = read_json(folder / "config.json")
+        if "model_type" not in data:
+            raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
+        gaps = default_gaps(count_of(data), arguments.layers)
+    return Growth(
+        gaps,
+        predictor=arguments.predictor,
+        options=options,
+        seed=arguments.seed,
+        training=_training_of(arguments),
+        device=arguments.device,
+    )
+
+
+def _training_of(arguments: argparse.Namespace) -> Any:
+    from liar_ext.depth.grow.training import LayerTraining
+    from liar_ext.recovery.schedule import Schedule
+
+    given = {name: getattr(arguments, name) for name in TRAINING}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.train is None:
+        if given:
+            option = f"--{next(iter(given)).replace('_', '-')}"
+            raise InputError(f"{option}: is of a training; give --train FILE as well")
+        return None
+    if "steps" not in given:
+        raise InputError("--train: for how long? give --steps N")
+    own = {name: given.pop(name) for name in ("seq_len", "held_out") if name in given}
+    if "lr" in given:
+        given["learning_rate"] = given.pop("lr")
+    return LayerTraining(arguments.train, Schedule(**given, seed=arguments.seed), **own)

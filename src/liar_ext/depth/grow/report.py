@@ -1,0 +1,64 @@
+"""The model card of a grown checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from liar_ext.models import layout
+from liar_ext.report.schema import FILE
+from liar_ext.report.text import number
+
+MADE = {
+    "mlp": "Their matrices were predicted from those of the two layers beside them by a small "
+    "network that had learned to predict layers of this model (LESA, arXiv 2502.13794)",
+    "ridge": "Their matrices were predicted from those of the two layers beside them by ridge "
+    "regression fitted to the layers of this model, in the basis of LESA (arXiv 2502.13794)",
+    "average": "They are the means of the two layers beside them",
+    "copy": "They are copies of the layers below them",
+    "identity": "They are copies of the layers below them that add nothing to the residual stream",
+}
+VECTORS = dict.fromkeys(("mlp", "ridge"), "; biases and norms are the means of theirs")
+
+
+def card(report: dict[str, Any]) -> str:
+    """`README.md`, from what the report says."""
+    layers, totals, growth = report["layers"], report["totals"], report["growth"]
+    loader = (
+        "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
+    )
+    how = f"{MADE[growth['predictor']]}{VECTORS.get(growth['predictor'], '')}."
+    behind = ", ".join(map(str, layers["inserted_after"]))
+    more = len(layers["inserted"])
+    return (
+        f"# {Path(report['source']).name} with {more} more layer{'s' * (more > 1)}\n\n"
+        f"{layers['before']} layers before, {layers['after']} after: one was inserted behind each "
+        f"of layers {behind}, counted from 0 in the source; in this model they are layers "
+        f"{', '.join(map(str, layers['inserted']))}. {how} The other layers are as they were.\n\n"
+        f"{_training(report['training'])}\n\n"
+        f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} after. "
+        f"Loads with {loader}.\n\n"
+        f"Made by liar-ext {report['environment']['liar_ext']}; `{FILE}` has the rest:\n\n"
+        f"```json\n{json.dumps(layers)}\n```\n"
+    )
+
+
+def _training(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return (
+            "The new layers were not trained: until they are, the model is not better than the one "
+            "that it was made from. Its quality was not measured."
+        )
+    told = (
+        f"The new layers alone were trained on the next tokens of a text, {training['steps']} "
+        f"steps, {training['tokens']:,} tokens."
+    )
+    looks = training["held_out"]
+    if len(looks) < 2:
+        return told + " Its quality was not measured."
+    return (
+        f"{told} On {training['held_out_windows']} windows of that text that were held out, the "
+        f"loss was {number(looks[0]['loss'], 4)} nats a token before and "
+        f"{number(looks[-1]['loss'], 4)} after. Nothing else was measured."
+    )

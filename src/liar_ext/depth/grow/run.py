@@ -1,0 +1,313 @@
+"""`liar grow`: a checkpoint with more layers, all of it or nothing."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from liar_ext.calibration.sources import read
+from liar_ext.checkpoint.load import resolve
+from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
+from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
+from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
+from liar_ext.depth.config import count_of, remapped
+from liar_ext.depth.grow.mlp import HYPER_PARAMETERS, MlpOptions
+from liar_ext.depth.grow.placement import check_gaps, check_neighbours, places
+from liar_ext.depth.grow.predictors import PREDICTORS
+from liar_ext.depth.grow.report import card
+from liar_ext.depth.grow.training import (
+    LayerTraining,
+    Trained,
+    train_layers,
+)
+from liar_ext.depth.grow.write import Growing, Places, check_learnable, write_layers
+from liar_ext.depth.surgery import check_places, layer_list
+from liar_ext.engine.inputs import resolve_device
+from liar_ext.engine.progress import Progress, Silent
+from liar_ext.environment import environment
+from liar_ext.errors import InputError, Interrupted, LiarError, UnsupportedModelError
+from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.recovery.language import next_token_loss
+from liar_ext.recovery.state import TrainingState
+from liar_ext.report.schema import FILE, LAYERS, calibration_of
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What is inserted where, and how.
+
+    Attributes:
+        gaps: by the layer below; predictor: a key of `PREDICTORS`.
+        options: of the predictor `mlp`; seed: of what it draws.
+        training: of the new layers; None for none.
+        device: auto, cpu or cuda.
+    """
+
+    gaps: tuple[int, ...]
+    predictor: str = "mlp"
+    options: MlpOptions = field(default_factory=lambda: HYPER_PARAMETERS["paper"])
+    seed: int = 0
+    training: LayerTraining | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.predictor not in PREDICTORS:
+            raise InputError(f"--predictor {self.predictor}: choose from {', '.join(PREDICTORS)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All that the new layers depend on beside the source and a training."""
+        learned = {"options": asdict(self.options)} if self.predictor == "mlp" else {}
+        return {"gaps": list(self.gaps), "predictor": self.predictor, "seed": self.seed, **learned}
+
+
+def grow(
+    source: str | Path,
+    out: str | Path,
+    growth: Growth,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint of a model with layers inserted; the source is only read.
+
+    Layers that were there go from file to file, as they are. A new layer is of the kind of the one
+    below it. The result is as stock as the source: `from_pretrained` loads it.
+
+    Args:
+        source: folder or hub id, dense or pruned; out: folder to make.
+        overwrite: replace `out` if it exists, once the new one is complete.
+        resume: go on with the training that an interrupted run has left beside `out`.
+    Returns:
+        what `out/liar_report.json` says.
+    Raises:
+        InputError: a gap that is not there or between layers of two kinds, nothing to learn from, a
+            text that cannot be used, or anything else; `out` is then as it was.
+        Interrupted: by Ctrl-C, after a state of the training was saved.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    folder, out = resolve(source), Path(out)
+    check_output(out, folder, overwrite=overwrite)
+    device = resolve_device(growth.device)
+    plan = _planned(folder, growth)
+    training, corpus = growth.training, None
+    if training is not None:
+        # whether it predicts next tokens at all
+        next_token_loss(plan.model)
+        corpus = read(training.text)
+    learned = {} if training is None or corpus is None else training.identity(corpus)
+    state = TrainingState(
+        state_folder(out),
+        {"source": plan.reader.sizes(), "growth": growth.to_json(), **learned},
+    )
+    _check_state(state, out, training, overwrite=overwrite, resume=resume)
+    with _keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
+        writer = ShardWriter(made, plan.specs)
+        try:
+            how = Growing(
+                PREDICTORS[growth.predictor], growth.options, growth.seed, plan.silenced, device
+            )
+            facts = write_layers(plan.reader, writer, plan.places, how, progress)
+            writer.finish()
+        finally:
+            writer.close()
+        write_json(made / "config.json", plan.config)
+        copy_other_files(folder, made)
+        trained = Trained()
+        if training is not None and corpus is not None:
+            trained = train_layers(
+                *(made, plan.places.parameters(), corpus, training),
+                device=growth.device,
+                state=state,
+                progress=progress,
+            )
+            _write_again(made, plan.specs, trained)
+        report = {
+            "version": VERSION,
+            "kind": LAYERS,
+            "source": str(source),
+            "date": datetime.date.today().isoformat(),
+            **plan.sizes(),
+            "growth": {**growth.to_json(), "matrices": facts},
+            "training": trained.facts or None,
+            # the text that these weights have seen last
+            "calibration": trained.calibration or calibration_of(folder),
+            "warnings": plan.warnings,
+            "seconds": time.perf_counter() - started,
+            "config": plan.config,
+            "environment": environment(device),
+        }
+        write_json(made / FILE, report)
+        (made / "README.md").write_text(card(report), encoding="utf-8")
+    state.remove()
+    return report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before anything is computed.
+
+    Attributes:
+        reader: bound to the grown model; model: that, on `meta`; config: its `config.json`.
+        places: of its layers; silenced: see `Growing`; specs: all of its tensors.
+        before: parameters and bytes of the source.
+    """
+
+    reader: CheckpointReader
+    model: PreTrainedModel
+    config: dict[str, Any]
+    places: Places
+    silenced: frozenset[str]
+    specs: list[TensorSpec]
+    before: tuple[int, int]
+    warnings: list[str]
+
+    def sizes(self) -> dict[str, Any]:
+        """Layers and totals, for the report."""
+        return {
+            "layers": {
+                "before": len(self.places.layers),
+                "after": len(self.places.kept),
+                "inserted_after": sorted(self.places.new),
+                "inserted": sorted(self.places.new.values()),
+            },
+            "totals": {
+                "parameters_before": self.before[0],
+                "parameters_after": parameter_count(self.model),
+                "bytes_before": self.before[1],
+                "bytes_after": sum(spec.bytes for spec in self.specs),
+            },
+        }
+
+
+def _planned(folder: Path, growth: Growth) -> _Plan:
+    """All checks of a source and of what is to be inserted; no weight is read.
+
+    Raises:
+        InputError: as `grow`, but for the text.
+    """
+    reader = CheckpointReader(folder)
+    count = count_of(reader.config)
+    check_gaps(growth.gaps, count)
+    predictor = PREDICTORS[growth.predictor]
+    kept, new = places(count, growth.gaps)
+    dense = layout.empty(reader.config)
+    path, layers = layer_list(dense)
+    check_neighbours(layers, text_config(dense.config).to_dict(), growth.gaps)
+    config = remapped(reader.config, kept)
+    model = layout.empty(config)
+    check_places(path, layers, kept, model, {})
+    where = Places(path, layers, kept, new)
+    check_learnable(where, predictor)
+    silenced = _silenced(dense) if predictor.silent else frozenset()
+    left_over = reader.bind(dense)
+    before = parameter_count(dense), reader.bytes()
+    reader.keep_layers(path, kept)
+    reader.bind(model)
+    specs = [
+        TensorSpec(name, reader.shape(name), reader.dtype(name))
+        for name in model.state_dict()
+        if name in reader
+    ]
+    warnings = _warnings(left_over, type(dense).__name__)
+    return _Plan(reader, model, config, where, silenced, specs, before, warnings)
+
+
+def state_folder(out: Path) -> Path:
+    """Where the training of the layers of `out` keeps what it can go on from."""
+    out = Path(os.path.abspath(out))
+    return out.parent / f".{out.name}.train"
+
+
+def _silenced(model: PreTrainedModel) -> frozenset[str]:
+    """The modules of a layer that add to the residual stream.
+
+    Raises:
+        InputError: the family does not say which, or a layer is not a sum of its input and these.
+    """
+    try:
+        adapter = adapter_for(model.config)
+    except UnsupportedModelError as error:
+        raise InputError(f"--predictor identity: {error}") from error
+    if not adapter.residual(text_config(model.config)):
+        raise InputError(
+            f"--predictor identity: a {adapter.model_type} layer normalises the sum of its input "
+            "and what it adds, so that it cannot be silenced; use average or copy"
+        )
+    return frozenset(spec.consumer for spec in adapter.sites)
+
+
+def _check_state(
+    state: TrainingState,
+    out: Path,
+    training: LayerTraining | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> None:
+    """What to do with an unfinished training that is there, or is not."""
+    steps = state.steps()
+    if resume and training is None:
+        raise InputError("--resume goes on with a training; give --train FILE as before")
+    if resume:
+        # before the layers are made again
+        state.load()
+    elif steps and not overwrite:
+        raise InputError(
+            f"--out {out}: an unfinished training is in {state.folder} ({steps} steps); --resume "
+            "goes on with it, --overwrite starts again"
+        )
+    elif steps:
+        state.remove()
+
+
+@contextmanager
+def _keeping(state: TrainingState) -> Iterator[None]:
+    """Says of what goes wrong how much of the training is kept."""
+    try:
+        yield
+    except BaseException as error:
+        if not (steps := state.steps()):
+            raise
+        kept = f"{steps} steps of training are kept, --resume goes on"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(
+                f"interrupted; {kept}, and deleting {state.folder} gives up"
+            ) from error
+        if not isinstance(error, LiarError):
+            error.add_note(kept)
+        elif "--resume" not in str(error):
+            error.args = (f"{error}; {kept} from there",)
+        raise
+
+
+def _write_again(made: Path, specs: Sequence[TensorSpec], trained: Trained) -> None:
+    """The trained tensors to their places; the files have all others already."""
+    writer = ShardWriter(made, specs, create=False)
+    try:
+        writer.mark_written(spec.name for spec in specs)
+        for name, tensor in trained.tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _warnings(left_over: Sequence[str], name: str) -> list[str]:
+    if not left_over:
+        return []
+    return [
+        f"{len(left_over)} tensors of the source are no part of {name} and were left out, first "
+        f"{left_over[0]}"
+    ]
