@@ -114,10 +114,10 @@ def test_layers_and_states_on_disk_change_nothing(tmp_path, tokens):
 
 
 def test_texts_too_large_for_memory_and_models_too(tmp_path, tokens, monkeypatch):
-    from liar_ext.depth import merge_folder
+    from liar_ext.depth import merge_subject
     from liar_ext.engine import execution
 
-    monkeypatch.setattr(merge_folder, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(merge_subject, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(execution, "free_bytes", lambda device: 1000)
     dense(tmp_path, "llama")
     settings = MergeSettings(drop=1, calibration=tokens)
@@ -341,7 +341,7 @@ def test_texts_are_lines_with_special_tokens_padded_on_the_right(tmp_path):
     """Also where the tokenizer pads on the left, or has nothing to pad with."""
     import shutil
 
-    from liar_ext.depth.merge_folder import load_texts
+    from liar_ext.depth.merge_subject import load_texts
 
     folder = shutil.copytree(MODEL, tmp_path / "model")
     text = tmp_path / "text.txt"

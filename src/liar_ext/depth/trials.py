@@ -49,7 +49,6 @@ class Trials:
 
     Attributes:
         source: the layers that merged ones are made of.
-        norms: names of parameters that belong to norms.
         kind: of similarity.
         keeps: whether merged layers stay in memory while a model has them, or are made each time.
     """
@@ -65,7 +64,6 @@ class Trials:
     _made: dict[Mixture, nn.Module] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._norms = norm_names(self.runtime.layers[0])
         self._stream: Stream = self.runtime.stream(self.batches)
 
     @torch.no_grad()
@@ -130,9 +128,10 @@ class Trials:
         if mixture in self._made:
             return self._made[mixture]
         layer = twin(self.runtime.layers[mixture.base])
+        norms = norm_names(layer)
         with self.runtime.clock.phase("load"):
             for name, parameter in list(layer.named_parameters()):
-                terms = mixture.terms(name, self._norms)
+                terms = mixture.terms(name, norms)
                 if terms == Mixture.of(mixture.base).weights:
                     continue
                 # rounded as in the file, then to what is computed in
