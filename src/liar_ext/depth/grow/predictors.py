@@ -29,7 +29,7 @@ class Predictor:
     """One way to make a layer.
 
     Attributes:
-        name: as the command line has it; summary: for people.
+        name: as the command line has it; made: what the model card says of the new layers.
         fit: learns to predict coefficients; None: matrices are combined as they are.
         scaled: predicted matrices get the mean norm (Frobenius) of their neighbours.
         average: the mean of both neighbours for what is not predicted, else the layer below.
@@ -37,7 +37,7 @@ class Predictor:
     """
 
     name: str
-    summary: str
+    made: str
     fit: Fit | None = None
     scaled: bool = False
     average: bool = True
@@ -59,24 +59,30 @@ PREDICTORS: dict[str, Predictor] = {
     for predictor in (
         Predictor(
             "mlp",
-            "LESA: a network learns the coefficients of a layer from its two neighbours'",
+            "Their matrices were predicted from those of the two layers beside them by a small "
+            "network that had learned to predict layers of this model (LESA, arXiv 2502.13794); "
+            "biases and norms began as the means of theirs.",
             fit_mlp,
         ),
         Predictor(
             "ridge",
-            "the same by ridge regression, λ chosen on layers that were left out",
+            "Their matrices were predicted from those of the two layers beside them by ridge "
+            "regression fitted to the layers of this model, in the basis of LESA (arXiv "
+            "2502.13794), and scaled to their norms; biases and norms began as the means of "
+            "theirs.",
             lambda coefficients, centres, options, seed: fit_ridge(coefficients, centres),
             # squared error alone leaves next to nothing of what cannot be predicted, and a layer
             # of tiny weights is slow to train; LESA's loss has a term for it
             scaled=True,
         ),
-        Predictor("average", "the mean of the two neighbours"),
+        Predictor("average", "They began as the means of the two layers beside them."),
         # SOLAR (arXiv 2312.15166) repeats a block of layers, here each is repeated by itself
-        Predictor("copy", "the layer below once more", average=False),
+        Predictor("copy", "They began as copies of the layers below them.", average=False),
         # LLaMA-Pro (arXiv 2401.02415): the grown model computes what the dense one does
         Predictor(
             "identity",
-            "the layer below once more, silenced until it is trained",
+            "They began as copies of the layers below them that add nothing to the residual "
+            "stream, so that the model computed what the one that it was made from does.",
             average=False,
             silent=True,
         ),

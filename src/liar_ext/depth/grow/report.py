@@ -6,20 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from liar_ext.depth.grow.predictors import PREDICTORS
 from liar_ext.models import layout
 from liar_ext.report.schema import FILE
 from liar_ext.report.text import number
-
-MADE = {
-    "mlp": "Their matrices were predicted from those of the two layers beside them by a small "
-    "network that had learned to predict layers of this model (LESA, arXiv 2502.13794)",
-    "ridge": "Their matrices were predicted from those of the two layers beside them by ridge "
-    "regression fitted to the layers of this model, in the basis of LESA (arXiv 2502.13794)",
-    "average": "They are the means of the two layers beside them",
-    "copy": "They are copies of the layers below them",
-    "identity": "They are copies of the layers below them that add nothing to the residual stream",
-}
-VECTORS = dict.fromkeys(("mlp", "ridge"), "; biases and norms are the means of theirs")
 
 
 def card(report: dict[str, Any]) -> str:
@@ -28,7 +18,7 @@ def card(report: dict[str, Any]) -> str:
     loader = (
         "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
     )
-    how = f"{MADE[growth['predictor']]}{VECTORS.get(growth['predictor'], '')}."
+    how = PREDICTORS[growth["predictor"]].made
     behind = ", ".join(map(str, layers["inserted_after"]))
     more = len(layers["inserted"])
     return (
@@ -47,8 +37,8 @@ def card(report: dict[str, Any]) -> str:
 def _training(training: dict[str, Any] | None) -> str:
     if training is None:
         return (
-            "The new layers were not trained: until they are, the model is not better than the one "
-            "that it was made from. Its quality was not measured."
+            "The new layers were not trained, and until they are there is no reason why the model "
+            "should be better than the one that it was made from. Its quality was not measured."
         )
     told = (
         f"The new layers alone were trained on the next tokens of a text, {training['steps']} "
