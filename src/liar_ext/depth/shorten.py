@@ -28,6 +28,8 @@ def shortened_checkpoint(
     short = layout.empty(config)
     check_places(path, layers, kept, short, {})
     own = CheckpointReader(reader.folder)
+    # names that only transformers' rules explain are found with all layers there
+    own.bind(model)
     own.config = config
     own.keep_layers(path, kept)
     own.bind(short)

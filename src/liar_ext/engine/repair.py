@@ -99,7 +99,7 @@ class Repairer:
             kept_columns = site.unit_columns(keep)
             method = RECONSTRUCTIONS["liar"] if fits else self._reconstruction
             repaired, residual, choice = self._solve(
-                site, moments, kept_columns, method, held, drift
+                site, moments, kept_columns, held, drift, method
             )
         bias = _shifted(site.bias(), repaired.shift)
         used = repaired.diagnostics
@@ -167,8 +167,7 @@ class Repairer:
             held: of those tokens that are held out to choose the ridge by.
         """
         with self._clock.phase("solve"):
-            columns, method = site.unit_columns(keep), self._reconstruction
-            repaired, _, _ = self._solve(site, moments, columns, method, held)
+            repaired, _, _ = self._solve(site, moments, site.unit_columns(keep), held)
             bias, dtype = _shifted(site.bias(), repaired.shift), site.weight().dtype
             steps = () if repaired.diagnostics is None else repaired.diagnostics.steps
             return Level(
@@ -197,15 +196,16 @@ class Repairer:
         site: Site,
         moments: Moments,
         keep: Tensor,
-        reconstruction: Reconstruction,
         held: Sample | None = None,
         drift: Drift | None = None,
+        method: Reconstruction | None = None,
     ) -> tuple[Repaired, float, Choice | None]:
         """The repaired consumer, its residual, and how its ridge was chosen.
 
         Each rank solves for its own output rows, or for all of them where rows see each other, and
         measures what its own ones leave.
         """
+        reconstruction = method or self._reconstruction
         dropped = torch.ones(site.columns, dtype=torch.bool, device=keep.device)
         dropped[keep] = False
         whole = site.weight()
@@ -246,12 +246,13 @@ class Repairer:
         )
         return gathered, relative_residual_of(total.tolist()), choice
 
-    def _agreed(self, task: Task, reconstruction: Reconstruction) -> Repaired:
+    def _agreed(self, task: Task, method: Reconstruction | None = None) -> Repaired:
         """The rows of this rank, with the same ridge on all ranks.
 
         The ladder looks at the backward error of the right sides at hand; where that decides, a
         rank may end on another rung than the rest.
         """
+        reconstruction = method or self._reconstruction
         part = reconstruction.repair(task)
         steps: tuple[str, ...] = ()
         for _ in range(LADDER_STEPS):
