@@ -395,6 +395,16 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def left_over_warnings(left_over: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """What to say of the tensors that `CheckpointReader.bind` gives back; nothing of none."""
+    if not left_over:
+        return []
+    return [
+        f"{len(left_over)} tensors of the source are no part of {type(model).__name__} and were "
+        f"left out, first {left_over[0]}"
+    ]
+
+
 def parameter_count(model: PreTrainedModel) -> int:
     """Parameters of a model, what is tied once; on `meta` it is there twice."""
     tied = tied_names(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
+from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.depth.config import count_of
@@ -84,7 +84,7 @@ def drop_layers(
             },
             # of widths that were pruned before
             "calibration": calibration_of(folder),
-            "warnings": _warnings(left_over, type(dense).__name__),
+            "warnings": left_over_warnings(left_over, dense),
             "seconds": time.perf_counter() - started,
             "config": reader.config,
             "environment": environment(),
@@ -93,15 +93,6 @@ def drop_layers(
         write_json(made / FILE, report)
         (made / "README.md").write_text(_card(report), encoding="utf-8")
     return report
-
-
-def _warnings(left_over: Sequence[str], name: str) -> list[str]:
-    if not left_over:
-        return []
-    return [
-        f"{len(left_over)} tensors of the source are no part of {name} and were left out, first "
-        f"{left_over[0]}"
-    ]
 
 
 def _card(report: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.errors import InputError
 
 _States = dict[int, Item]
@@ -56,7 +56,7 @@ def losses_without(
             if left | {index} in ahead:
                 later[left | {index}] = states[left]
             else:
-                _free(states[left])
+                free_all(states[left])
         runtime.close(index)
         states = later
         runtime.progress.layer(index)
@@ -72,7 +72,7 @@ def losses_without(
                     last = runtime.last_hidden(batch, item.fetch())
                     total[at, 0] += loss_sum(head, last, targets)
                     total[at, 1] += (targets != NO_TARGET).sum()
-            _free(states[left])
+            free_all(states[left])
     runtime.ranks.sum_(total)
     if not bool(total[:, 1].all()):
         raise InputError(
@@ -81,8 +81,3 @@ def losses_without(
         )
     found = dict(zip(names, (total[:, 0] / total[:, 1]).tolist(), strict=True))
     return [found[choice] for choice in wanted]
-
-
-def _free(states: _States) -> None:
-    for item in states.values():
-        item.free()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
+from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.store import CheckpointStore, Placement
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
@@ -82,7 +82,10 @@ def merge_layers(
     with _scratch(subject, out, execution) as scratch:
         outcome, evaluations = _searched(subject, scratch, progress)
     searched = time.perf_counter()
-    warnings = [*_left_over(subject), *type_warnings(subject.model, outcome.state)]
+    warnings = [
+        *left_over_warnings(subject.left_over, subject.model),
+        *type_warnings(subject.model, outcome.state),
+    ]
     for warning in warnings:
         progress.warn(warning)
     kept = [mixture.base for mixture in outcome.state]
@@ -166,7 +169,7 @@ def merge_plan(
         },
         "bytes": subject.needs,
         "run": _run_facts(subject),
-        "warnings": _left_over(subject),
+        "warnings": left_over_warnings(subject.left_over, subject.model),
     }
 
 
@@ -230,15 +233,6 @@ def _tensors(
 
 def _spec(reader: CheckpointReader, name: str, stored: str) -> TensorSpec:
     return TensorSpec(name, reader.shape(stored), reader.dtype(stored))
-
-
-def _left_over(subject: Subject) -> list[str]:
-    if not subject.left_over:
-        return []
-    return [
-        f"{len(subject.left_over)} tensors of the source are no part of "
-        f"{type(subject.model).__name__} and were left out, first {subject.left_over[0]}"
-    ]
 
 
 def _run_facts(subject: Subject) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.engine.statistics import StateSimilarity, Turn
 
 
@@ -50,15 +50,10 @@ def turns(
                         similarity.add(before, after, stream.valid(number), stream.segment(number))
                 found[span].append(similarity.finish(runtime.ranks))
         if len(entered) == longest:
-            _free(entered.popleft())
+            free_all(entered.popleft())
         stream.hidden = later
         runtime.progress.layer(index)
     for states in entered:
-        _free(states)
+        free_all(states)
     stream.advance({})
     return found
-
-
-def _free(states: Mapping[int, Item]) -> None:
-    for item in states.values():
-        item.free()

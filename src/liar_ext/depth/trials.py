@@ -20,7 +20,7 @@ from liar_ext.depth.mixture import Mixture, Source, mixed
 from liar_ext.depth.rules import norm_names
 from liar_ext.depth.similarity import similarities
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.engine.stream import Stream
 from liar_ext.errors import InputError
 from liar_ext.models.twin import twin
@@ -82,7 +82,7 @@ class Trials:
             if index in bases:
                 self._entering[index] = stream.hidden
             else:
-                _free(stream.hidden)
+                free_all(stream.hidden)
             stream.hidden = later
         final, stream.hidden = stream.hidden, {}
         self.evaluations.whole += len(runtime.layers)
@@ -99,7 +99,7 @@ class Trials:
                 )
             with runtime.clock.phase("hold"):
                 self._wanted[number] = runtime.shelf.put(state)
-        _free(final)
+        free_all(final)
 
     @torch.no_grad()
     def similarity(self, state: State, first: int) -> float:
@@ -114,13 +114,13 @@ class Trials:
             with self._in_place(mixture):
                 later = self._through(mixture.base, states)
             if states is not entering:
-                _free(states)
+                free_all(states)
             states = later
         self._stream.hidden = {}
         self.evaluations.whole += len(state)
         self.evaluations.published += len(self.runtime.layers) + len(state)
         found = [self._compared(number, states[number]) for number in self._stream.batches]
-        _free(states)
+        free_all(states)
         return float(torch.cat(found).mean())
 
     def made(self, mixture: Mixture) -> nn.Module:
@@ -151,7 +151,7 @@ class Trials:
     def free(self) -> None:
         """Let go of what waits on the shelf and of what is open."""
         for states in (*self._entering.values(), self._wanted):
-            _free(states)
+            free_all(states)
         self._entering, self._wanted, self._made = {}, {}, {}
         self.runtime.store.close_outside()
 
@@ -184,8 +184,3 @@ class Trials:
         mask = self._stream.batch(number).attention_mask.to(found.device)
         with self.runtime.clock.phase("forward"):
             return similarities(self.kind, wanted, found, mask).cpu()
-
-
-def _free(states: _States) -> None:
-    for item in states.values():
-        item.free()

@@ -17,7 +17,7 @@ from torch import Tensor
 from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.errors import InputError
 
 
@@ -75,8 +75,7 @@ class BackwardPass:
             visit(index, entered.pop(index), upstream)
             self.runtime.close(index)
             self.runtime.progress.layer(index)
-        for item in upstream.values():
-            item.free()
+        free_all(upstream)
 
     def _forward(self) -> dict[int, dict[int, Item]]:
         """What enters each layer from `first` on; the last output is the stream's hidden states."""

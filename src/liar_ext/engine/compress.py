@@ -17,7 +17,12 @@ from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity, sync_path
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import CheckpointReader, parameter_count, read_json
+from liar_ext.checkpoint.reader import (
+    CheckpointReader,
+    left_over_warnings,
+    parameter_count,
+    read_json,
+)
 from liar_ext.checkpoint.store import CheckpointStore, Placement
 from liar_ext.checkpoint.writer import check_output, copy_other_files, write_json, writing
 from liar_ext.costs import gradient_held_bytes, held_bytes
@@ -161,11 +166,8 @@ def compress(
                 calibration.batches,
                 None if choice is None else choice.dropped,
             )
-            if left_over:
-                run.warn(
-                    f"{len(left_over)} tensors of the source are no part of "
-                    f"{type(model).__name__} and were left out, first {left_over[0]}"
-                )
+            for text in left_over_warnings(left_over, model):
+                run.warn(text)
             limit = adapter.max_positions(text_config(model.config))
             if adapter.decoder and recipe.seq_len > limit:
                 run.warn(

@@ -189,9 +189,8 @@ def few_tokens(
     """
     adapter = adapter_for(store.model.config)
     solves = RECONSTRUCTIONS[recipe.reconstruct].solves
-    repaired = [
-        *((index, recipe.target) for index in targeted_layers(store, recipe) if solves),
-    ]
+    targets = targeted_layers(store, recipe) if solves else ()
+    repaired = [(index, recipe.target) for index in targets]
     if recipe.spans:
         # nobody knows yet which
         every = range(len(adapter.layer_list(store.model)[1]))

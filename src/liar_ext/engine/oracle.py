@@ -22,7 +22,7 @@ from liar_ext.calibration.batches import Batch, first_samples
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import Key, Levels
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.engine.statistics import valid_rows
 from liar_ext.engine.stream import Stream
 from liar_ext.models.twin import twin
@@ -109,7 +109,7 @@ class ModelOracle:
                         later[prefix] = stream.through(index, (), onward=True)
                         left[before] -= 1
                         if not left[before] and states[before] is not entering:
-                            _free(states[before])
+                            free_all(states[before])
             stream.hidden = {}
             self.runtime.close(index)
             states = later
@@ -155,10 +155,10 @@ class ModelOracle:
                 later = stream.through(index, (), onward=True)
                 self.runtime.close(index)
                 if index < self._first:
-                    _free(stream.hidden)
+                    free_all(stream.hidden)
                     entering = later
                 elif stream.hidden is not entering:
-                    _free(stream.hidden)
+                    free_all(stream.hidden)
                 stream.hidden = later
             final, stream.hidden = stream.hidden, {}
             self._streams[windows] = stream, entering, final
@@ -178,7 +178,7 @@ class ModelOracle:
                 above = sum(every[n][0] for n in sorted(every))
                 below = sum(every[n][1] for n in sorted(every))
                 found[prefix] = above / below if math.isfinite(above) else math.inf
-                _free(own)
+                free_all(own)
         return found
 
     def _batch(
@@ -203,10 +203,5 @@ class ModelOracle:
         """Let go of what waits on the shelf."""
         for _, entering, dense in self._streams.values():
             for states in (entering, dense):
-                _free(states)
+                free_all(states)
         self._streams = {}
-
-
-def _free(states: _States) -> None:
-    for item in states.values():
-        item.free()

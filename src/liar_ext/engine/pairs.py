@@ -18,7 +18,7 @@ from torch import Tensor
 from liar_ext.engine.capture import layer_output, listening
 from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.repair import refuse_non_finite
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.engine.statistics import SitePairs
 from liar_ext.engine.stream import Accumulator, Feed, Stream, Visit
 from liar_ext.errors import InputError
@@ -106,7 +106,10 @@ class PairStream(Stream):
             del states
         if gap:
             later = self._across(index, sites[-1].kind, later)
-        return later if onward else _freed(later)
+        if onward:
+            return later
+        free_all(later)
+        return {}
 
     def _across(self, index: int, kind: str, before: dict[int, Item]) -> dict[int, Item]:
         """The dense path behind the layers that are left out behind `index`.
@@ -148,8 +151,7 @@ class PairStream(Stream):
             accumulator.add_pair(x, local, dense, self._valid[number], self._segments[number])
 
     def _part(self, dense: Mapping[int, Item]) -> None:
-        for item in self.dense.values():
-            item.free()
+        free_all(self.dense)
         self.dense = dict(dense)
 
     def _forget(self, kind: str) -> None:
@@ -193,9 +195,3 @@ class PairMeasurer(Measurer):
 def wide(values: Tensor) -> Tensor:
     """In at least float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _freed(states: Mapping[int, Item]) -> dict[int, Item]:
-    for item in states.values():
-        item.free()
-    return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +44,12 @@ class Shelf(Protocol):
 
     def put(self, tensor: Tensor) -> Item:
         """Take a tensor. Where the shelf `moves`, its memory may be given back afterwards."""
+
+
+def free_all(states: Mapping[Any, Item]) -> None:
+    """None of these is needed any more."""
+    for item in states.values():
+        item.free()
 
 
 class DeviceShelf:

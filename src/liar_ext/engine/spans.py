@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.residual_stream import ResidualStream
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.shelf import Item
+from liar_ext.engine.shelf import Item, free_all
 from liar_ext.engine.stream import Stream, Visit
 from liar_ext.models import Site
 
@@ -53,8 +53,7 @@ class LeftOut:
             later = stream.through(layer, (), onward=True)
             self._runtime.close(layer)
             if layer != self.gaps[index].start:
-                for item in stream.hidden.values():
-                    item.free()
+                free_all(stream.hidden)
             stream.hidden = later
         found, stream.hidden = stream.hidden, {}
         return found

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
+from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.depth.config import count_of, remapped
@@ -220,7 +220,7 @@ def _planned(folder: Path, growth: Growth) -> _Plan:
         for name in model.state_dict()
         if name in reader
     ]
-    warnings = _warnings(left_over, type(dense).__name__)
+    warnings = left_over_warnings(left_over, dense)
     return _Plan(reader, model, config, where, silenced, specs, before, warnings)
 
 
@@ -302,12 +302,3 @@ def _write_again(made: Path, specs: Sequence[TensorSpec], trained: Trained) -> N
         writer.finish()
     finally:
         writer.close()
-
-
-def _warnings(left_over: Sequence[str], name: str) -> list[str]:
-    if not left_over:
-        return []
-    return [
-        f"{len(left_over)} tensors of the source are no part of {name} and were left out, first "
-        f"{left_over[0]}"
-    ]
