@@ -108,9 +108,7 @@ def test_is_the_model_whose_consumer_says_its_bias_only(
         now, wanted = model(tokens).logits, expected(tokens).logits
     assert float(wanted.std()) > 1e-3
     assert float((now - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
-    assert sum(p.numel() for p in model.parameters()) < sum(
-        p.numel() for p in expected.parameters()
-    )
+    assert parameter_count(model) < parameter_count(expected)
 
 
 @pytest.mark.parametrize("gone", GONE, ids=str)
