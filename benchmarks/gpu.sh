@@ -47,7 +47,7 @@ log=$out/gpu.log
 records=()
 failed=0
 
-known=(pytest gram gram-other solve cosine methods prune-7b prune-70b-2-layers memcheck tune racecheck)
+known=(pytest gram gram-other solve cosine methods depth prune-7b prune-70b-2-layers memcheck tune racecheck)
 STEPS=$(tr ',\n\t' '   ' <<<"${STEPS:-}" | xargs)
 for name in $STEPS; do
   if [[ " ${known[*]} " != *" $name "* ]]; then
@@ -158,6 +158,23 @@ if wanted methods; then
     --name demo --device cuda --samples 128 --seq-len 256 --batch-size 16 --target ffn,heads \
     --sparsity 0.5 --repeats 1 --search-evaluations 32 --policy-steps 32 \
     --json "$out/methods-demo-gpu-$today.json"
+fi
+# whole layers of a model with the shapes of LLaMA-7B's, half as deep: what each method takes, and
+# what it saves
+if wanted depth; then
+  STEPS="${STEPS:+$STEPS model-depth depth-latency}"
+  if step model-depth 60 "$python" -P benchmarks/random_llama.py "$work/llama" --shard 5GB \
+    --layers 16 --vocabulary 32000; then
+    step depth 150 "${liar[@]}" bench methods "$work/llama/model" --calibration \
+      "$work/llama/tokens.npy" --name random-llama-7b-width-16-layers --device cuda --samples 64 \
+      --seq-len 2048 --batch-size 8 --depth reverse --drop 3 --target-signal stream --repeats 1 \
+      --json "$out/depth-llama-7b-width-gpu-$today.json"
+    step depth-latency 60 "$python" -P benchmarks/depth_latency.py "$work/llama/model" \
+      --device cuda --seq-len 2048 --json "$out/depth-latency-llama-7b-width-gpu-$today.json"
+  else
+    skip depth "there is no model"
+  fi
+  rm -rf "$work/llama"
 fi
 # whole compressions from disk to disk, of the shapes of LLaMA-7B (all of it) and of two layers of
 # LLaMA-70B; the disk holds one at a time

@@ -33,7 +33,9 @@ exit 0
 
 # the results of the commands, without their dates
 WRITTEN = [
-    *("cosine-gpu.json", "gram-gpu.json", "gram-other-gpu.json", "methods-demo-gpu.json"),
+    *("cosine-gpu.json", "depth-latency-llama-7b-width-gpu.json"),
+    "depth-llama-7b-width-gpu.json",
+    *("gram-gpu.json", "gram-other-gpu.json", "methods-demo-gpu.json"),
     *("prune-llama-70b-2-layers-gpu.json", "prune-llama-7b-gpu.json"),
     "solve-gpu.json",
 ]
@@ -87,6 +89,7 @@ def test_everything_runs_in_order_and_is_recorded(machine):
     assert done.returncode == 0, done.stdout
     assert list(steps) == [
         *("build", "environment", "pytest", "gram", "gram-other", "solve", "cosine", "methods"),
+        *("model-depth", "depth", "depth-latency"),
         *(
             "model-7b",
             "prune-7b",

@@ -113,6 +113,16 @@ def test_options_that_cannot_be_used(option, value, capsys):
 
 def test_every_kind_of_method_is_a_field_of_the_recipe():
     for method, names in METHODS.items():
-        assert getattr(Recipe(), method) in names
+        # no layers are left out by default
+        assert getattr(Recipe(), method) in (*names, None)
         with pytest.raises(InputError):
             Recipe(**{method: "no such method"})
+
+
+def test_whole_layers_have_methods_of_their_own(tmp_path):
+    out = tmp_path / "methods.json"
+    options = ["--depth", "reverse", "--drop", "1", "--target-signal", "stream", "--json", str(out)]
+    assert main(["bench", "methods", str(MODEL), *FEW, "--repeats", "1", *options]) == 0
+    rows = {(row["method"], row["name"]) for row in json.loads(out.read_text())["rows"]}
+    assert {("depth", "shortgpt"), ("span_repair", "none"), ("refit", "all")} < rows
+    assert not any(method == "criterion" for method, _ in rows)

@@ -23,6 +23,7 @@ from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
 from liar_ext.comparison.subject import reset_peak
 from liar_ext.criteria import CRITERIA
+from liar_ext.depth.methods import METHODS as DEPTH
 from liar_ext.engine.allocator import steady_allocator
 from liar_ext.engine.api import prune
 from liar_ext.engine.compression import peak_host_bytes, resident_host_bytes
@@ -35,13 +36,20 @@ from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report import Report
 
-# the Recipe's fields that name methods, and their names
-METHODS: dict[str, Sequence[str]] = {
+# the Recipe's fields that name methods, and their names: of widths, and of whole layers
+WIDTHS: dict[str, Sequence[str]] = {
     "criterion": tuple(CRITERIA),
     "reconstruct": tuple(RECONSTRUCTIONS),
     "allocation": tuple(ALLOCATIONS),
     "target_signal": CHOICES["target_signal"],
 }
+LAYERS: dict[str, Sequence[str]] = {
+    "depth": tuple(DEPTH),
+    "span_repair": CHOICES["span_repair"],
+    "target_signal": CHOICES["target_signal"],
+    "refit": CHOICES["refit"],
+}
+METHODS = WIDTHS | LAYERS
 # what takes longer is measured once
 LONG_SECONDS = 60.0
 
@@ -78,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default 3")
     parser.add_argument(
         "--vary",
-        default=",".join(METHODS),
         metavar="FIELDS",
-        help=f"what is exchanged in the recipe, one at a time (default {','.join(METHODS)})",
+        help=f"what is exchanged in the recipe, one at a time (default {','.join(WIDTHS)}; where "
+        f"layers are left out {','.join(LAYERS)})",
     )
     parser.add_argument("--name", help="what to call the model in the result; default its folder")
     add_recipe_options(parser)
@@ -107,12 +115,14 @@ def execute(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     In memory: each compression is of a twin that shares the dense tensors, so that `bytes` is what
     comes on top of the dense model, with the pruned layers.
     """
-    fields = [part.strip() for part in arguments.vary.split(",")]
+    recipe = recipe_of(arguments)
+    own = LAYERS if recipe.shortens and not recipe.narrows else WIDTHS
+    fields = list(own) if arguments.vary is None else arguments.vary.split(",")
+    fields = [part.strip() for part in fields]
     if unknown := [name for name in fields if name not in METHODS]:
         raise InputError(f"--vary {unknown[0]}: unknown; choose from {', '.join(METHODS)}")
     if arguments.repeats < 1:
         raise InputError(f"--repeats {arguments.repeats}: must be at least 1")
-    recipe = recipe_of(arguments)
     # so that what one method frees is not what the next one is said not to need
     steady_allocator()
     folder, device = resolve(arguments.source), resolve_device(recipe.device)
