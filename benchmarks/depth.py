@@ -231,7 +231,42 @@ def report() -> None:
     for layers, times in data["latency"].items():
         prefill, decode = (f"{times[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))
         lines.append(f"| {layers} | {prefill} | {decode} |")
+    lines += larger()
     (DOCS / "depth.md").write_text("\n".join(lines) + "\n")
+
+
+def larger() -> list[str]:
+    """What `benchmarks/gpu.sh` has measured of a model of random weights, if it has."""
+    lines = []
+    for file in sorted(RESULTS.glob("depth-llama-*.json")):
+        data = json.loads(file.read_text())
+        env, recipe = data["environment"], data["recipe"]
+        forward = data["forward_seconds"]["median"]
+        lines += ["", f"## What each takes: {data['source']}", ""]
+        lines += [
+            f"{env['device']}, torch {env['torch']}, {recipe['dtype']} dtype; {recipe['drop']} "
+            f"layers left out, {data['tokens']:,} calibration tokens, of which one plain forward "
+            f"takes {forward:.2f} s; in memory, `--target-signal {recipe['target_signal']}`, "
+            f"layers by `{recipe['depth']}` where nothing else is said. Memory is what comes on "
+            f"top of the dense model. Once each; `{file.name}`.",
+        ]
+        lines += ["", "| | forwards | memory |", "|---|---:|---:|"]
+        for row in data["rows"]:
+            name = f"`--{row['method'].replace('_', '-')} {row['name']}`"
+            shown = name if row["method"] else "the recipe as it is"
+            lines.append(f"| {shown} | {row['forwards']:.2f} | {row['bytes'] / 1e9:.1f} GB |")
+    for file in sorted(RESULTS.glob("depth-latency-*.json")):
+        data = json.loads(file.read_text())
+        env = data["environment"]
+        lines += ["", f"Latency there ({env['device']}, {data['dtype']}, eager, batch "]
+        lines[-1] += f"{data['batch']}, medians of {data['repeats']} by turns; `{file.name}`):"
+        lines += ["", f"| layers | prefill of {data['seq_len']} tokens | one token |"]
+        lines += ["|---:|---:|---:|"]
+        for row in data["rows"]:
+            times = (row[f"{k}_seconds"]["p50"] * 1e3 for k in ("prefill", "decode"))
+            prefill, decode = (f"{t:.2f} ms" for t in times)
+            lines.append(f"| {row['layers']} | {prefill} | {decode} |")
+    return lines
 
 
 def main() -> None:
