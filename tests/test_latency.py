@@ -316,3 +316,12 @@ def test_a_job_of_another_table_is_not_finished(folder, tmp_path):
     write_table(Path(recipe.latency), model, date="2026-02-01")
     (job,) = read_jobs(tmp_path / "jobs.jsonl", {}, overwrite=True, resume=True)
     assert not job.finished
+
+
+def test_a_table_of_a_machine_in_use_is_doubted(tmp_path):
+    tables = table_data(FAMILIES["llama-mha"].build())["tables"]
+    tables[0]["seconds"]["p80"] = [2 * value for value in tables[0]["seconds"]["p20"]]
+    file = write_table(tmp_path / "loud.json", FAMILIES["llama-mha"].build(), tables=tables)
+    (text,) = LatencyTable.read(file).warnings(("heads",), 1)
+    assert text.startswith(f"--latency {file}: ")
+    assert "p80 is up to 2.00 times p20; measure again" in text

@@ -23,6 +23,8 @@ from liar_ext.models import Site, adapter_for, linear, text_config
 VERSION = 1
 HOW = "make one with: liar bench latency SRC --out FILE"
 MODES = ("prefill", "decode")
+# more than this between p20 and p80 is other work on the machine
+QUIET = 1.25
 # values in the 16 bytes that matrix products on tensor cores read at once
 ALIGNED = 8
 # in this order in a file, and in what is said of it
@@ -101,6 +103,22 @@ class Workload:
         return 1 if self.mode == "decode" else self.seq_len
 
 
+def disturbances(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What speaks against the figures of a file, in words."""
+    spreads = [
+        p80 / p20
+        for table in tables
+        for p20, p80 in zip(table["seconds"]["p20"], table["seconds"]["p80"], strict=True)
+    ]
+    loud = [spread for spread in spreads if spread > QUIET]
+    if not loud:
+        return []
+    return [
+        f"{len(loud)} of {len(spreads)} widths vary: p80 is up to {max(loud):.2f} times p20; "
+        "measure again while nothing else runs"
+    ]
+
+
 @dataclass(frozen=True)
 class LatencyTable:
     """One file, read.
@@ -109,12 +127,14 @@ class LatencyTable:
         path: as it was given; sha256: of the file.
         origin: model type, device, dtype, workload and versions that it was measured with.
         prices: monotone seconds, by shape.
+        doubts: what speaks against them, in words.
     """
 
     path: str
     sha256: str
     origin: dict[str, Any]
     prices: dict[tuple[Any, ...], Prices]
+    doubts: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
@@ -137,10 +157,11 @@ class LatencyTable:
             origin = {name: data[name] for name in _ORIGIN}
             Workload(**origin["workload"])
             prices = _prices_by_shape(data["tables"])
-        except (KeyError, TypeError, ValueError) as error:
+            doubts = tuple(disturbances(data["tables"]))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: is damaged ({said}); {HOW}") from error
-        return cls(str(path), hashlib.sha256(content).hexdigest(), origin, prices)
+        return cls(str(path), hashlib.sha256(content).hexdigest(), origin, prices, doubts)
 
     def budget(self, site: Site, config: PretrainedConfig) -> Budget:
         """A dense Site's units and their seconds.
@@ -167,11 +188,13 @@ class LatencyTable:
 
     def warnings(self, target: Sequence[str], round_to: int) -> list[str]:
         """Why the result may take longer than the table says."""
+        found = [f"--latency {self.path}: {text}" for text in self.doubts]
         if self.origin["device_type"] != "cuda" or "ffn" not in target or not round_to % ALIGNED:
-            return []
+            return found
         return [
+            *found,
             f"--round-to {round_to}: a GPU is slower at widths that are no multiple of {ALIGNED} "
-            f"than the --latency table says; give --round-to {ALIGNED} or a multiple of it"
+            f"than the --latency table says; give --round-to {ALIGNED} or a multiple of it",
         ]
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from liar_ext.cli import main
 from liar_ext.demo import MODEL
 from liar_ext.engine.capture import layer_output, record_calls
 from liar_ext.engine.source import with_trace
-from liar_ext.latency import LatencyTable, Workload
+from liar_ext.latency import LatencyTable, Workload, disturbances
 from liar_ext.models import adapter_for, layout, linear
 
 CPU = torch.device("cpu")
@@ -285,8 +285,8 @@ def test_every_width_of_each_kind_has_a_copy():
 def test_a_busy_machine_is_told():
     steady = {"p20": [1.0, 2.0], "p50": [1.1, 2.1], "p80": [1.2, 2.4]}
     busy = {"p20": [1.0, 2.0], "p50": [1.1, 2.1], "p80": [3.0, 2.4]}
-    assert bench.disturbances({"tables": [{"seconds": steady}]}) == []
-    (text,) = bench.disturbances({"tables": [{"seconds": busy}]})
+    assert disturbances([{"seconds": steady}]) == []
+    (text,) = disturbances([{"seconds": busy}])
     assert text.startswith("1 of 2 widths vary: p80 is up to 3.00 times p20")
 
 

@@ -35,7 +35,7 @@ from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.source import with_trace
 from liar_ext.environment import device_name, environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
-from liar_ext.latency import MODES, VERSION, Workload, shape_of
+from liar_ext.latency import MODES, VERSION, Workload, disturbances, shape_of
 from liar_ext.models import Site, adapter_for, layout, text_config
 from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.planning import dense_config
@@ -44,8 +44,6 @@ from liar_ext.report.text import latency, workload
 
 # the first calls pay for threads, libraries and compilers, and a GPU's clock rises
 WARM_UP_ROUNDS, WARM_UP_SECONDS = 3, 1.0
-# more than this between p20 and p80 is other work on the machine
-QUIET = 1.25
 # widths that tiles of matrix products fit; smaller for models so small that they would be few
 LARGEST_MULTIPLE = 64
 
@@ -125,7 +123,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
                 "out of memory with copies of a layer; lower --batch, --seq-len or --points"
             ) from error
         result = {"source": source_name(arguments.source), **found}
-        for text in disturbances(result):
+        for text in disturbances(result["tables"]):
             progress.warn(text)
     print_table(shown(result))
     return result
@@ -309,22 +307,6 @@ def _rounds(
             done += 1
             warm = done >= WARM_UP_ROUNDS and time.perf_counter() - started >= WARM_UP_SECONDS
     return times, whole
-
-
-def disturbances(result: dict[str, Any]) -> list[str]:
-    """What speaks against the figures, in words."""
-    spreads = [
-        p80 / p20
-        for table in result["tables"]
-        for p20, p80 in zip(table["seconds"]["p20"], table["seconds"]["p80"], strict=True)
-    ]
-    loud = [spread for spread in spreads if spread > QUIET]
-    if not loud:
-        return []
-    return [
-        f"{len(loud)} of {len(spreads)} widths vary: p80 is up to {max(loud):.2f} times p20; "
-        "measure again while nothing else runs"
-    ]
 
 
 def _quantiles(samples: Sequence[Sequence[float]]) -> dict[str, list[float]]:
