@@ -203,8 +203,7 @@ def _figure(svg: str, caption: str) -> str:
 def _layers(report: Report) -> str:
     """What was measured of layers, where some were left out."""
     columns: dict[str, dict[int, float]] = {
-        name: dict(enumerate(values))
-        for name, values in report.layers.get("measured", {}).items()
+        name: dict(enumerate(values)) for name, values in report.layers.get("measured", {}).items()
     }
     # of a method that takes one layer at a time
     steps = report.layers.get("steps", [])
