@@ -2,8 +2,9 @@
 
     python benchmarks/merging.py --json FILE
 
-Every cell is `liar merge` and `liar eval --seq-len 256`. Beside them the last layers are left out;
-`telescope` with `--norms rule` leaves out the layers that the search finds.
+Every cell is `liar merge` and `liar eval --seq-len 256`. Beside them each layer is left out by
+itself, and the last ones together; `telescope` with `--norms rule` leaves out the layers that the
+search finds.
 """
 
 from __future__ import annotations
@@ -69,10 +70,10 @@ def main() -> None:
         result: dict[str, Any] = {"note": arguments.note, "environment": environment()}
         result |= {"dense": evaluated(MODEL), "rows": rows}
         print("dense", result["dense"], flush=True)
-        for count in DROPS:
-            last = list(range(LAYERS - count, LAYERS))
-            drop_layers(MODEL, out, last, overwrite=True)
-            rows.append({"left_out": last, "perplexity": evaluated(out)})
+        alone = [[layer] for layer in range(LAYERS - 1)]
+        for gone in (*alone, *(list(range(LAYERS - count, LAYERS)) for count in DROPS)):
+            drop_layers(MODEL, out, gone, overwrite=True)
+            rows.append({"left_out": gone, "perplexity": evaluated(out)})
             print(rows[-1], flush=True)
         for fields in settings():
             chosen = MergeSettings(highest=LAYERS, calibration=str(CALIBRATION), **fields)

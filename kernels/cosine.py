@@ -28,6 +28,8 @@ ROWS = 4
 # H200 have 40 KiB, where 25 are due (4.8 TB/s for 0.7 µs, over 132). Two pieces at a time
 # would need 56 registers instead of 48, and the compiler orders one load behind the first sums
 PIECE = 512
+# elements from the first one of a row that 32 bits count
+MOST_OFFSET = 2**31 - 1
 
 # sums of squares that need no factor. From the lower one on, what squares and products below the
 # smallest normal number, 2^-126, can lose is less than a rounding of their sum, up to 2^22 columns;
@@ -51,6 +53,7 @@ def _sums(
     x_column_stride,
     y_column_stride,
     SCALED: tl.constexpr,
+    FAR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -61,6 +64,8 @@ def _sums(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         wanted = real[:, None] & (column < columns)
+        if FAR:
+            column = column.to(tl.int64)
         left = tl.load(x_row[:, None] + column * x_column_stride, mask=wanted, other=0.0)
         right = tl.load(y_row[:, None] + column * y_column_stride, mask=wanted, other=0.0)
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -91,6 +96,7 @@ def cosine_kernel(
     x_column_stride,
     y_column_stride,
     HAS_VALID: tl.constexpr,
+    FAR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -107,6 +113,7 @@ def cosine_kernel(
     xx, yy, xy = _sums(
         *(x_row, y_row, one, one, real, columns, x_column_stride, y_column_stride),
         SCALED=False,
+        FAR=FAR,
         ROWS=ROWS,
         BLOCK=BLOCK,
     )
@@ -117,6 +124,7 @@ def cosine_kernel(
         xx, yy, xy = _sums(
             *(x_row, y_row, x_factor, y_factor, real, columns, x_column_stride, y_column_stride),
             SCALED=True,
+            FAR=FAR,
             ROWS=ROWS,
             BLOCK=BLOCK,
         )
@@ -142,6 +150,9 @@ def row_cosines(x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
     out = torch.empty(count, dtype=torch.float32, device=x.device)
     if count == 0:
         return out
+    # a column of a transposed tensor may lie further away than 32 bits count; where none does, 64
+    # would take registers from the loop
+    far = x.shape[1] * max(x.stride(1), y.stride(1)) > MOST_OFFSET
     with on_device(x.device):
         cosine_kernel[(triton.cdiv(count, ROWS),)](
             x,
@@ -157,6 +168,7 @@ def row_cosines(x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
             x.stride(1),
             y.stride(1),
             HAS_VALID=valid is not None,
+            FAR=far,
             ROWS=ROWS,
             BLOCK=PIECE // max(x.element_size(), y.element_size()),
             num_warps=ROWS,

@@ -96,6 +96,15 @@ def test_an_interrupted_training_goes_on_to_the_same_files(tmp_path, command, ca
     assert "--resume: schedule.steps is 7, and 6 in" in capsys.readouterr().err
     assert main([*command, *training(tmp_path, "out", "--resume", "--seed", "1")]) == 2
     assert "--resume: growth.seed is 1, and 0 in" in capsys.readouterr().err
+    # the same files under another config are another source
+    config = tmp_path / "dense" / "config.json"
+    text = config.read_text()
+    changed = json.loads(text)
+    changed["rope_parameters"]["rope_theta"] = 500.0
+    config.write_text(json.dumps(changed))
+    assert main([*command, *training(tmp_path, "out", "--resume")]) == 2
+    assert "--resume: source.config is" in capsys.readouterr().err
+    config.write_text(text)
     # how often a state is kept does not matter
     assert main([*command, *training(tmp_path, "out", "--resume", "--save-every", "5")]) == 0
     assert not state.exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import liar_ext
 from liar_ext import InputError
+from liar_ext.checkpoint.store import CheckpointStore
 from liar_ext.cli import main
 from liar_ext.demo import CALIBRATION, MODEL
 from liar_ext.depth import MergeSettings, merge, merge_layers
@@ -88,6 +89,21 @@ def test_what_was_not_merged_is_copied_and_what_was_is_rounded_once(tmp_path, to
         else:
             wanted = source[name if layer is None else name.replace(place, str(layer), 1)]
         assert torch.equal(tensor, wanted), name
+
+
+def test_a_trial_on_disk_reads_the_layers_that_it_runs(tmp_path, tokens, monkeypatch):
+    dense(tmp_path, "llama")
+    reads = []
+    read = CheckpointStore._read
+
+    def noted(self, index):
+        reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(CheckpointStore, "_read", noted)
+    settings = MergeSettings(drop=2, combine=3, calibration=tokens)
+    found = merge_layers(tmp_path / "dense", tmp_path / "out", settings, weights="disk")
+    assert len(reads) == found["merge"]["layer_evaluations"]["done"]
 
 
 def test_layers_and_states_on_disk_change_nothing(tmp_path, tokens):

@@ -218,7 +218,7 @@ def test_those_whose_absence_costs_least_go(repair):
     }
     assert together.dropped == tuple(sorted(sorted(left, key=without.__getitem__)[:3]))
     gone = []
-    for loss in one_by_one.measured["loss"]:
+    for step in one_by_one.steps:
         # measured again without those that are gone
         options = {
             c: loss_of(surgery(model, [i for i in range(LAYERS) if i not in (*gone, c)]), tokens)
@@ -226,8 +226,11 @@ def test_those_whose_absence_costs_least_go(repair):
             if c not in gone
         }
         gone.append(min(options, key=options.__getitem__))
-        assert loss == pytest.approx(options[gone[-1]], rel=SAME)
-    assert one_by_one.measured["order"] == gone
+        assert step["loss"] == pytest.approx(options[gone[-1]], rel=SAME)
+    assert [step["layer"] for step in one_by_one.steps] == gone
+    # these are no measures of the layers in their order
+    assert one_by_one.measured == {}
+    assert LayerChoice.from_json(one_by_one.to_json()) == one_by_one
     assert one_by_one.dropped == tuple(sorted(gone))
 
 

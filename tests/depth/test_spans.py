@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import liar_ext
 from liar_ext import InputError, Recipe
+from liar_ext.checkpoint.store import CheckpointStore
 from liar_ext.cli import main
 from liar_ext.depth.surgery import layer_list
 from liar_ext.models import adapter_for
@@ -288,6 +289,23 @@ def test_a_post_norm_model_is_refused_by_name(tmp_path):
     recipe = recipe_of(tmp_path, depth="shortgpt", drop=1, span_repair="none", sparsity=0.5)
     liar_ext.prune(model, batches_of(recipe, decoder=False), recipe)
     assert len(layer_list(model)[1]) == 5
+
+
+def test_of_the_whole_model_only_the_left_out_layers_are_read_again(tmp_path, monkeypatch):
+    """A layer that was read ahead for nothing would be in memory up to the next gap, or the end."""
+    build("llama").save_pretrained(tmp_path / "dense")
+    reads = {}
+    read = CheckpointStore._read
+
+    def noted(self, index):
+        reads.setdefault(self, []).append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(CheckpointStore, "_read", noted)
+    recipe = recipe_of(tmp_path, drop_layers=(1, 2, 4))
+    liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe)
+    whole, short = reads.values()
+    assert sorted((whole, short), key=len) == [[0, 1, 2], [1, 2, 4]]
 
 
 def test_a_failure_leaves_the_model_whole(tmp_path):

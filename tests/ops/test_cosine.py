@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import math
+import mmap
+import sys
 
 import pytest
 import torch
@@ -146,6 +148,29 @@ def test_any_strides(name, device, dtype, view):
     check(left, right, valid)
     # x and y each have their own
     check(left, right.contiguous())
+
+
+def test_columns_further_apart_than_32_bits_count(backend):
+    """A transposed tensor of more than 2^31 elements, of whose 4.6 GB three rows are touched."""
+    pytest.importorskip("triton")
+    from liar_ext.kernels.runtime import INTERPRET
+
+    if not INTERPRET or sys.platform != "linux":
+        pytest.skip("kernels are compiled here, or memory is not Linux's")
+    backend("triton")
+    tokens, columns = 1 << 21, 1100
+    # small pages that nobody has touched take no memory; large ones would, all of it
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, 2 * tokens * columns, flags=flags)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    far = torch.frombuffer(pages, dtype=torch.bfloat16).view(columns, tokens).T
+    rows = torch.tensor([5, tokens - 1, 1 << 20])
+    near = torch.randn(1, columns, dtype=torch.bfloat16).expand(tokens, -1)
+    far[rows] = near[:3] + torch.randn(3, columns, dtype=torch.bfloat16)
+    expected = row_cosines_reference(far, near, rows)
+    for x, y in ((far, near), (near, far)):
+        error = (row_cosines(x, y, rows).double() - expected).abs()
+        assert float(error.max()) <= error_bound(columns)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -90,6 +90,19 @@ def test_updates_are_those_of_adamw():
         assert torch.equal(found, before[name]) == (name not in chosen(model))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
+)
+def test_what_a_launcher_leaves_in_the_environment_changes_nothing(monkeypatch, name, value):
+    plain, expected = trained(steps=2)
+    monkeypatch.setenv(name, value)
+    model, told = trained(steps=2)
+    assert told.log == expected.log
+    for path, parameter in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[path], parameter), path
+
+
 def test_the_same_loss_however_windows_are_cut_into_forwards():
     """Also where forwards have different numbers of tokens to predict."""
     many = padded(16)

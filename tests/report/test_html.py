@@ -122,6 +122,31 @@ def test_evaluations_are_compared_with_the_dense_model(make_report):
     assert "Lower is better" in text
 
 
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        (
+            {"measured": {"influence": [0.5, 0.25, 0.75]}},
+            [["0", "0.5", "kept"], ["1", "0.25", "left out"], ["2", "0.75", "left out"]],
+        ),
+        # one after the other: each loss is that of its layer, in whatever order they went
+        (
+            {"measured": {}, "steps": [{"layer": 2, "loss": 4.5}, {"layer": 1, "loss": 4.75}]},
+            [
+                ["0", "–", "kept"],
+                ["1", "4.75", "left out (2 of 2)"],
+                ["2", "4.5", "left out (1 of 2)"],
+            ],
+        ),
+    ],
+)
+def test_what_was_measured_of_a_layer_is_in_its_row(make_report, fields, rows):
+    report = make_report(layers={"before": 3, "after": 1, "dropped": [1, 2], **fields})
+    table = html.render(report).partition("<h2>Layers</h2>")[2].partition("</table>")[0]
+    lines = table.partition("<tbody>")[2].split("<tr>")[1:]
+    assert [re.findall(r">([^<\n]+)<", line) for line in lines] == rows
+
+
 def test_without_evaluations_the_page_says_that_nothing_was_measured(make_report):
     assert "Not measured here" in html.render(make_report())
 

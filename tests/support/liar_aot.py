@@ -203,6 +203,7 @@ def cosine_variants(capability):
                 "x_column_stride": 1,
                 "y_column_stride": 1,
                 "HAS_VALID": valid,
+                "FAR": False,
                 "ROWS": cosine.ROWS,
                 "BLOCK": cosine.PIECE // size,
             }

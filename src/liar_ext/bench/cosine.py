@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liar_ext.bench import goals
-from liar_ext.bench.gram import DTYPES, SELF_TEST, Scale, work
+from liar_ext.bench import backends_of, goals
+from liar_ext.bench.backends_of import DTYPES, Scale, broken
 from liar_ext.bench.measure import (
     copy_rate,
     interleave,
@@ -27,8 +27,7 @@ from liar_ext.bench.measure import (
     variable,
 )
 from liar_ext.environment import environment
-from liar_ext.errors import InputError
-from liar_ext.ops import backends, row_cosines, row_cosines_reference, self_test
+from liar_ext.ops import row_cosines, row_cosines_reference, self_test
 from liar_ext.ops.cosine import error_bound
 
 BASELINE = "cosine_similarity"
@@ -67,20 +66,7 @@ class Variant:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `liar bench cosine`."""
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="D", help="columns of a row")
-    parser.add_argument("--tokens", type=int, metavar="T", help="default 4096, on a GPU 16384")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        metavar="D[:N,N]",
-        help=f"of {', '.join(DTYPES)}; with sizes of its own after a colon",
-    )
-    parser.add_argument(
-        "--backends", nargs="+", choices=backends.NAMES, help="default: all that run here"
-    )
-    parser.add_argument("--repeats", type=int, help="default 5, on a GPU 15")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--note", default="", help="a remark kept in the result")
+    backends_of.add_arguments(parser, DEFAULTS, sizes="columns of a row", letter="D")
 
 
 def execute(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,21 +77,13 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     """
     refuse_forcing()
     device = resolve_device(args.device)
-    scale = DEFAULTS[device.type]
-    tokens = scale.tokens if args.tokens is None else args.tokens
-    repeats = scale.repeats if args.repeats is None else args.repeats
-    shapes = work(args.dtypes or scale.dtypes, args.sizes or scale.sizes)
-    sizes = [n for _, own in shapes for n in own]
-    if min([tokens, repeats, *sizes]) < 1:
-        raise InputError(
-            f"sizes, tokens and repeats must be positive: {sizes}, {tokens}, {repeats}"
-        )
-    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in shapes}
+    work = backends_of.asked(args, DEFAULTS[device.type])
+    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in work.shapes}
     before, ceiling = machine_state(), copy_rate(device) / 1e9
     rows, lost = [], []
-    for name, columns in ((name, columns) for name, own in shapes for columns in own):
+    for name, columns in work:
         try:
-            rows += run(columns, tokens, name, plans[name][0], repeats, device)
+            rows += run(columns, work.tokens, name, plans[name][0], work.repeats, device)
         except RuntimeError as failure:
             # out of memory, or a kernel that took the device with it: what was measured stays
             lost.append(f"{name} d={columns} failed: {' '.join(str(failure).split())[:300]}")
@@ -125,12 +103,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         "problems": [
             *lost,
             *(_problem(row) for row in rows if not row["ok"]),
-            *(
-                f"{backend} for {dtype}: {reason}"
-                for dtype, (_, absent) in plans.items()
-                for backend, reason in absent.items()
-                if SELF_TEST in reason
-            ),
+            *broken({name: absent for name, (_, absent) in plans.items()}),
         ],
     }
     print(_table(result))
@@ -148,19 +121,9 @@ def usable(
     Raises:
         InputError: a backend of `names` cannot run here.
     """
-    reasons = {b: backends.obstacle("cosine", b, device, dtype) for b in names or backends.NAMES}
-    if names is None:
-        # neither the float64 definition nor an interpreted kernel says anything about speed
-        reasons.pop("reference", None)
-        if device.type == "cpu" and reasons["triton"] is None:
-            reasons["triton"] = "it would be interpreted"
-    absent = {name: reason for name, reason in reasons.items() if reason is not None}
-    if names is not None and absent:
-        backend, reason = next(iter(absent.items()))
-        raise InputError(f"--backends {backend} cannot run cosine on {device} {dtype}: {reason}")
-    with variable("LIAR_BACKEND", None):
-        automatic = backends.select("cosine", device, dtype).backend
-    return [Variant(b, b == automatic) for b in reasons if b not in absent], absent
+    running, absent = backends_of.running("cosine", names, device, dtype)
+    automatic = backends_of.automatic("cosine", device, dtype)
+    return [Variant(backend, backend == automatic) for backend in running], absent
 
 
 def run(

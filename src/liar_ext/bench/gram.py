@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from liar_ext.bench import goals
+from liar_ext.bench import backends_of, goals
+from liar_ext.bench.backends_of import DTYPES, Scale, broken
 from liar_ext.bench.gram_checks import (
     Case,
     bound,
@@ -34,24 +35,10 @@ from liar_ext.bench.measure import (
 )
 from liar_ext.environment import environment
 from liar_ext.errors import InputError
-from liar_ext.ops import Moments, _extension, _native_gram, backends
+from liar_ext.ops import Moments, _extension, _native_gram
 from liar_ext.ops.precision import full_precision
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRIANGLE = Case()
-# a backend that is absent for this reason is broken, not missing
-SELF_TEST = "self-test"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What is measured where nothing is asked for."""
-
-    tokens: int
-    sizes: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    repeats: int
-
 
 # one flush of tokens on a CPU, a calibration batch on a GPU; the widths of LLaMA-like FFNs
 DEFAULTS = {
@@ -64,14 +51,7 @@ DEFAULTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `liar bench gram`."""
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="columns")
-    parser.add_argument("--tokens", type=int, metavar="T", help="default 4096, on a GPU 32768")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        metavar="D[:N,N]",
-        help=f"of {', '.join(DTYPES)}; with sizes of its own after a colon",
-    )
+    backends_of.add_arguments(parser, DEFAULTS, sizes="columns", letter="N")
     parser.add_argument(
         "--keep",
         type=float,
@@ -80,12 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="extraction of these fractions of the columns; default 0.5 0.8, none with no value",
     )
-    parser.add_argument(
-        "--backends", nargs="+", choices=backends.NAMES, help="default: all that run here"
-    )
-    parser.add_argument("--repeats", type=int, help="default 5, on a GPU 15")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--note", default="", help="a remark kept in the result")
 
 
 def execute(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,21 +70,21 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     """
     refuse_forcing()
     device = resolve_device(args.device)
-    scale = DEFAULTS[device.type]
-    tokens = scale.tokens if args.tokens is None else args.tokens
-    repeats = scale.repeats if args.repeats is None else args.repeats
-    shapes = work(args.dtypes or scale.dtypes, args.sizes or scale.sizes)
-    _check(tokens, repeats, args.keep, shapes)
-    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in shapes}
+    work = backends_of.asked(args, DEFAULTS[device.type])
+    if not all(0 < fraction < 1 for fraction in args.keep):
+        raise InputError(f"--keep {' '.join(map(str, args.keep))}: fractions lie between 0 and 1")
+    plans = {name: usable(args.backends, device, DTYPES[name]) for name, _ in work.shapes}
     before = machine_state()
     ceilings: dict[str, Any] = {
-        "matmul_gflops": {n: matmul_rate(DTYPES[n], device) / 1e9 for n in dict(shapes)},
+        "matmul_gflops": {n: matmul_rate(DTYPES[n], device) / 1e9 for n in dict(work.shapes)},
         "copy_gbytes": copy_rate(device) / 1e9,
     }
     rows, lost = [], []
-    for name, columns in ((name, columns) for name, sizes in shapes for columns in sizes):
+    for name, columns in work:
         try:
-            found = run(columns, tokens, name, plans[name][0], repeats, device, args.keep)
+            found = run(
+                *(columns, work.tokens, name, plans[name][0], work.repeats, device, args.keep)
+            )
         except RuntimeError as failure:
             # out of memory, or a kernel that took the device with it: what was measured stays
             lost.append(f"{name} n={columns} failed: {' '.join(str(failure).split())[:300]}")
@@ -131,12 +105,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         "problems": [
             *lost,
             *(_problem(row) for row in rows if not row["ok"]),
-            *(
-                f"{backend} for {dtype}: {reason}"
-                for dtype, (_, absent) in plans.items()
-                for backend, reason in absent.items()
-                if SELF_TEST in reason
-            ),
+            *broken({name: absent for name, (_, absent) in plans.items()}),
         ],
     }
     print(_table(result))
@@ -195,34 +164,6 @@ def run(
         rows.append({**shape, "variant": QUACK, "case": "triangle", "ok": True, "reason": rival})
     _add_times(rows, seconds)
     return rows
-
-
-def work(dtypes: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """Each dtype of `--dtypes` with its sizes, those of `--sizes` unless it names its own.
-
-    Raises:
-        InputError: what is no dtype, or no sizes behind it.
-    """
-    found = []
-    for spec in dtypes:
-        name, _, own = spec.partition(":")
-        if name not in DTYPES or not all(part.isdigit() for part in own.split(",") if own):
-            raise InputError(
-                f"--dtypes {spec}: give one of {', '.join(DTYPES)}, "
-                "with sizes after a colon if it has its own, as in float32:4096,11008"
-            )
-        found.append((name, tuple(int(n) for n in own.split(",")) if own else tuple(sizes)))
-    return found
-
-
-def _check(tokens: int, repeats: int, keep: Sequence[float], shapes: Sequence[Any]) -> None:
-    sizes = [n for _, own in shapes for n in own]
-    if min([tokens, repeats, *sizes]) < 1:
-        raise InputError(
-            f"sizes, tokens and repeats must be positive: {sizes}, {tokens}, {repeats}"
-        )
-    if not all(0 < fraction < 1 for fraction in keep):
-        raise InputError(f"--keep {' '.join(map(str, keep))}: fractions lie between 0 and 1")
 
 
 def _all_cases(keep: Sequence[float]) -> list[Case]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liar_ext.bench import backends_of
 from liar_ext.bench.measure import variable
-from liar_ext.errors import InputError
 from liar_ext.ops import Moments, _native_gram, backends, gram
 from liar_ext.ops.gram import gram_accumulate
 
@@ -94,21 +94,12 @@ def usable(
     Raises:
         InputError: a backend of `names` cannot run here.
     """
-    reasons = {b: backends.obstacle("gram", b, device, dtype) for b in names or backends.NAMES}
-    if names is None:
-        # neither the float64 definition nor an interpreted kernel says anything about speed
-        reasons.pop("reference", None)
-        if device.type == "cpu" and reasons["triton"] is None:
-            reasons["triton"] = "it would be interpreted"
-    absent = {name: reason for name, reason in reasons.items() if reason is not None}
-    if names is not None and absent:
-        backend, reason = next(iter(absent.items()))
-        raise InputError(f"--backends {backend} cannot run gram on {device} {dtype}: {reason}")
-    automatic = _automatic(device, dtype)
-    found = [Variant(b, chosen=b == automatic) for b in reasons if b not in absent]
-    if "triton" in reasons and "triton" not in absent:
+    running, absent = backends_of.running("gram", names, device, dtype)
+    automatic = backends_of.automatic("gram", device, dtype)
+    found = [Variant(backend, chosen=backend == automatic) for backend in running]
+    if "triton" in running:
         found += [Variant("triton", kernel) for kernel in KERNELS]
-    if "cuda" in reasons:
+    if "cuda" in (names or backends.NAMES):
         found += settings(device, dtype)
     return found, absent
 
@@ -126,11 +117,6 @@ def _launch(x: Tensor, out: Moments, setting: Setting) -> Moments:
     options = {"tile": setting.tile, "cluster": setting.cluster, "period": setting.period}
     _native_gram.gram_sm90(x, out.gram, out.sum, **options)
     return out
-
-
-def _automatic(device: torch.device, dtype: torch.dtype) -> str:
-    with variable("LIAR_BACKEND", None):
-        return backends.select("gram", device, dtype).backend
 
 
 def product_only(x: Tensor, gram: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.bench import goals
-from liar_ext.bench.gram import SELF_TEST
+from liar_ext.bench.backends_of import SELF_TEST
 from liar_ext.bench.measure import (
     interleave,
     machine_state,

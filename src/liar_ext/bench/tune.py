@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from liar_ext.bench.gram import DTYPES
+from liar_ext.bench.backends_of import DTYPES
 from liar_ext.bench.measure import machine_state
 from liar_ext.bench.result import check_file
 from liar_ext.environment import environment

@@ -6,6 +6,7 @@ three layers are in memory, of which one is in the compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class CheckpointStore:
         self._reads = ThreadPoolExecutor(1, "liar-ext-read")
         self._writes = ThreadPoolExecutor(1, "liar-ext-write")
         self._last = -1
+        self._expected: frozenset[int] | None = None
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._writing: Future[str] | None = None
         self._order: dict[str, int] = {}
@@ -133,12 +135,20 @@ class CheckpointStore:
                     "wrote; start again with --overwrite instead"
                 )
 
+    def expect(self, layers: Iterable[int]) -> None:
+        self._expected, self._last = frozenset(layers), -1
+        if self._next is not None and self._next[0] not in self._expected:
+            # or it would stay in memory until a layer is opened
+            self._next[1].cancel()
+            self._next = None
+
     def open(self, index: int) -> None:
         tensors = self._take(index)
         # a layer once more, or one before the last, is one on the way back
         following = index + 1 if index > self._last else index - 1
         self._last = index
-        if 0 <= following < len(self._layers):
+        wanted = self._expected is None or following in self._expected
+        if wanted and 0 <= following < len(self._layers):
             self._next = following, self._reads.submit(self._read, following)
         layer = self._layers[index]
         prefix = f"{self._layers_path}.{index}."

@@ -25,11 +25,14 @@ class LayerChoice:
         layers: of the source; dropped: those that go, in order.
         measured: what it was made by: by the name of the measure, of each layer (of each span of
             as many layers as go, by its first, where they go in one piece).
+        steps: of a method that takes one layer at a time, in the order in which they went: `layer`,
+            and `loss`, of the model without it and those before it.
     """
 
     layers: int
     dropped: tuple[int, ...]
     measured: dict[str, list[float]] = field(default_factory=dict)
+    steps: tuple[dict[str, Any], ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -53,11 +56,13 @@ class LayerChoice:
             "after": len(self.kept),
             "dropped": list(self.dropped),
             "measured": self.measured,
+            "steps": list(self.steps),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerChoice:
-        return cls(data["before"], tuple(data["dropped"]), data["measured"])
+        dropped, steps = tuple(data["dropped"]), tuple(data["steps"])
+        return cls(data["before"], dropped, data["measured"], steps)
 
 
 def choose(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch]) -> LayerChoice:
@@ -135,16 +140,15 @@ def _greedy(
 ) -> LayerChoice:
     """One layer at a time, the losses of all others measured again without it."""
     gone: list[int] = []
-    measured: list[float] = []
+    steps: list[dict[str, Any]] = []
     for _ in range(drop):
         left = [layer for layer in range(first, layers) if layer not in gone]
         losses = losses_without(runtime, windows, [(*gone, layer) for layer in left])
         check_finite("loss", losses)
         (at,) = pick(losses, 1, window=False)
         gone.append(left[at])
-        measured.append(losses[at])
-    # in the order in which they went
-    return LayerChoice(layers, tuple(sorted(gone)), {"loss": measured, "order": list(gone)})
+        steps.append({"layer": left[at], "loss": losses[at]})
+    return LayerChoice(layers, tuple(sorted(gone)), steps=tuple(steps))
 
 
 def _listed(listed: Sequence[int], layers: int, first: int) -> LayerChoice:

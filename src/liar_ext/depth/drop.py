@@ -49,7 +49,9 @@ def drop_layers(
         raise InputError(
             f"--drop-layers {beyond[0]}: the model has {count} layers, 0 to {count - 1}"
         )
-    kept = [layer for layer in range(count) if layer not in set(dropped)]
+    # one that is named twice goes once
+    dropped = sorted(set(dropped))
+    kept = [layer for layer in range(count) if layer not in dropped]
     if not kept:
         raise InputError(f"--drop-layers: all {count} layers; keep at least one")
     dense = layout.empty(reader.config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from liar_ext.checkpoint.store import CheckpointStore
 
 
@@ -27,6 +29,9 @@ class Resident:
 
     def prepare(self, widths: list[dict[str, int]], added_biases: list[str], done: int) -> None:
         self._store.prepare(widths, added_biases, done)
+
+    def expect(self, layers: Iterable[int]) -> None:
+        """What was opened is here, and all of it is read in one pass."""
 
     def open(self, index: int) -> None:
         if index not in self._open:

@@ -109,6 +109,7 @@ class Trials:
             state: the layers; first: below it they are those of the original.
         """
         self._made = {key: layer for key, layer in self._made.items() if key in state}
+        self.runtime.store.expect(mixture.base for mixture in state[first:])
         entering = states = self._entering[first]
         for mixture in state[first:]:
             with self._in_place(mixture):

@@ -43,6 +43,8 @@ class LeftOut:
     def start(self, batches: Sequence[Batch], least: int) -> None:
         """The calibration tokens of the other model, cut into the same segments."""
         self._batches, self._least = batches, least
+        # or the layer behind each gap would be read, and stay in memory until the next gap
+        self._runtime.store.expect(layer for gap in self.gaps.values() for layer in gap)
 
     def through(self, index: int, states: Mapping[int, Item]) -> dict[int, Item]:
         """What leaves the gap behind layer `index`, from what enters it, by batch; that stays."""

@@ -6,6 +6,7 @@ checkpoint, a layer is on `meta` except between `open` and `close`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -32,6 +33,10 @@ class LayerStore(Protocol):
         """The result's widths are known: units of every Site, layer by layer, and the kinds whose
         consumers get a bias. Layers below `done` were closed as final by an earlier run."""
 
+    def expect(self, layers: Iterable[int]) -> None:
+        """From here on only these are opened, from the first to the last of them, so no other one
+        has to be read ahead; until the next call. Without one all are."""
+
     def open(self, index: int) -> None:
         """Make layer `index` available."""
 
@@ -53,6 +58,7 @@ class InMemory:
     def open_head(self) -> None: ...
     def close_head(self) -> None: ...
     def prepare(self, widths: list[dict[str, int]], added_biases: list[str], done: int) -> None: ...
+    def expect(self, layers: Iterable[int]) -> None: ...
     def open(self, index: int) -> None: ...
     def close(self, index: int, *, final: bool) -> None: ...
 

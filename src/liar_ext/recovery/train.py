@@ -165,7 +165,9 @@ class _Run:
                     "the loss does not depend on the parameters that are to be trained"
                 )
             if found.count:
-                accelerator.backward(found.total)
+                # not accelerate's: its environment variables, as a launcher sets them, would divide
+                # the loss by steps of accumulation or scale it for float16
+                found.total.backward()
             # float32 would miscount the elements of hidden states
             sums += sums.new_tensor([float(found.total.detach()), found.count, batch.tokens])
         sums = accelerator.reduce(sums, "sum")
@@ -183,9 +185,8 @@ class _Run:
             if accelerator.num_processes > 1:
                 parameter.grad = accelerator.reduce(parameter.grad, "sum")
             parameter.grad /= count
-        norm = float(
-            accelerator.clip_grad_norm_(self._chosen.values(), self._schedule.clip or math.inf)
-        )
+        clip = self._schedule.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self._chosen.values(), clip))
         if not math.isfinite(norm):
             raise InputError(
                 f"training, step {step + 1}: the norm of the gradients is {norm}; lower --lr, or "

@@ -202,19 +202,22 @@ def _figure(svg: str, caption: str) -> str:
 
 def _layers(report: Report) -> str:
     """What was measured of layers, where some were left out."""
-    measured = {
-        name: values
-        for name, values in report.layers.get("measured", {}).items()
-        if len(values) <= report.layers["before"]
+    columns: dict[str, dict[int, float]] = {
+        name: dict(enumerate(values)) for name, values in report.layers.get("measured", {}).items()
     }
-    if not measured:
+    # of a method that takes one layer at a time
+    steps = report.layers.get("steps", [])
+    if steps:
+        columns["loss once it had gone"] = {step["layer"]: step["loss"] for step in steps}
+    if not columns:
         return ""
-    dropped = set(report.layers["dropped"])
+    went = {s["layer"]: f"left out ({at} of {len(steps)})" for at, s in enumerate(steps, 1)}
+    dropped = {at: went.get(at, "left out") for at in report.layers["dropped"]}
     rows = [
         [
             str(at),
-            *(number(v[at]) if at < len(v) else NONE for v in measured.values()),
-            "left out" if at in dropped else "kept",
+            *(number(found[at]) if at in found else NONE for found in columns.values()),
+            dropped.get(at, "kept"),
         ]
         for at in range(report.layers["before"])
     ]
@@ -222,7 +225,7 @@ def _layers(report: Report) -> str:
         "Layers",
         "Of the source. What was measured is of each layer, or of a span that begins with it where "
         "layers go in one piece; low goes first.",
-        ["layer", *measured, "what became of it"],
+        ["layer", *columns, "what became of it"],
         rows,
         text=("what became of it",),
     )

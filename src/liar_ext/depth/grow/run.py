@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.sources import read
@@ -109,7 +112,7 @@ def grow(
     learned = {} if training is None or corpus is None else training.identity(corpus)
     state = TrainingState(
         state_folder(out),
-        {"source": plan.reader.sizes(), "growth": growth.to_json(), **learned},
+        {"source": plan.identity(device), "growth": growth.to_json(), **learned},
     )
     _check_state(state, out, training, overwrite=overwrite, resume=resume)
     with _keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
@@ -172,6 +175,16 @@ class _Plan:
     specs: list[TensorSpec]
     before: tuple[int, int]
     warnings: list[str]
+
+    def identity(self, device: torch.device) -> dict[str, Any]:
+        """What new layers, and a training of them, depend on beside what is asked for."""
+        here = environment(device)
+        return {
+            "config": hashlib.sha256(json.dumps(self.config).encode()).hexdigest(),
+            "files": self.reader.sizes(),
+            "versions": {name: here[name] for name in ("liar_ext", "torch", "transformers")},
+            "device": device.type,
+        }
 
     def sizes(self) -> dict[str, Any]:
         """Layers and totals, for the report."""
