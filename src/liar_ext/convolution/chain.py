@@ -36,7 +36,6 @@ class Node:
         padding: zeros on each side; same: see `algebra.Conv`.
         activation: name of what stands behind it, None for nothing. Of the last one of a residual
             block: behind the sum.
-        alone: it cannot be merged with anything (groups, dilation).
     """
 
     path: str
@@ -48,12 +47,11 @@ class Node:
     same: int
     depthwise: bool
     activation: str | None
-    alone: bool = False
 
     @property
     def irreducible(self) -> bool:
         """Whether it must stay: the identity has its input's shape."""
-        return self.inputs != self.outputs or self.stride > 1 or self.alone
+        return self.inputs != self.outputs or self.stride > 1
 
 
 @dataclass(frozen=True)
@@ -166,9 +164,7 @@ class Chain:
             around = start <= block.start and block.end <= end
             if not (apart or within or around):
                 return False
-        if end - start == 1:
-            return True
-        return not any(self.node(index).alone for index in range(start + 1, end + 1))
+        return True
 
     def check(self, plan: Sequence[Segment]) -> None:
         """Raise InputError unless these are segments of this chain, one behind the other."""

@@ -28,7 +28,7 @@ from liar_ext.convolution.algebra import Conv, padded
 from liar_ext.errors import InputError
 
 # λ relative to the mean variance of a patch's entries
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 # every fourth batch chooses λ
 HELD_OUT = 4
 

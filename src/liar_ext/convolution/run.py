@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from liar_ext.bench.measure import spread
 from liar_ext.checkpoint.load import load, resolve
-from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
+from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.convolution.chain import Segment, chain_of, check_family
 from liar_ext.convolution.images import Images, read_images
@@ -89,6 +89,7 @@ def fuse(
     images = read_images(settings.images, folder, config)
     calibration, held_out = images.split(settings.held_out, settings.seed)
     model = load(folder, dtype=torch.float32, device=device)
+    warnings = left_over_warnings(reader.bind(model), model)
     path = Path(tables) if tables is not None else beside(out)
     identity = {
         "source": reader.sizes(),
@@ -134,7 +135,7 @@ def fuse(
                 "bytes_before": reader.bytes(),
                 "bytes_after": sum(t.numel() * t.element_size() for t in tensors.values()),
             },
-            "warnings": found.warnings,
+            "warnings": [*warnings, *found.warnings],
             "seconds": time.perf_counter() - started,
             "config": data,
             "environment": environment(device),

@@ -43,7 +43,7 @@ class FuseSettings:
     importance: str = "loss"
     largest_kernel: int = 7
     held_out: float = 0.25
-    patches: int = 262_144
+    patches: int = 65_536
     table_steps: int = 0
     finetune_steps: int = 0
     learning_rate: float = 1e-3
