@@ -141,8 +141,9 @@ def test_a_repaired_network_is_nearer_to_the_dense_one(make, name):
     if name == "resnet":
         plan = [segments[0, 2, 3], segments[2, 4, 5], *dense.chain.dense[4:7], segments[7, 8, 3]]
     else:
-        plan = [segments[0, 3, 3], *dense.chain.dense[3:6], segments[6, 9, 3]]
-        plan += dense.chain.dense[9:]
+        # late: what 50 random convolutions make of an early change has nothing to do with it
+        plan = [*dense.chain.dense[:45], segments[45, 48, 1], *dense.chain.dense[48:]]
+    changed = [s for s in plan if s not in dense.chain.dense]
     dense.chain.check(plan)
     pixels = pictures(32)[0].flip(3)
     with torch.no_grad():
@@ -154,10 +155,10 @@ def test_a_repaired_network_is_nearer_to_the_dense_one(make, name):
 
     model = dense.replaced(plan)
     before = error(model)
-    for segment in plan:
+    for segment in plan[plan.index(changed[0]) :]:
         facts = dense.repair(model, plan, segment)
-        if segment in plan[:1] and facts is not None:
-            assert facts["error"] < facts["error_before"]
+        if segment in changed:
+            assert facts["error"] < 0.5 * facts["error_before"]
     assert error(model) < 0.7 * before
 
 

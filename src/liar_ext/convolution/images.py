@@ -94,10 +94,10 @@ def read_images(source: str | Path, folder: Path, config: PretrainedConfig) -> I
 
 def _check(found: Images, source: str | Path, config: PretrainedConfig) -> None:
     pixels, labels = found.pixels, found.labels
-    if pixels.dim() != 4 or labels.shape != (len(pixels),) or not len(pixels):
+    if pixels.dim() != 4 or labels.shape != (len(pixels),) or not pixels.numel():
         raise InputError(
             f"--images {source}: images are {tuple(pixels.shape)} and labels "
-            f"{tuple(labels.shape)}; give (n, channels, h, w) and (n,), n at least 1"
+            f"{tuple(labels.shape)}; give (n, channels, h, w) and (n,), each at least 1"
         )
     if pixels.shape[1] != config.num_channels:
         raise InputError(
