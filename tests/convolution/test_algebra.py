@@ -139,10 +139,11 @@ def test_tensorflow_pads_one_more_behind_where_it_has_to():
 
 
 def test_what_cannot_be_one_convolution_is_refused():
-    strided = conv(4, 4, 3, 2, same=3)
+    strided, sparse = conv(4, 4, 3, 2, same=3), conv(4, 4, 1, 2)
     for first, second in (
         (strided, conv(4, 4, 3)),
         (strided, strided),
+        (strided, sparse),
         (conv(3, 4, 3, 2), strided),
     ):
         with pytest.raises(ValueError, match="TensorFlow"):

@@ -118,8 +118,11 @@ def compose(first: Conv, second: Conv) -> Conv:
     """
     if first.outputs != second.inputs:
         raise ValueError(f"{first.outputs} outputs do not go into {second.inputs} inputs")
-    if first.same and (second.kernel > 1 or second.same):
-        raise ValueError("behind a strided convolution that TensorFlow pads, only 1x1 ones follow")
+    if first.same and (second.kernel > 1 or second.stride > 1):
+        raise ValueError(
+            "behind a strided convolution that TensorFlow pads, only 1x1 ones without a stride are "
+            "merged"
+        )
     if second.same and first.stride > 1:
         raise ValueError("TensorFlow's padding of the second would depend on the first's output")
     depthwise = first.depthwise and second.depthwise

@@ -36,8 +36,6 @@ class Work:
     def name(self) -> str:
         """The same for the same work, in this run and in another one."""
         parts = {} if self.shape is None else asdict(self.shape)
-        # what is not computed differently
-        parts.pop("empty", None)
         told = ",".join(f"{key}={value}" for key, value in parts.items())
         return f"{'sum' if self.sum else 'conv'} {'x'.join(map(str, self.size))} {told}".strip()
 

@@ -91,8 +91,11 @@ def fuse(
     model = load(folder, dtype=torch.float32, device=device)
     warnings = left_over_warnings(reader.bind(model), model)
     path = Path(tables) if tables is not None else beside(out)
+    reader.start_hashing()
+    sums = reader.hashes()
     identity = {
-        "source": reader.sizes(),
+        "source": sums,
+        "config": reader.config,
         "images": images.sha256,
         **settings.table_identity(),
         "device": environment(device)["device"],
@@ -121,6 +124,7 @@ def fuse(
             "source": str(source),
             "date": datetime.date.today().isoformat(),
             "settings": settings.to_json(),
+            "source_files": sums,
             "images": {
                 "source": settings.images,
                 "sha256": images.sha256,
