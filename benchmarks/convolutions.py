@@ -1,6 +1,7 @@
 """Convolutions of small networks merged: accuracy, with and without a repair, and time.
 
     python benchmarks/convolutions.py --json FILE [--network resnet|mobilenet_v2]
+    python benchmarks/convolutions.py --json FILE --table        # of what is in it
 
 Networks are trained here on scikit-learn's handwritten digits (1,797 images of 8x8, enlarged to
 32x32), then shrunk with `liar fuse` to some shares of their time. A quarter of the images has no
@@ -190,12 +191,47 @@ def measured(name: str, folder: Path, rows: list[dict[str, Any]]) -> dict[str, A
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The rows as the documents have them."""
+    lines = [
+        "| network | asked | predicted | measured | convolutions | importance | repair "
+        "| held out: merged | repaired | test | after 100 steps |",
+        "|---|---:|---:|---:|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        if "refused" in row:
+            lines.append(f"| {row['network']} | {row['time']} | {row['refused']} |")
+            continue
+        held_out, tested = row["held_out"], f"{row['test']['accuracy']:.2%}"
+        repaired = held_out["repaired"]
+        trained = "finetune_steps" in row
+        cells = (
+            row["network"],
+            row["time"],
+            f"{row['predicted']:.3f}",
+            f"{row['measured']:.3f}",
+            f"{row['convolutions_before']} -> {row['convolutions_after']}",
+            row.get("importance", "loss"),
+            row["repair"],
+            f"{held_out['merged']['accuracy']:.2%}",
+            "" if repaired is None else f"{repaired['accuracy']:.2%}",
+            "" if trained else tested,
+            tested if trained else "",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--network", choices=list(TIMES), help="only this one")
     parser.add_argument("--note", help="what else ran")
+    parser.add_argument("--table", action="store_true", help="print what FILE has, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.json.read_text())))
+        return
     chosen = [arguments.network] if arguments.network else list(TIMES)
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {

@@ -18,9 +18,12 @@ import liar_ext
 from liar_ext import InputError
 from liar_ext.cli import main
 from liar_ext.convolution import FuseSettings, fuse, tables
+from liar_ext.convolution.chain import Chain
 from liar_ext.convolution.images import Images, read_images
 from liar_ext.convolution.journal import TableFile
-from liar_ext.convolution.measure import Quality
+from liar_ext.convolution.measure import Quality, quality
+from liar_ext.convolution.network import describe
+from liar_ext.convolution.plan import best_plans
 from liar_ext.convolution.run import beside
 from liar_ext.convolution.tables import worth
 from liar_ext.errors import Interrupted
@@ -83,7 +86,7 @@ def test_the_result_loads_and_computes_the_same_everywhere(inputs, monkeypatch):
     assert torch.equal(logits(again), logits(model))
     # what was measured is what was written
     held_out = read_images(inputs[1], inputs[0], model.config).split(0.25, 0)[1]
-    found = liar_ext.convolution.measure.quality(model, held_out, 16)
+    found = quality(model, held_out, 16)
     assert found.accuracy == report["quality"]["final"]["accuracy"]
     assert found.loss == pytest.approx(report["quality"]["final"]["loss"], rel=1e-5)
     stored = json.loads((out / "liar_report.json").read_text())
@@ -114,8 +117,6 @@ def test_a_mobilenet_goes_the_same_way(tmp_path, monkeypatch):
     fast_convolutions(monkeypatch)
     mobilenet().save_pretrained(tmp_path / "dense")
     images = write_pictures(tmp_path / "images.npz", 24)
-    from liar_ext.convolution.chain import Chain
-
     every = Chain.segments
 
     def some(self, norms, largest):
@@ -126,7 +127,7 @@ def test_a_mobilenet_goes_the_same_way(tmp_path, monkeypatch):
     settings = FuseSettings(images=str(images), **{**ANY, "time": 0.999})
     monkeypatch.setattr(
         "liar_ext.convolution.run._plans",
-        lambda options, length, whole, rest, settings: liar_ext.convolution.plan.best_plans(
+        lambda options, length, whole, rest, settings: best_plans(
             [o for o in options if o.end - o.start != 1 or not 6 <= o.start < 12], length, 1e3
         ),
     )
@@ -316,8 +317,6 @@ def test_other_input_that_cannot_be_used_is_one_line(inputs, tmp_path, capsys):
         assert error[-1].startswith("error: ")
     shutil.copytree(dense, tmp_path / "fused")
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
-    from liar_ext.convolution.network import describe
-
     (tmp_path / "fused" / "config.json").write_text(json.dumps(describe(config, [])))
     assert main(["fuse", str(tmp_path / "fused"), *given]) == 2
     assert "was written by `liar fuse`" in capsys.readouterr().err
