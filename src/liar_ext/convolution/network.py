@@ -287,6 +287,18 @@ def get_weights(merged: Merged) -> Conv:
     )
 
 
+def counted(model: PreTrainedModel) -> tuple[int, int]:
+    """Convolutions and activations in the place of a chain: shortcuts are not counted, and an
+    activation that has become nothing is none."""
+    parts = [m for m in model.modules() if isinstance(m, Merged | Residual)]
+    convolutions = [m.convolution for m in parts if isinstance(m, Merged)]
+    shortcuts = [m for m in parts if isinstance(m, Residual) and isinstance(m.shortcut, Merged)]
+    return (
+        sum(not isinstance(c, nn.Identity) for c in convolutions) - len(shortcuts),
+        sum(not isinstance(m.activation, nn.Identity) for m in parts),
+    )
+
+
 def describe(dense: dict[str, Any], plan: Sequence[Segment]) -> dict[str, Any]:
     """The `config.json` of a model with a plan.
 

@@ -26,7 +26,7 @@ from liar_ext.convolution.images import Images, read_images
 from liar_ext.convolution.journal import TableFile
 from liar_ext.convolution.latency import measure_networks
 from liar_ext.convolution.measure import Dense, Quality, quality
-from liar_ext.convolution.network import PLAN, describe, fused, shape_of, weights_of
+from liar_ext.convolution.network import PLAN, counted, describe, fused, weights_of
 from liar_ext.convolution.plan import Plan, best_plans, fastest
 from liar_ext.convolution.report import card
 from liar_ext.convolution.settings import FuseSettings
@@ -48,6 +48,8 @@ from liar_ext.report.schema import CONVOLUTIONS, FILE
 VERSION = 1
 # calibration batches at least: every fourth chooses the ridge
 BATCHES = 8
+COUNTS_BEFORE = ("convolutions_before", "activations_before")
+COUNTS_AFTER = ("convolutions_after", "activations_after")
 
 
 def fuse(
@@ -248,10 +250,8 @@ def _chosen(
         final = quality(best.model, held_out, settings.batch_size)
     facts = {
         "network": {
-            "convolutions_before": chain.length,
-            "convolutions_after": sum(not shape_of(chain, s).empty for s in best.segments),
-            "activations_before": sum(n.activation is not None for n in chain.nodes),
-            "activations_after": sum(chain.activation(s.end) is not None for s in best.segments),
+            **dict(zip(COUNTS_BEFORE, counted(dense.model), strict=True)),
+            **dict(zip(COUNTS_AFTER, counted(best.model), strict=True)),
         },
         "plan": [
             {**segment.to_json(), "importance": o.importance, "ms": o.seconds * 1e3, "repair": r}
