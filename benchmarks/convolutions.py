@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,10 @@ def cells(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def measured(name: str, folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def measured(
+    name: str, folder: Path, rows: list[dict[str, Any]], save: Callable[[], None]
+) -> dict[str, Any]:
+    """Rows are saved as they come; what the dense network has is returned."""
     train_images, test = digits()
     model = network(name)
     started = time.perf_counter()
@@ -178,6 +182,7 @@ def measured(name: str, folder: Path, rows: list[dict[str, Any]]) -> dict[str, A
         )
         shown = ("time", "repair", "measured", "predicted", "convolutions_after", "seconds")
         print({key: rows[-1][key] for key in shown}, tested, flush=True)
+        save()
     return {
         "test": dense.to_json(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -241,11 +246,15 @@ def main() -> None:
         "dense": {},
         "rows": rows,
     }
+
+    def save() -> None:
+        result["after"] = machine_state()
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            result["dense"][name] = measured(name, Path(folder), rows)
-    result["after"] = machine_state()
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            result["dense"][name] = measured(name, Path(folder), rows, save)
+    save()
 
 
 if __name__ == "__main__":
