@@ -17,6 +17,7 @@ from liar_ext.cli import (
     demo,
     env,
     evaluate,
+    fuse,
     grow,
     layers,
     merge,
@@ -28,7 +29,7 @@ from liar_ext.cli import (
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
 COMMANDS = (
-    *(prune, merge, grow, batch, compare, evaluate, plan, layers),
+    *(prune, merge, grow, fuse, batch, compare, evaluate, plan, layers),
     *(trace, bench, demo, report, env),
 )
 USAGE, FAILURE = 2, 1

@@ -241,6 +241,10 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     if not isinstance(layout, dict) or layout.get("version") != VERSION:
         version = layout.get("version") if isinstance(layout, dict) else layout
         raise InputError(f"config.json: {KEY} version {version!r}; this release reads {VERSION}")
+    if "convolutions" in layout:
+        from liar_ext.convolution import network
+
+        return network.build(data)
     if not all(isinstance(layout.get(k), list) for k in ("layers", "added_biases")):
         raise InputError(f"config.json: {KEY} has no lists of layers and added_biases")
     config = config_object(base_data(data))

@@ -13,6 +13,8 @@ from liar_ext.errors import InputError
 FILE = "liar_report.json"
 # of a folder in which only layers were left out, merged or inserted: `kind` in its report
 LAYERS = "layers"
+# of a convolutional network with fewer convolutions
+CONVOLUTIONS = "convolutions"
 VERSION = 1
 
 
@@ -114,6 +116,11 @@ class Report:
             raise InputError(
                 f"{origin}: of whole layers that were left out, merged or inserted; README.md "
                 "beside it says what there is to say"
+            )
+        if data.get("kind") == CONVOLUTIONS:
+            raise InputError(
+                f"{origin}: of a convolutional network with fewer convolutions; README.md beside "
+                "it says what there is to say"
             )
         try:
             sites = [SiteReport(**site) for site in data["sites"]]
