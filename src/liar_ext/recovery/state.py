@@ -84,6 +84,11 @@ class TrainingState:
         states = self._states()
         return int(states[-1].name.removeprefix(PREFIX)) if states else 0
 
+    def left(self) -> str:
+        """What an earlier run has left here, in words; empty if there is nothing."""
+        steps = self.steps()
+        return f"{steps} steps" if steps else ""
+
     def remove(self) -> None:
         """Forget all states."""
         shutil.rmtree(self.folder, ignore_errors=True)
