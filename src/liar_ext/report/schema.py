@@ -13,6 +13,8 @@ from liar_ext.errors import InputError
 FILE = "liar_report.json"
 # of a folder in which only layers were left out, merged or inserted: `kind` in its report
 LAYERS = "layers"
+# of one that was trained a little
+RECOVERED = "recovered"
 VERSION = 1
 
 
@@ -115,6 +117,11 @@ class Report:
                 f"{origin}: of whole layers that were left out, merged or inserted; README.md "
                 "beside it says what there is to say"
             )
+        if data.get("kind") == RECOVERED:
+            raise InputError(
+                f"{origin}: of a model that `liar recover` has trained; README.md beside it says "
+                "what there is to say"
+            )
         try:
             sites = [SiteReport(**site) for site in data["sites"]]
             return cls(**{**data, "sites": sites})
@@ -141,11 +148,11 @@ def read_data(folder: str | Path) -> Any:
 
 
 def calibration_of(folder: str | Path) -> dict[str, Any] | None:
-    """What a folder's model was calibrated on, or its new layers trained; None of a dense one, or
+    """What a folder's model was calibrated on, or trained on after that; None of a dense one, or
     where layers were left out of or inserted into one without a text."""
     if not (Path(folder) / FILE).exists():
         return None
     data = read_data(folder)
-    if isinstance(data, dict) and data.get("kind") == LAYERS:
+    if isinstance(data, dict) and data.get("kind") in (LAYERS, RECOVERED):
         return data.get("calibration")
     return Report.read(folder).calibration or None
