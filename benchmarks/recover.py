@@ -33,7 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "lora residual": {"method": "lora", "ranks": "residual"},
     "lora performance": {"method": "lora", "ranks": "performance"},
 }
-RATES = {"partial": (2e-4, 5e-4, 1e-3), "lora": (5e-4, 2e-3, 5e-3)}
+RATES = {"partial": (1e-4, 2e-4, 5e-4, 1e-3), "lora": (5e-4, 2e-3, 5e-3)}
 STEPS, RATE_STEPS, WINDOWS = 100, 30, 4
 SEARCH = {"initial": 5, "rounds": 4, "steps": 20}
 SEEDS = (0, 1)
@@ -158,7 +158,7 @@ def report() -> None:
         f"{rates['partial']:g} (partial), {rates['lora']:g} (lora). Seeds "
         f"{', '.join(map(str, seeds))}; a perplexity has a standard error of about "
         f"{data['dense']['standard_error']:.1f} (of the text, the same for all). {env['device']}, "
-        f"{data['threads']} thread(s), torch {env['torch']}, transformers {env['transformers']}, on "
+        f"{data['threads']} thread, torch {env['torch']}, transformers {env['transformers']}, on "
         "a machine that others used as well: compare seconds with one another only. Made by "
         "`python benchmarks/recover.py demo`; JSON in `benchmarks/results/recover-demo.json`.",
     ]

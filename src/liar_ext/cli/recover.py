@@ -176,7 +176,8 @@ def recovery_of(arguments: argparse.Namespace) -> Any:
 def _given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
     """Options that were given, with their values."""
     found = {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in found.items() if value not in (None, False)}
+    # not `in`: 0 is a value, and equals False
+    return {n: value for n, value in found.items() if value is not None and value is not False}
 
 
 def _flag(given: dict[str, Any]) -> str:

@@ -115,10 +115,9 @@ def low_rank(subject: Subject, adapter: Path | None) -> Outcome:
     targets = targets_of(model)
     stored = _stored(subject)
     ranks, facts = _ranks(subject, targets)
-    chosen = replace(subject.state, identity={**subject.state.identity, "ranks": list(ranks)})
     seed = recovery.schedule.seed
     with adapted(model, targets, ranks, seed) as (wrapped, names):
-        found = _train(replace(subject, state=chosen), names, next_token_loss(model))
+        found = _train(subject, names, next_token_loss(model))
         added = changes(model)
         if adapter is not None:
             wrapped.save_pretrained(adapter, save_embedding_layers=False)

@@ -245,7 +245,14 @@ class _Run:
             return
         step, tensors, numbers = kept
         for name, parameter in self._chosen.items():
-            parameter.data.copy_(tensors[f"parameter/{name}"])
+            before = tensors.get(f"parameter/{name}")
+            if before is None or before.shape != parameter.shape:
+                # ranks of adapters are found again each time
+                raise InputError(
+                    f"--resume: {name} has another shape than the state of {step} steps; start "
+                    "again with --overwrite instead"
+                )
+            parameter.data.copy_(before)
             own = self._optimiser.state[parameter]
             for key, value in tensors.items():
                 kind, _, rest = key.partition("/")
