@@ -63,8 +63,8 @@ def test_a_projection_behind_the_last_layer():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_with_and_without_the_file(tmp_path, name):
-    """Whatever the windows of a forward are, over three epochs; and almost those of training whole
-    models, which differ by the rounding of larger forwards."""
+    """Whatever the windows of a forward are, over three epochs; and the losses of training whole
+    models, but for the rounding of larger forwards."""
     found = []
     for kind in ("whole", "each time", "kept"):
         model = build(name)
@@ -87,12 +87,13 @@ def test_the_same_bits_with_and_without_the_file(tmp_path, name):
         if kind == "each time":
             assert entering.runs == 5 * 6 + 4 * 6
             assert entering.bytes == 0
-    (whole, one), (each, other), (kept, third) = found
+    (_, one), (each, other), (kept, third) = found
     for key, value in each.items():
         assert torch.equal(kept[key], value), key
-        torch.testing.assert_close(value, whole[key], rtol=0, atol=2e-3)
     assert (other.log, other.held_out) == (third.log, third.held_out)
-    assert other.log[-1]["loss"] == pytest.approx(one.log[-1]["loss"], rel=1e-4)
+    for kind in ("log", "held_out"):
+        mine, theirs = ([entry["loss"] for entry in getattr(t, kind)] for t in (other, one))
+        assert mine == pytest.approx(theirs, rel=1e-4)
 
 
 def test_nothing_below_is_run_with_autograd_or_left_changed():
