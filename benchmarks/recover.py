@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(name, data["rates"][name], flush=True)
                 keep()
     for seed in SEEDS[: arguments.seeds]:
-        for case in PRUNED:
+        for case in arguments.case or PRUNED:
             for name, own in CELLS.items():
                 key = f"{case}/{name}/{seed}"
                 if key in data["rows"]:
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("name", choices=("demo",))
     parser.add_argument("--work", type=Path, help="default build/recover")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of them")
+    parser.add_argument("--case", nargs="+", choices=tuple(PRUNED), help="only these")
     parser.add_argument("--report", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     if not arguments.report:

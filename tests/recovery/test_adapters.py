@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import json
 
 import peft
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import liar_ext
 from liar_ext import InputError
 from liar_ext.cli import main
-from liar_ext.recovery import next_token_loss, train
+from liar_ext.recovery import TrainingState, next_token_loss, train
 from liar_ext.recovery.adapters import (
     adapted,
     changes,
@@ -124,6 +125,38 @@ def test_the_start_depends_on_the_seed_alone():
         assert {p.dtype for p in found[-1]} == {torch.float32}
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+
+
+def test_adapters_of_a_model_of_sixteen_bits_have_32():
+    """Its forwards are under autocast, its own weights stay as they are."""
+    model = build("llama").to(torch.bfloat16)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    kinds = set()
+    with adapted(model, targets_of(model), [2] * 6, 0) as (_, names):
+        module = model.model.layers[0].mlp.up_proj
+        module.register_forward_hook(lambda *_: kinds.add(torch.is_autocast_enabled("cpu")))
+        told = train(model, names, windows(), next_token_loss(model), schedule(steps=8))
+        assert {model.get_parameter(name).dtype for name in names} == {torch.float32}
+        assert {change.dtype for change in changes(model).values()} == {torch.float32}
+    assert kinds == {True}
+    assert told.log[-1]["loss"] < told.log[0]["loss"]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_state_of_other_ranks_is_not_gone_on_from(tmp_path):
+    state = TrainingState(tmp_path / "state", {})
+    model, plan = build("llama"), schedule(steps=4, save_every=2)
+    for ranks, words in (([2] * 6, None), ([2, 3, 1, 2, 2, 2], "has another shape than the state")):
+        with adapted(model, targets_of(model), ranks, 0) as (_, names):
+            go = functools.partial(
+                train, model, names, windows(), next_token_loss(model), plan, state=state
+            )
+            if words is None:
+                go()
+                assert state.steps() == 2
+            else:
+                with pytest.raises(InputError, match=words):
+                    go()
 
 
 @pytest.fixture

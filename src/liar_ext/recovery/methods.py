@@ -43,13 +43,12 @@ class Subject:
     """What is trained, and where its training is kept.
 
     Attributes:
-        folder: the source; model: of it, on the device, in eval mode; out: the folder to be.
+        folder: the source; model: of it, on the device, in eval mode.
         state: of the training; its folder has all else that is to be gone on from.
     """
 
     folder: Path
     model: PreTrainedModel
-    out: Path
     recovery: Recovery
     drawn: Drawn
     state: TrainingState

@@ -94,7 +94,7 @@ def recover(
     check_state(state, out, True, overwrite=overwrite, resume=resume)
     model = load(folder, dtype=compute_dtype("auto", device), device=device)
     drawn = _drawn(folder, model, text, recovery)
-    subject = Subject(folder, model, out, recovery, drawn, state, progress)
+    subject = Subject(folder, model, recovery, drawn, state, progress)
     with (
         keeping(state),
         output_folder(out, folder, overwrite=overwrite) as made,
