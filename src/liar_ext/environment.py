@@ -15,6 +15,7 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
     "accelerate",
+    "peft",
     "triton",
     "datasets",
     "numpy",

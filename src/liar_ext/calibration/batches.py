@@ -36,10 +36,13 @@ class Batch:
     Attributes:
         input_ids: (b, t) int64.
         attention_mask: (b, t) bool, True for valid tokens.
+        answers: (b, t) bool, True for tokens whose prediction counts in a loss; None where that of
+            every token does.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    answers: Tensor | None = None
 
     def __post_init__(self) -> None:
         ids, mask = self.input_ids, self.attention_mask
@@ -51,6 +54,18 @@ class Batch:
             raise InputError(
                 f"attention_mask is {tuple(mask.shape)} {mask.dtype}; give bool {tuple(ids.shape)}"
             )
+
+    def rows(self, rows: Sequence[int] | Tensor) -> Batch:
+        """Some of its sequences, without the columns on the right that are padding for all of
+        them."""
+        mask = self.attention_mask[rows]
+        valid = mask.any(0).nonzero()
+        length = int(valid.max()) + 1 if len(valid) else mask.shape[1]
+        return Batch(
+            self.input_ids[rows][:, :length],
+            mask[:, :length],
+            None if self.answers is None else self.answers[rows][:, :length],
+        )
 
     @property
     def tokens(self) -> int:

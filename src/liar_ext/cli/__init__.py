@@ -23,13 +23,14 @@ from liar_ext.cli import (
     merge,
     plan,
     prune,
+    recover,
     report,
     trace,
 )
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
 COMMANDS = (
-    *(prune, merge, grow, fuse, batch, compare, evaluate, plan, layers),
+    *(prune, merge, grow, recover, fuse, batch, compare, evaluate, plan, layers),
     *(trace, bench, demo, report, env),
 )
 USAGE, FAILURE = 2, 1

@@ -58,8 +58,11 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def next_tokens(batch: Batch) -> Tensor:
-    """The token that follows each, (b, t) int64; none after the last and beside padding."""
+    """The token that follows each, (b, t) int64; none after the last, beside padding, and where the
+    batch says that it does not count."""
     targets = torch.full_like(batch.input_ids, NO_TARGET)
     valid = batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]
+    if batch.answers is not None:
+        valid = valid & batch.answers[:, 1:]
     targets[:, :-1] = torch.where(valid, batch.input_ids[:, 1:], NO_TARGET)
     return targets

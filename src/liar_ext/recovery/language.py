@@ -62,15 +62,22 @@ def windows_of(
             f"{corpus.name}: one window of {seq_len} tokens, and some are held out; give a longer "
             "text or shorter windows (--seq-len)"
         )
-    apart = held_out
-    if held_out and len(ids) < wanted + held_out:
-        apart = min(held_out, max(len(ids) // 10, 1))
-    # spread over the order, which for windows with padding is by length
-    chosen = torch.zeros(len(ids), dtype=torch.bool)
-    if apart:
-        chosen[torch.linspace(0, len(ids) - 1, apart).round().long()] = True
-    kept_apart = Batch(ids[chosen], mask[chosen]) if apart else None
+    chosen = held_apart(len(ids), wanted, held_out)
+    kept_apart = Batch(ids[chosen], mask[chosen]) if held_out else None
     return Batch(ids[~chosen], mask[~chosen]), kept_apart, found
+
+
+def held_apart(available: int, wanted: int, held_out: int) -> Tensor:
+    """Which windows are held out, (available,) bool: a tenth at most where there are not enough.
+
+    Spread over the order, which for windows with padding is by length.
+    """
+    chosen = torch.zeros(available, dtype=torch.bool)
+    if held_out and available < wanted + held_out:
+        held_out = min(held_out, max(available // 10, 1))
+    if held_out:
+        chosen[torch.linspace(0, available - 1, held_out).round().long()] = True
+    return chosen
 
 
 def next_token_loss(model: PreTrainedModel) -> Callable[[Batch], Loss]:

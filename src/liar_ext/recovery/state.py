@@ -16,10 +16,12 @@ from torch import Tensor
 
 from liar_ext.checkpoint.journal import check_identity, sync_path, sync_tree
 from liar_ext.errors import InputError
+from liar_ext.recovery.rank_search import trials_in
 
 VERSION = 1
 PREFIX = "step-"
 TENSORS, NUMBERS = "state.safetensors", "state.json"
+TRIALS = "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,19 @@ class TrainingState:
         """Updates of the last state; 0 if there is none."""
         states = self._states()
         return int(states[-1].name.removeprefix(PREFIX)) if states else 0
+
+    def left(self) -> str:
+        """What an earlier run has left here, in words; empty if there is nothing."""
+        if steps := self.steps():
+            return f"{steps} steps"
+        if self.trials.exists():
+            return f"{trials_in(self.trials)} trials"
+        return ""
+
+    @property
+    def trials(self) -> Path:
+        """Where a search for ranks keeps what it has tried."""
+        return self.folder / TRIALS
 
     def remove(self) -> None:
         """Forget all states."""

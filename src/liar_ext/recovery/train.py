@@ -157,7 +157,7 @@ class _Run:
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._optimiser.zero_grad()
         for rows in forwards[accelerator.process_index :: accelerator.num_processes]:
-            batch = Batch(windows.input_ids[rows], windows.attention_mask[rows])
+            batch = windows.rows(rows)
             with torch.enable_grad(), self._compute():
                 found = self._loss(batch)
             if found.count and not found.total.requires_grad:
@@ -210,11 +210,11 @@ class _Run:
         """The loss on the held-out windows; the same on every process, which is cheap enough."""
         if self._held_out is None:
             return
-        ids, mask = self._held_out.input_ids, self._held_out.attention_mask
         total = count = 0.0
-        for rows in torch.arange(len(ids)).split(self._schedule.batch_size):
+        every = torch.arange(len(self._held_out.input_ids))
+        for rows in every.split(self._schedule.batch_size):
             with self._compute():
-                found = self._loss(Batch(ids[rows], mask[rows]))
+                found = self._loss(self._held_out.rows(rows))
             total, count = total + float(found.total), count + found.count
         if not math.isfinite(total):
             raise InputError(
@@ -246,7 +246,14 @@ class _Run:
             return
         step, tensors, numbers = kept
         for name, parameter in self._chosen.items():
-            parameter.data.copy_(tensors[f"parameter/{name}"])
+            before = tensors.get(f"parameter/{name}")
+            if before is None or before.shape != parameter.shape:
+                # ranks of adapters are found again each time
+                raise InputError(
+                    f"--resume: {name} has another shape than the state of {step} steps; start "
+                    "again with --overwrite instead"
+                )
+            parameter.data.copy_(before)
             own = self._optimiser.state[parameter]
             for key, value in tensors.items():
                 kind, _, rest = key.partition("/")
@@ -285,13 +292,14 @@ def _trainable(
     """Only these parameters ask for gradients and are float32 inside; after, all is as before.
 
     Yields:
-        what a forward runs in: autocast to bfloat16 where a trained parameter has 16 bits.
+        what a forward runs in: autocast to bfloat16 where a parameter of the model has 16 bits.
     """
     asking = {parameter: parameter.requires_grad for parameter in model.parameters()}
     dtypes = {parameter: parameter.dtype for parameter in chosen.values()}
     mine = {id(parameter) for parameter in chosen.values()}
     first = next(iter(chosen.values()))
-    narrow = any(dtype in NARROW for dtype in dtypes.values())
+    # adapters are float32 beside a model that is not
+    narrow = any(parameter.dtype in NARROW for parameter in asking)
 
     def compute() -> AbstractContextManager[Any]:
         if not narrow:

@@ -11,10 +11,13 @@ from typing import Any
 from liar_ext.errors import InputError
 
 FILE = "liar_report.json"
-# of a folder in which only layers were left out, merged or inserted: `kind` in its report
-LAYERS = "layers"
-# of a convolutional network with fewer convolutions
-CONVOLUTIONS = "convolutions"
+# `kind` in the reports of folders that were not pruned, Site by Site
+LAYERS, CONVOLUTIONS, RECOVERED = "layers", "convolutions", "recovered"
+OTHERS = {
+    LAYERS: "whole layers that were left out, merged or inserted",
+    CONVOLUTIONS: "a convolutional network with fewer convolutions",
+    RECOVERED: "a model that `liar recover` has trained",
+}
 VERSION = 1
 
 
@@ -112,15 +115,9 @@ class Report:
         if not isinstance(data, dict) or data.get("version") != VERSION:
             found = data.get("version") if isinstance(data, dict) else None
             raise InputError(f"{origin}: version {found!r}; this release reads {VERSION}")
-        if data.get("kind") == LAYERS:
+        if (kind := data.get("kind")) in OTHERS:
             raise InputError(
-                f"{origin}: of whole layers that were left out, merged or inserted; README.md "
-                "beside it says what there is to say"
-            )
-        if data.get("kind") == CONVOLUTIONS:
-            raise InputError(
-                f"{origin}: of a convolutional network with fewer convolutions; README.md beside "
-                "it says what there is to say"
+                f"{origin}: of {OTHERS[kind]}; README.md beside it says what there is to say"
             )
         try:
             sites = [SiteReport(**site) for site in data["sites"]]
@@ -148,11 +145,11 @@ def read_data(folder: str | Path) -> Any:
 
 
 def calibration_of(folder: str | Path) -> dict[str, Any] | None:
-    """What a folder's model was calibrated on, or its new layers trained; None of a dense one, or
+    """What a folder's model was calibrated on, or trained on after that; None of a dense one, or
     where layers were left out of or inserted into one without a text."""
     if not (Path(folder) / FILE).exists():
         return None
     data = read_data(folder)
-    if isinstance(data, dict) and data.get("kind") == LAYERS:
+    if isinstance(data, dict) and data.get("kind") in (LAYERS, RECOVERED):
         return data.get("calibration")
     return Report.read(folder).calibration or None

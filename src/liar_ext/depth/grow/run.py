@@ -5,10 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +33,10 @@ from liar_ext.depth.surgery import check_places, layer_list
 from liar_ext.engine.inputs import resolve_device
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.environment import environment
-from liar_ext.errors import InputError, Interrupted, LiarError, UnsupportedModelError
+from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recovery.language import next_token_loss
+from liar_ext.recovery.session import check_state, keeping, state_folder, write_again
 from liar_ext.recovery.state import TrainingState
 from liar_ext.report.schema import FILE, LAYERS, calibration_of
 
@@ -114,8 +112,8 @@ def grow(
         state_folder(out),
         {"source": plan.identity(device), "growth": growth.to_json(), **learned},
     )
-    _check_state(state, out, training, overwrite=overwrite, resume=resume)
-    with _keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
+    check_state(state, out, training is not None, overwrite=overwrite, resume=resume)
+    with keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
         writer = ShardWriter(made, plan.specs)
         try:
             how = Growing(
@@ -135,7 +133,7 @@ def grow(
                 state=state,
                 progress=progress,
             )
-            _write_again(made, plan.specs, trained)
+            write_again(made, plan.specs, trained.tensors)
         report = {
             "version": VERSION,
             "kind": LAYERS,
@@ -237,12 +235,6 @@ def _planned(folder: Path, growth: Growth) -> _Plan:
     return _Plan(reader, model, config, where, silenced, specs, before, warnings)
 
 
-def state_folder(out: Path) -> Path:
-    """Where the training of the layers of `out` keeps what it can go on from."""
-    out = Path(os.path.abspath(out))
-    return out.parent / f".{out.name}.train"
-
-
 def _silenced(model: PreTrainedModel) -> frozenset[str]:
     """The modules of a layer that add to the residual stream.
 
@@ -259,59 +251,3 @@ def _silenced(model: PreTrainedModel) -> frozenset[str]:
             "and what it adds, so that it cannot be silenced; use average or copy"
         )
     return frozenset(spec.consumer for spec in adapter.sites)
-
-
-def _check_state(
-    state: TrainingState,
-    out: Path,
-    training: LayerTraining | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> None:
-    """What to do with an unfinished training that is there, or is not."""
-    steps = state.steps()
-    if resume and training is None:
-        raise InputError("--resume goes on with a training; give --train FILE as before")
-    if resume:
-        # before the layers are made again
-        state.load()
-    elif steps and not overwrite:
-        raise InputError(
-            f"--out {out}: an unfinished training is in {state.folder} ({steps} steps); --resume "
-            "goes on with it, --overwrite starts again"
-        )
-    elif steps:
-        state.remove()
-
-
-@contextmanager
-def _keeping(state: TrainingState) -> Iterator[None]:
-    """Says of what goes wrong how much of the training is kept."""
-    try:
-        yield
-    except BaseException as error:
-        if not (steps := state.steps()):
-            raise
-        kept = f"{steps} steps of training are kept, --resume goes on"
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(
-                f"interrupted; {kept}, and deleting {state.folder} gives up"
-            ) from error
-        if not isinstance(error, LiarError):
-            error.add_note(kept)
-        elif "--resume" not in str(error):
-            error.args = (f"{error}; {kept} from there",)
-        raise
-
-
-def _write_again(made: Path, specs: Sequence[TensorSpec], trained: Trained) -> None:
-    """The trained tensors to their places; the files have all others already."""
-    writer = ShardWriter(made, specs, create=False)
-    try:
-        writer.mark_written(spec.name for spec in specs)
-        for name, tensor in trained.tensors.items():
-            writer.write(name, tensor)
-        writer.finish()
-    finally:
-        writer.close()

@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from liar_ext.calibration.sources import Corpus
 from liar_ext.checkpoint.load import load
-from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.engine.inputs import compute_dtype, load_tokenizer, resolve_device
 from liar_ext.engine.progress import Progress
 from liar_ext.errors import InputError
 from liar_ext.models import text_config
 from liar_ext.recovery.language import next_token_loss, windows_of
 from liar_ext.recovery.schedule import Schedule
+from liar_ext.recovery.session import stored_tensors
 from liar_ext.recovery.state import TrainingState
 from liar_ext.recovery.train import train
 
@@ -108,17 +107,7 @@ def train_layers(
         state=state,
         progress=progress,
     )
-    known = dict(model.named_parameters())
-    stored = CheckpointReader(folder)
-    stored.bind(model)
-    tensors = {}
-    for name in parameters:
-        tensors[name] = known[name].detach().to("cpu", stored.dtype(name))
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise InputError(
-                f"{name}: trained weights do not fit {tensors[name].dtype}; lower --lr, or convert "
-                "the checkpoint to bfloat16 or float32 first"
-            )
+    tensors = stored_tensors(model, folder, parameters)
     facts = {
         **asdict(found),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),

@@ -1,0 +1,184 @@
+"""`liar recover SRC --out DIR`: a pruned checkpoint, trained a little."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from liar_ext.cli.options import refuse_torchrun
+from liar_ext.errors import InputError
+
+# option of the training -> (type, metavar, help)
+TRAINING: dict[str, tuple[Any, str, str]] = {
+    "lr": (float, "F", "learning rate at its height (default 1e-5 for partial, 1e-4 for lora)"),
+    "warmup": (int, "N", "steps until then (default 3 %% of all)"),
+    "floor": (float, "F", "at the end, as a fraction of it, by a cosine (default 0.1)"),
+    "batch_size": (int, "N", "windows in a forward (default 8)"),
+    "accumulation": (int, "N", "forwards in an update (default 1)"),
+    "weight_decay": (float, "F", "of AdamW (default 0)"),
+    "clip": (float, "F", "norm of all gradients at most (default 1)"),
+    "evaluate_every": (int, "N", "steps between two looks at held-out windows (default a tenth)"),
+    "save_every": (int, "N", "steps between two states that --resume goes on from (default 100)"),
+}
+PARTIAL: dict[str, tuple[Any, str, str]] = {
+    "last": (int, "K", "layers that are trained, counted from the end (default 3)"),
+}
+LORA: dict[str, tuple[Any, str, str]] = {
+    "ranks": (str, "NAME", "uniform; residual (by what a layer lost, no training; needs --dense); "
+        "performance (RankAdaptor: short trainings and a model of them); default uniform"),
+    "rank": (int, "R", "of every layer, alpha 2R; others spend as many parameters (default 8)"),
+    "dense": (str, "DIR", "the model before pruning, for --ranks residual"),
+}  # fmt: skip
+TRIALS: dict[str, tuple[Any, str, str]] = {
+    "initial": (int, "N", "choices that are tried first (default 8)"),
+    "rounds": (int, "N", "and after them, one in each round (default 8)"),
+    "proposals": (int, "N", "that a round picks from (default 64)"),
+    "steps": (int, "N", "updates of each trial (default 30)"),
+}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "recover",
+        help="train a pruned checkpoint a little",
+        description="Train the last layers and the head of a checkpoint (partial), or low-rank "
+        "adapters that are merged into it (lora). The result loads as the source does.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--train",
+        required=True,
+        metavar="TEXT",
+        help=".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets; a .jsonl with prompt and "
+        "response, or instruction, input and output: the answers alone are learned",
+    )
+    parser.add_argument("--steps", required=True, type=int, metavar="N", help="updates")
+    parser.add_argument(
+        "--method", default="partial", metavar="NAME", help="partial or lora (default partial)"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens in a window (default 2048 at most)"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        metavar="N",
+        help="windows to measure on, not to train on (default 32, a tenth at most)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
+    _add(parser.add_argument_group("training"), TRAINING)
+    partial = parser.add_argument_group("--method partial")
+    _add(partial, PARTIAL)
+    partial.add_argument(
+        "--untie", action="store_true", help="of tied embeddings, give the head weights of its own"
+    )
+    partial.add_argument("--no-head", action="store_true", help="leave the head as it is")
+    partial.add_argument(
+        "--cache-states",
+        action="store_true",
+        help="keep what enters the first trained layer on disk: layers below run once for a window",
+    )
+    lora = parser.add_argument_group("--method lora (needs peft)")
+    _add(lora, LORA)
+    lora.add_argument(
+        "--keep-adapter", action="store_true", help="PEFT's adapter for SRC in DIR/adapter as well"
+    )
+    _add(parser.add_argument_group("--ranks performance"), TRIALS, "trial_")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def _add(group: Any, options: dict[str, tuple[Any, str, str]], prefix: str = "") -> None:
+    for name, (kind, metavar, text) in options.items():
+        flag = f"--{prefix}{name}".replace("_", "-")
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    refuse_torchrun("liar recover is one process; run it without torchrun")
+    from liar_ext.cli.output import Watcher
+    from liar_ext.recovery.run import recover
+    from liar_ext.report.text import count
+
+    recovery = recovery_of(arguments)
+    with Watcher() as watcher:
+        report = recover(
+            arguments.source,
+            arguments.out,
+            recovery,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            progress=watcher,
+        )
+    for text in report["warnings"]:
+        print(f"warning: {text}", file=sys.stderr)
+    if not arguments.json:
+        training = report["training"]
+        told = f"trained {count(training['parameters'])} parameters for {training['steps']} steps"
+        if looks := training["held_out"]:
+            told += f": held-out loss {looks[0]['loss']:.4f} -> {looks[-1]['loss']:.4f}"
+        print(f"{told}, {report['seconds']:.1f} s")
+        if "ranks" in training:
+            print(f"ranks: {', '.join(map(str, training['ranks']))}")
+        print(f"written: {arguments.out}")
+    return {"out": arguments.out, **report}
+
+
+def recovery_of(arguments: argparse.Namespace) -> Any:
+    """The Recovery that the options describe.
+
+    Raises:
+        InputError: an option that means nothing, or is of another method.
+    """
+    from liar_ext.recipe import CHOICES
+    from liar_ext.recovery.rank_search import RankSearch
+    from liar_ext.recovery.schedule import Schedule
+    from liar_ext.recovery.settings import METHODS, RATES, Recovery
+
+    method, seed = arguments.method, arguments.seed
+    if arguments.device not in CHOICES["device"]:
+        raise InputError(f"--device {arguments.device}: choose from {', '.join(CHOICES['device'])}")
+    if method not in METHODS:
+        raise InputError(f"--method {method}: choose from {', '.join(METHODS)}")
+    of_partial = _given(arguments, [*PARTIAL, "untie", "no_head", "cache_states"])
+    of_lora = _given(arguments, [*LORA, "keep_adapter"])
+    of_trials = _given(arguments, [f"trial_{name}" for name in TRIALS])
+    for owner, given in (("partial", of_partial), ("lora", of_lora | of_trials)):
+        if given and owner != method:
+            raise InputError(f"{_flag(given)}: is of --method {owner}, not of {method}")
+    for name, owner in (("dense", "residual"), *((name, "performance") for name in of_trials)):
+        if name in of_lora | of_trials and of_lora.get("ranks") != owner:
+            raise InputError(f"{_flag({name: None})}: is of --ranks {owner}")
+    schedule = _given(arguments, TRAINING)
+    schedule["learning_rate"] = schedule.pop("lr", RATES[method])
+    if of_partial.pop("no_head", False):
+        of_partial["head"] = False
+    trials = {name.removeprefix("trial_"): value for name, value in of_trials.items()}
+    return Recovery(
+        arguments.train,
+        Schedule(arguments.steps, **schedule, seed=seed),
+        method=method,
+        device=arguments.device,
+        search=RankSearch(**trials),
+        **_given(arguments, ("seq_len", "held_out")),
+        **of_partial,
+        **of_lora,
+    )
+
+
+def _given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
+    """Options that were given, with their values."""
+    found = {name: getattr(arguments, name) for name in names}
+    # not `in`: 0 is a value, and equals False
+    return {n: value for n, value in found.items() if value is not None and value is not False}
+
+
+def _flag(given: dict[str, Any]) -> str:
+    return f"--{next(iter(given)).replace('_', '-')}"
