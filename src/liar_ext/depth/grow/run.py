@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,23 +19,20 @@ from liar_ext.depth.grow.mlp import HYPER_PARAMETERS, MlpOptions
 from liar_ext.depth.grow.placement import check_gaps, check_neighbours, places
 from liar_ext.depth.grow.predictors import PREDICTORS
 from liar_ext.depth.grow.report import card
-from liar_ext.depth.grow.training import (
-    LayerTraining,
-    Trained,
-    train_layers,
-)
+from liar_ext.depth.grow.training import train_layers
 from liar_ext.depth.grow.write import Growing, Places, check_learnable, write_layers
+from liar_ext.depth.report import layer_report
+from liar_ext.depth.shorten import specs_of
 from liar_ext.depth.surgery import check_places, layer_list
 from liar_ext.engine.inputs import resolve_device
 from liar_ext.engine.progress import Progress, Silent
-from liar_ext.environment import environment
-from liar_ext.errors import InputError, Interrupted, LiarError, UnsupportedModelError
+from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.recovery.keeping import check_unfinished, keeping, ready, state_folder
 from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.state import TrainingState
-from liar_ext.report.schema import FILE, LAYERS, calibration_of
-
-VERSION = 1
+from liar_ext.recovery.text import TextTraining, Trained, write_again
+from liar_ext.report.schema import FILE, calibration_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Growth:
     predictor: str = "mlp"
     options: MlpOptions = field(default_factory=lambda: HYPER_PARAMETERS["paper"])
     seed: int = 0
-    training: LayerTraining | None = None
+    training: TextTraining | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -99,6 +92,9 @@ def grow(
     progress = progress or Silent()
     folder, out = resolve(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
+    if resume and growth.training is None:
+        raise InputError("--resume goes on with a training; give --train FILE as before")
+    check_unfinished(out, overwrite=overwrite, resume=resume)
     device = resolve_device(growth.device)
     plan = _planned(folder, growth)
     training, corpus = growth.training, None
@@ -111,8 +107,8 @@ def grow(
         state_folder(out),
         {"source": plan.reader.sizes(), "growth": growth.to_json(), **learned},
     )
-    _check_state(state, out, training, overwrite=overwrite, resume=resume)
-    with _keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
+    ready(state, resume=resume)
+    with keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
         writer = ShardWriter(made, plan.specs)
         try:
             how = Growing(
@@ -132,22 +128,22 @@ def grow(
                 state=state,
                 progress=progress,
             )
-            _write_again(made, plan.specs, trained)
-        report = {
-            "version": VERSION,
-            "kind": LAYERS,
-            "source": str(source),
-            "date": datetime.date.today().isoformat(),
-            **plan.sizes(),
-            "growth": {**growth.to_json(), "matrices": facts},
-            "training": trained.facts or None,
+            write_again(made, plan.specs, trained)
+        report = layer_report(
+            source,
+            layers=plan.layers(),
+            growth={**growth.to_json(), "matrices": facts},
+            training=trained.facts or None,
+            before=plan.before,
+            model=plan.model,
+            bytes_after=sum(spec.bytes for spec in plan.specs),
             # the text that these weights have seen last
-            "calibration": trained.calibration or calibration_of(folder),
-            "warnings": plan.warnings,
-            "seconds": time.perf_counter() - started,
-            "config": plan.config,
-            "environment": environment(device),
-        }
+            calibration=trained.calibration or calibration_of(folder),
+            warnings=plan.warnings,
+            seconds=time.perf_counter() - started,
+            config=plan.config,
+            device=device,
+        )
         write_json(made / FILE, report)
         (made / "README.md").write_text(card(report), encoding="utf-8")
     state.remove()
@@ -173,21 +169,13 @@ class _Plan:
     before: tuple[int, int]
     warnings: list[str]
 
-    def sizes(self) -> dict[str, Any]:
-        """Layers and totals, for the report."""
+    def layers(self) -> dict[str, Any]:
+        """Which went where, for the report."""
         return {
-            "layers": {
-                "before": len(self.places.layers),
-                "after": len(self.places.kept),
-                "inserted_after": sorted(self.places.new),
-                "inserted": sorted(self.places.new.values()),
-            },
-            "totals": {
-                "parameters_before": self.before[0],
-                "parameters_after": parameter_count(self.model),
-                "bytes_before": self.before[1],
-                "bytes_after": sum(spec.bytes for spec in self.specs),
-            },
+            "before": len(self.places.layers),
+            "after": len(self.places.kept),
+            "inserted_after": sorted(self.places.new),
+            "inserted": sorted(self.places.new.values()),
         }
 
 
@@ -215,19 +203,9 @@ def _planned(folder: Path, growth: Growth) -> _Plan:
     before = parameter_count(dense), reader.bytes()
     reader.keep_layers(path, kept)
     reader.bind(model)
-    specs = [
-        TensorSpec(name, reader.shape(name), reader.dtype(name))
-        for name in model.state_dict()
-        if name in reader
-    ]
+    specs = specs_of(reader, model)
     warnings = left_over_warnings(left_over, dense)
     return _Plan(reader, model, config, where, silenced, specs, before, warnings)
-
-
-def state_folder(out: Path) -> Path:
-    """Where the training of the layers of `out` keeps what it can go on from."""
-    out = Path(os.path.abspath(out))
-    return out.parent / f".{out.name}.train"
 
 
 def _silenced(model: PreTrainedModel) -> frozenset[str]:
@@ -246,59 +224,3 @@ def _silenced(model: PreTrainedModel) -> frozenset[str]:
             "and what it adds, so that it cannot be silenced; use average or copy"
         )
     return frozenset(spec.consumer for spec in adapter.sites)
-
-
-def _check_state(
-    state: TrainingState,
-    out: Path,
-    training: LayerTraining | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> None:
-    """What to do with an unfinished training that is there, or is not."""
-    steps = state.steps()
-    if resume and training is None:
-        raise InputError("--resume goes on with a training; give --train FILE as before")
-    if resume:
-        # before the layers are made again
-        state.load()
-    elif steps and not overwrite:
-        raise InputError(
-            f"--out {out}: an unfinished training is in {state.folder} ({steps} steps); --resume "
-            "goes on with it, --overwrite starts again"
-        )
-    elif steps:
-        state.remove()
-
-
-@contextmanager
-def _keeping(state: TrainingState) -> Iterator[None]:
-    """Says of what goes wrong how much of the training is kept."""
-    try:
-        yield
-    except BaseException as error:
-        if not (steps := state.steps()):
-            raise
-        kept = f"{steps} steps of training are kept, --resume goes on"
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(
-                f"interrupted; {kept}, and deleting {state.folder} gives up"
-            ) from error
-        if not isinstance(error, LiarError):
-            error.add_note(kept)
-        elif "--resume" not in str(error):
-            error.args = (f"{error}; {kept} from there",)
-        raise
-
-
-def _write_again(made: Path, specs: Sequence[TensorSpec], trained: Trained) -> None:
-    """The trained tensors to their places; the files have all others already."""
-    writer = ShardWriter(made, specs, create=False)
-    try:
-        writer.mark_written(spec.name for spec in specs)
-        for name, tensor in trained.tensors.items():
-            writer.write(name, tensor)
-        writer.finish()
-    finally:
-        writer.close()
