@@ -22,13 +22,14 @@ from liar_ext.cli import (
     merge,
     plan,
     prune,
+    replace,
     report,
     trace,
 )
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
 COMMANDS = (
-    *(prune, merge, grow, batch, compare, evaluate, plan, layers),
+    *(prune, merge, replace, grow, batch, compare, evaluate, plan, layers),
     *(trace, bench, demo, report, env),
 )
 USAGE, FAILURE = 2, 1
