@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -103,12 +103,13 @@ def pricing(
         InputError: the recipe's latency table cannot be read; and from what is returned, it does
             not know the Site.
     """
+    least = 0 if recipe.empty else 1
     if counts == "latency":
         assert recipe.latency is not None, "the recipe has seen to that"
         table = LatencyTable.read(recipe.latency)
-        return lambda site: table.budget(site, model.config)
+        return lambda site: replace(table.budget(site, model.config), least=least)
     return lambda site: Budget(
-        site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts]
+        site.kind, site.units, unit_costs(site, adapter.decoder, length)[counts], least=least
     )
 
 

@@ -64,6 +64,7 @@ class Recipe:
             drifted in the residual stream beside it (both only `sequential`).
         statistics: `sequential` (inputs from the pruned path) or `oneshot` (dense path).
         round_to: FFN widths become multiples of this.
+        empty: Sites may lose all their units, and layers with it their attention or FFN.
         layers: half-open range of layers to prune, or None for all.
         depth: how layers are chosen that are left out, a name in `depth.METHODS`, or None; drop:
             how many. Widths are pruned in the layers that stay.
@@ -99,6 +100,7 @@ class Recipe:
     target_signal: str = "local"
     statistics: str = "sequential"
     round_to: int = 1
+    empty: bool = False
     layers: tuple[int, int] | None = None
     depth: str | None = None
     drop: int | None = None
@@ -148,6 +150,13 @@ class Recipe:
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise InputError(f"--{_flag(name)} {value}: must be a whole number of at least 1")
+        if not isinstance(self.empty, bool):
+            raise InputError(f"--empty {self.empty}: must be true or false")
+        if self.empty and ALLOCATIONS[self.allocation].equal:
+            raise InputError(
+                f"--empty with --allocation {self.allocation}, which gives all layers the same "
+                "width; choose one that tells them apart: levels, influence, spdy, segments"
+            )
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: must be a whole number of at least 0")
         for name, what in (("calibration", "a file or a data set name"), ("latency", "a file")):

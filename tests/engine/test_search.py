@@ -190,7 +190,8 @@ def test_no_finite_loss_at_all_is_refused(bench, tmp_path, monkeypatch):
         liar_ext.compress(bench / "llama-gqa-biases", tmp_path / "out", recipe_of(bench))
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+# a table of single changes is more than one model
+@pytest.mark.parametrize("search", [name for name in SEARCHES if name != "segments"])
 def test_few_evaluations_are_enough(bench, tmp_path, search):
     recipe = recipe_of(bench, allocation=search, search_evaluations=1, search_samples=1)
     report = liar_ext.compress(bench / "bert", tmp_path / "out", recipe)

@@ -11,6 +11,7 @@ from liar_ext.allocation.level_swaps import LEVEL_SWAPS
 from liar_ext.allocation.levels import BY_LEVELS
 from liar_ext.allocation.ranked import RANKED
 from liar_ext.allocation.rl_pruner import RL_PRUNER
+from liar_ext.allocation.segments import SEGMENTS
 from liar_ext.allocation.spdy import SPDY
 from liar_ext.allocation.uniform import UNIFORM
 
@@ -18,7 +19,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     a.name: a
     for a in (
         *(UNIFORM, GLOBAL, RANKED, ALPHA, INFLUENCE, BY_LEVELS, BESA, KWON),
-        *(SPDY, LEVEL_SWAPS, EVOLUTION, RL_PRUNER),
+        *(SPDY, LEVEL_SWAPS, EVOLUTION, RL_PRUNER, SEGMENTS),
     )
 }
 

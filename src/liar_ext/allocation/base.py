@@ -28,6 +28,7 @@ class Budget:
             of what `prices` says.
         finding: of the allocation's survey, float64 on the CPU; None when it asks for none.
         prices: where units do not all cost the same, of any number of them: seconds.
+        least: units that it keeps; 0 where all of it may go.
     """
 
     kind: str
@@ -35,15 +36,18 @@ class Budget:
     cost: float
     finding: Tensor | None = None
     prices: Prices | None = None
+    least: int = 1
 
     def price(self, units: float) -> float:
-        """What this many kept units cost."""
-        return float(self.cost * units) if self.prices is None else self.prices.at(units)
+        """What this many kept units cost; without any there is nothing that takes time."""
+        if self.prices is None:
+            return float(self.cost * units)
+        return self.prices.at(units) if units >= 1 else self.prices.at(1) * units
 
     @property
     def like(self) -> tuple[object, ...]:
         """The same for Sites of one kind, size and price."""
-        return self.kind, self.units, self.cost, self.prices
+        return self.kind, self.units, self.cost, self.prices, self.least
 
     @property
     def hinge(self) -> Hinge:
@@ -86,7 +90,7 @@ class Allocation:
         round_to: int = 1,
         wanted: Sequence[float] | None = None,
     ) -> list[int]:
-        """Kept units of each Site: at least one, FFN widths multiples of `round_to`, and the
+        """Kept units of each Site: its least or more, FFN widths multiples of `round_to`, and the
         price removed as close to the budget as the grid allows.
 
         Rounding each Site alone drifts from the budget (4 KV groups cannot lose 30 %), so after
@@ -133,6 +137,9 @@ class Allocation:
                 for step in (-1, 1):
                     position = after(group, step)
                     if not 0 <= position < len(grid):
+                        continue
+                    if searched and not (grid[position] and grid[chosen[group]]):
+                        # a search that has left a part out, or kept it, has judged just that
                         continue
                     change = price(group, position) - price(group, chosen[group])
                     error = abs(kept + change - target)
@@ -190,7 +197,7 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
 def width_grid(budget: Budget, round_to: int) -> list[int]:
     """Widths that a Site may have, ascending."""
     step = round_to if budget.kind == "ffn" else 1
-    grid = list(range(step, budget.units + 1, step))
+    grid = list(range(step if budget.least else 0, budget.units + 1, step))
     if not grid or grid[-1] != budget.units:
         grid.append(budget.units)  # the dense width is always allowed
     return grid

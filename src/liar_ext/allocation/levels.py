@@ -69,6 +69,15 @@ def choose(
     return found[::-1]
 
 
+def errors_at(budget: Budget, widths: Sequence[int]) -> list[float]:
+    """Error of a Site at these widths, from the survey of levels; linear between those.
+
+    Without any units all of its output is lost: 1.
+    """
+    known = [0, *levels(budget.units)], [1.0, *budget.known.tolist()]
+    return [float(error) for error in np.interp(widths, *known)]
+
+
 def _slot(costs: Sequence[Sequence[float]]) -> float:
     """A part of the budget: what divides all costs, if that is not too little."""
     total = sum(max(own) for own in costs)
@@ -80,10 +89,11 @@ def _slot(costs: Sequence[Sequence[float]]) -> float:
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
-    widths = [levels(budget.units) for budget in budgets]
+    widths = [own if b.least else [0, *own] for b in budgets for own in (levels(b.units),)]
     costs = [[b.price(w) for w in own] for own, b in zip(widths, budgets, strict=True)]
     most = sum(b.price(b.units) for b in budgets) * (1 - sparsity)
-    chosen = choose(costs, [budget.known.tolist() for budget in budgets], most)
+    errors = [errors_at(budget, own) for budget, own in zip(budgets, widths, strict=True)]
+    chosen = choose(costs, errors, most)
     return [float(own[level]) for own, level in zip(widths, chosen, strict=True)]
 
 

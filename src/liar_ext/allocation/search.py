@@ -43,6 +43,7 @@ class Problem:
             as that share.
         seed: of every random choice.
         windows: that models are compared on, where a `share` of them is rounded up to whole ones.
+        layers: of each Site, the layer that it is in; empty where each has one of its own.
     """
 
     budgets: Sequence[Budget]
@@ -51,6 +52,7 @@ class Problem:
     evaluations: int
     seed: int
     windows: int | None = None
+    layers: Sequence[int] = ()
 
     @property
     def most(self) -> float:

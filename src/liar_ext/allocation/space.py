@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 
-import numpy as np
-
-from liar_ext.allocation.levels import choose, levels
+from liar_ext.allocation.levels import choose, errors_at
 from liar_ext.allocation.search import Candidate, Problem
 from liar_ext.errors import InputError
 
@@ -73,10 +71,15 @@ class Space:
         """The same as real numbers, for a wish."""
         return list(map(float, self.candidate(positions)))
 
-    def filled(self, positions: Sequence[int], key: Key) -> Positions:
-        """Sites raised level by level, the least `key` first, until none fits any more."""
+    def filled(self, positions: Sequence[int], key: Key, stays: Collection[int] = ()) -> Positions:
+        """Sites raised level by level, the least `key` first, until none fits any more; but for
+        those that are to stay as they are."""
         now = list(positions)
-        queue = [(key(g, p + 1), g) for g, p in enumerate(now) if p + 1 < len(self.levels[g])]
+        queue = [
+            (key(g, p + 1), g)
+            for g, p in enumerate(now)
+            if p + 1 < len(self.levels[g]) and g not in stays
+        ]
         heapq.heapify(queue)
         while queue:
             _, site = heapq.heappop(queue)
@@ -154,7 +157,7 @@ class Space:
     def errors(self) -> list[list[float]]:
         """Error of each Site at its levels, from the survey of levels; linear between those."""
         return [
-            np.interp(own, levels(budget.units), budget.known.numpy()).tolist()
+            errors_at(budget, own)
             for own, budget in zip(self.levels, self.problem.budgets, strict=True)
         ]
 

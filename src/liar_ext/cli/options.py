@@ -46,7 +46,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         str,
         "NAME",
         "how many where: uniform, global, ranked, alpha, influence, levels, besa, kwon, or by "
-        "trying models: spdy, level-swaps, evolution, rl-pruner",
+        "trying models: spdy, level-swaps, evolution, rl-pruner, segments",
     ),
     "reconstruct": (
         str,
@@ -71,6 +71,11 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     ),
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
     "round_to": (int, "N", "FFN widths become multiples of N"),
+    "empty": (
+        bool,
+        "",
+        "Sites may lose all their units, and layers with it their attention or FFN",
+    ),
     "layers": (str, "A:B", "prune layers A to B-1 only"),
     "depth": (
         str,
@@ -121,6 +126,10 @@ def add_recipe_options(parser: argparse.ArgumentParser, without: Collection[str]
         if name in without:
             continue
         default = defaults[name]
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            group.add_argument(f"--{name}", action=action, default=None, help=text)
+            continue
         shown = ",".join(default) if isinstance(default, tuple) else default
         suffix = "" if default is None else f" (default {shown})"
         group.add_argument(

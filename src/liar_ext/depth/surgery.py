@@ -22,10 +22,9 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.depth.config import COUNT, check_kept, remapped
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models.absent import INDEX
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-# a layer's place in its model; the cache of keys and values is kept by it
-INDEX = "layer_idx"
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ def prune(
         report = run.run(prepared, name, calibration)
     report.totals["parameters_before"] = parameters
     layout.update(short.config, report.config)
+    layout.place_in_cache(short)
     if short is not model:
         adopt(model, short.train(model.training))
     return report

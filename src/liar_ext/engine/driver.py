@@ -31,7 +31,7 @@ from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Feed
 from liar_ext.errors import InputError
-from liar_ext.models import Site, adapter_for, layout
+from liar_ext.models import Site, adapter_for, layout, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.report.schema import SiteReport
@@ -50,14 +50,33 @@ def budgets(
     Args:
         length: of the longest calibration sequence.
         counts: what the recipe could budget; None for what it does.
+    Raises:
+        InputError: Sites may lose all their units, and the model has none that can.
     """
     adapter = adapter_for(store.model.config)
+    if recipe.empty:
+        _check_empty(store, recipe)
     budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
     return {
         (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
+
+
+def _check_empty(store: LayerStore, recipe: Recipe) -> None:
+    config = store.model.config
+    adapter = adapter_for(config)
+    if not adapter.residual(text_config(config)):
+        raise InputError(
+            f"--empty: {adapter.model_type} has its norms behind attention and FFN, which cannot go"
+        )
+    for spec in adapter.sites:
+        if spec.kind in recipe.target and spec.block is None:
+            raise InputError(
+                f"--empty: {spec.kind} of {adapter.model_type} is no module that can go; "
+                "leave it out of --target"
+            )
 
 
 def longest(batches: Sequence[Batch]) -> int:
@@ -209,6 +228,8 @@ class Driver:
         for index in range(position.layer):
             for site in self.runtime.sites(index, self.recipe.target):
                 if (index, site.kind) in position.widths:
+                    if site.kind in self.added_biases:
+                        site.add_biases(filler=False)
                     site.shrink(torch.arange(position.widths[index, site.kind]))
             self._add_biases(index)
 

@@ -91,9 +91,9 @@ class Repairer:
         units, columns = site.units, site.columns
         with self._clock.phase("solve"):
             evidence = self._evidence(site, moments, kept_units)
-            if kept_units == units:
+            if kept_units in (0, units):
                 # there is nothing to choose, and a criterion may know nothing of this Site
-                keep = torch.arange(units, device=moments.gram.device)
+                keep = torch.arange(kept_units, device=moments.gram.device)
             else:
                 keep = self._ranks.broadcast(self._criterion.select(evidence))
             kept_columns = site.unit_columns(keep)
@@ -128,10 +128,11 @@ class Repairer:
         def shrink() -> Tensor:
             with self._clock.phase("solve"):
                 dtype = site.weight().dtype
+                if not keep.numel() and self._intercept[site.kind]:
+                    # what is given biases has one here as well
+                    site.add_biases(filler=False)
                 site.shrink(keep, repaired.weight, bias)
-                after = site.bias()
-                whole = torch.isfinite(site.weight()).all()
-                if not bool(whole if after is None else whole & torch.isfinite(after).all()):
+                if not _finite(repaired.weight, bias, dtype):
                     raise InputError(
                         f"{site.name}: the repaired weights do not fit {dtype}; use "
                         "--dtype bfloat16 or float32, or a larger --ridge"
@@ -148,7 +149,9 @@ class Repairer:
         with self._clock.phase("solve"):
             # each Site is asked once: there is nothing to remember
             criterion, evidence = CRITERIA[self._recipe.criterion], self._evidence(site, moments)
-            found = criterion.selections(evidence, widths)
+            found = criterion.selections(evidence, [units for units in widths if units])
+            if not widths[-1]:
+                found = [*found, found[0][:0]]
             return [self._ranks.broadcast(keep) for keep in found], evidence.notes
 
     def level(
@@ -227,10 +230,15 @@ class Repairer:
         try:
             # what keeps all its columns has nothing to repair, unless its inputs have drifted
             idle = own is None and not task.drop.numel()
-            if held is not None and not idle:
+            if held is not None and not idle and keep.numel():
                 choice = choose(task, held.rows(mine), reconstruction, self._ranks)
                 task = replace(task, ridge=choice.ridge)
-            part = Repaired(task.weight) if idle else self._agreed(task, reconstruction)
+            if idle:
+                part = Repaired(task.weight)
+            elif not keep.numel():
+                part = _mean_alone(task, repairs=reconstruction is not RECONSTRUCTIONS["none"])
+            else:
+                part = self._agreed(task, reconstruction)
         except NumericalError as error:
             raise NumericalError(f"{site.name}: {error}") from error
         if reconstruction.whole:
@@ -278,6 +286,21 @@ def refuse_non_finite(site: Site, statistics: Columns) -> None:
             f"{site.name}: {int(bad.sum())} of {site.columns} input columns have NaN or infinite "
             "activations; check the checkpoint, or compute in a wider type with --dtype"
         )
+
+
+def _mean_alone(task: Task, *, repairs: bool) -> Repaired:
+    """A consumer without columns: where it may have a bias, the mean of what it aims at."""
+    weight = task.weight[:, task.keep]
+    shift = task.shift(weight) if repairs else None
+    if shift is not None and task.drift is not None:
+        shift = shift + task.drift.mean()
+    return Repaired(weight, shift)
+
+
+def _finite(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether values stay finite in a dtype."""
+    parts = [weight] if bias is None else [weight, bias]
+    return all(bool(torch.isfinite(part.to(dtype)).all()) for part in parts)
 
 
 def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:

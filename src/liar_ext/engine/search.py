@@ -114,6 +114,7 @@ class Searcher:
             self.recipe.search_evaluations,
             self.recipe.seed,
             windows=count,
+            layers=[layer for layer, _ in budgets],
         )
 
         @cache
@@ -268,7 +269,8 @@ def level_grid(budget: Budget, round_to: int) -> tuple[int, ...]:
     def nearest(wish: int) -> int:
         return min(allowed, key=lambda units: (abs(units - wish), units))
 
-    return tuple(sorted({nearest(wish) for wish in levels(budget.units, LEVELS)}))
+    none = [] if budget.least else [0]
+    return tuple(sorted({*none, *(nearest(wish) for wish in levels(budget.units, LEVELS))}))
 
 
 def level_bytes(site: Site, widths: Sequence[int]) -> int:

@@ -86,13 +86,14 @@ class Adapter:
         return f"{path}.{self.layers}".lstrip("."), layers
 
     def sites_of(self, model: PreTrainedModel, layer: int, kinds: tuple[str, ...]) -> list[Site]:
-        """The Sites of one layer, restricted to `kinds`, in forward order."""
+        """The Sites of one layer, restricted to `kinds`, in forward order; none where all units of
+        one are gone."""
         path, layers = self.layer_list(model)
         head_dim = self.head_dim(text_config(model.config))
         return [
             Site(spec, layer, layers[layer], head_dim, f"{path}.{layer}.{spec.consumer}")
             for spec in self.sites
-            if spec.kind in kinds
+            if spec.kind in kinds and not spec.absent(layers[layer])
         ]
 
 

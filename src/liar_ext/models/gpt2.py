@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from liar_ext.models.absent import Block
 from liar_ext.models.adapter import Adapter
 from liar_ext.models.site import Producer, SiteSpec
 
@@ -22,12 +23,14 @@ GPT2 = Adapter(
             consumer="attn.c_proj",
             producers=tuple(Producer("attn.c_attn", i, 3) for i in range(3)),
             attributes=(("attn", "num_heads", "units"), ("attn", "split_size", "columns")),
+            block=Block("attn", "ln_1", pair=True),
         ),
         SiteSpec(
             kind="ffn",
             consumer="mlp.c_proj",
             producers=(Producer("mlp.c_fc"),),
             config_fields={"n_inner": "units"},
+            block=Block("mlp", "ln_2", pair=False),
         ),
     ),
     decoder=True,

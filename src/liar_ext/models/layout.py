@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from liar_ext.errors import InputError
-from liar_ext.models import ADAPTERS, adapter_for, traced
+from liar_ext.models import ADAPTERS, absent, adapter_for, traced
 from liar_ext.models.adapter import Adapter, text_config
 
 KEY = "liar_ext"
@@ -73,11 +73,16 @@ def empty(data: dict[str, Any]) -> PreTrainedModel:
 
 
 def read(model: PreTrainedModel) -> list[dict[str, int]]:
-    """Units of every Site, layer by layer: `[{"heads": 4, "ffn": 512}, ...]`."""
+    """Units of every Site, layer by layer: `[{"heads": 4, "ffn": 512}, ...]`; 0 where the layer
+    has none of a kind any more."""
     adapter = adapter_for(model.config)
     count = len(adapter.layer_list(model)[1])
     kinds = tuple(spec.kind for spec in adapter.sites)
-    return [{s.kind: s.units for s in adapter.sites_of(model, i, kinds)} for i in range(count)]
+    found: list[dict[str, int]] = []
+    for index in range(count):
+        own = {site.kind: site.units for site in adapter.sites_of(model, index, kinds)}
+        found.append({kind: own.get(kind, 0) for kind in kinds})
+    return found
 
 
 def shapes(
@@ -88,16 +93,32 @@ def shapes(
     Args:
         config: of the dense model; widths: units of each layer, see `read`.
         added_biases: kinds whose consumers are given a bias.
+    Raises:
+        InputError: no layer with attention is left that the tokens of a sequence are counted by.
     """
     model = empty_model(config)
     adapter = adapter_for(config)
     for index, units in enumerate(widths):
         for site in adapter.sites_of(model, index, tuple(units)):
-            if units[site.kind] < site.units:
-                site.shrink(torch.arange(units[site.kind]))
             if site.kind in added_biases:
                 site.add_biases(filler=site.spec.bias_flag is not None)
+            if units[site.kind] < site.units:
+                site.shrink(torch.arange(units[site.kind]))
+    place_in_cache(model)
     return shapes_of(model)
+
+
+def place_in_cache(model: PreTrainedModel) -> None:
+    """Give the layers of a decoder that have attention their places in the cache.
+
+    Raises:
+        InputError: as `absent.renumber`.
+    """
+    adapter = adapter_for(model.config)
+    heads = next((spec for spec in adapter.sites if spec.kind == "heads"), None)
+    if adapter.decoder and heads is not None and heads.block is not None:
+        types = getattr(text_config(model.config), "layer_types", None)
+        absent.renumber(list(adapter.layer_list(model)[1]), heads.block, types)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -109,7 +130,11 @@ def biased_kinds(model: PreTrainedModel) -> list[str]:
     """Kinds whose consumers have a bias now."""
     adapter = adapter_for(model.config)
     kinds = tuple(spec.kind for spec in adapter.sites)
-    return [site.kind for site in adapter.sites_of(model, 0, kinds) if site.bias() is not None]
+    # a layer may have none of a kind
+    count = len(adapter.layer_list(model)[1])
+    sites = [site for index in range(count) for site in adapter.sites_of(model, index, kinds)]
+    biased = {site.kind for site in sites if site.bias() is not None}
+    return [kind for kind in kinds if kind in biased]
 
 
 def describe(
@@ -165,7 +190,8 @@ def equal_values(model: PreTrainedModel, dense: list[dict[str, int]]) -> dict[st
     for spec in adapter.sites:
         if all(now[spec.kind] == was[spec.kind] for now, was in zip(layers, dense, strict=True)):
             continue
-        if spec.config_fields is None or len({layer[spec.kind] for layer in layers}) > 1:
+        own = {layer[spec.kind] for layer in layers}
+        if spec.config_fields is None or len(own) > 1 or own == {0}:
             return None
         values.update(adapter.sites_of(model, 0, (spec.kind,))[0].config_values())
     return values
@@ -228,14 +254,16 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
         )
     for index, widths in enumerate(layout["layers"]):
         for site in adapter.sites_of(model, index, tuple(widths)):
-            if not 1 <= widths[site.kind] <= site.units:
+            least = 0 if site.spec.block is not None else 1
+            if not least <= widths[site.kind] <= site.units:
                 raise InputError(
                     f"config.json: {KEY} layer {index} {site.kind} {widths[site.kind]}: "
-                    f"must be 1 to {site.units}"
+                    f"must be {least} to {site.units}"
                 )
-            site.shrink(torch.arange(widths[site.kind]))
             if site.kind in layout["added_biases"]:
                 site.add_biases(filler=False)
+            site.shrink(torch.arange(widths[site.kind]))
+    place_in_cache(model)
     # save_pretrained of the loaded model keeps the key, and `liar_ext.load` reads it again
     setattr(model.config, KEY, layout)
     return model

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from liar_ext.models.absent import Block
 from liar_ext.models.adapter import Adapter, plain_head_dim
 from liar_ext.models.site import Producer, SiteSpec
 
@@ -22,6 +23,7 @@ def gated_ffn(bias_flag: str | None = None) -> SiteSpec:
         config_fields={"intermediate_size": "units"},
         bias_flag=bias_flag,
         bias_filler=rows if bias_flag else (),
+        block=Block("mlp", "post_attention_layernorm", pair=False),
     )
 
 
@@ -34,6 +36,7 @@ def grouped_heads(bias_flag: str | None = None) -> SiteSpec:
         config_fields={"num_attention_heads": "query_heads", "num_key_value_heads": "units"},
         bias_flag=bias_flag,
         bias_filler=QKV if bias_flag else (),
+        block=Block("self_attn", "input_layernorm", pair=True),
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models import linear
+from liar_ext.models import absent, linear
+from liar_ext.models.absent import Block
 
 Kind = Literal["ffn", "heads"]
 
@@ -50,6 +51,7 @@ class SiteSpec:
         bias_filler: paths of the linears that the same flag gives a bias, too.
         columns_per_unit: of the consumer; None where the narrowest producer has one head of rows
             for each unit.
+        block: what goes when no unit stays; None where no module is all of the Site.
     """
 
     kind: Kind
@@ -60,6 +62,11 @@ class SiteSpec:
     bias_flag: str | None = None
     bias_filler: tuple[str, ...] = ()
     columns_per_unit: int | None = None
+    block: Block | None = None
+
+    def absent(self, layer: nn.Module) -> bool:
+        """Whether a layer has no unit of it: there is no Site."""
+        return absent.is_absent(layer, self.block)
 
 
 @dataclass
@@ -154,6 +161,8 @@ class Site:
     ) -> None:
         """Keep the units `keep` (sorted int64) and drop the rest, physically.
 
+        Without any the block goes, and with it the Site: it must not be asked for anything later.
+
         Args:
             weight: repaired consumer weight (out, kept columns); None keeps the old columns.
             bias: repaired consumer bias (out,); None leaves the bias as it is.
@@ -174,6 +183,9 @@ class Site:
         widths = self._widths()
         for path, attribute, what in self.spec.attributes:
             setattr(self.module.get_submodule(path), attribute, widths[what])
+        if not keep.numel():
+            assert self.spec.block is not None, "see `budgets`"
+            absent.remove(self.module, self.spec.block, self.spec.consumer)
 
     def add_biases(self, *, filler: bool) -> None:
         """Give the consumer (and with `filler` its config flag's other linears) a zero bias."""

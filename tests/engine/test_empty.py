@@ -1,0 +1,182 @@
+"""Sites that lose all their units: in memory and on disk, what is repaired, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from liar_families import batches_of, randomise, write_tokens
+
+import liar_ext
+from liar_ext import InputError, Recipe
+from liar_ext.allocation import Allocation
+from liar_ext.engine.driver import Driver
+from liar_ext.engine.execution import Execution
+from liar_ext.models import layout
+from liar_ext.models.absent import Absent
+
+CONFIG = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+# kept units by layer, FFN and heads as the Sites come: heads first
+WIDTHS = [(4, 48), (0, 24), (3, 0), (0, 0)]
+
+
+def _dense(**changes: Any) -> transformers.PreTrainedModel:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG, **changes))
+    model.config.architectures = ["LlamaForCausalLM"]
+    return randomise(model)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    _dense().save_pretrained(tmp_path / "dense")
+    write_tokens(tmp_path / "tokens.npy")
+    return tmp_path
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widths that the tests are about, whatever the allocation would say."""
+    every = [units for layer in WIDTHS for units in layer]
+    monkeypatch.setattr(Allocation, "widths", lambda *args, **kwargs: every)
+
+
+def _recipe(folder: Path, **changes: Any) -> Recipe:
+    values = {"calibration": str(folder / "tokens.npy"), "seq_len": 24, "samples": 24}
+    values |= {"sparsity": 0.5, "target": ("ffn", "heads"), "allocation": "global", "empty": True}
+    return Recipe(**{**values, "batch_size": 8, **changes})
+
+
+CASES = [
+    {},
+    {"bias": "always"},
+    {"reconstruct": "none"},
+    {"reconstruct": "none", "bias": "always"},
+    {"reconstruct": "bias"},
+    {"reconstruct": "mask-tuning"},
+    {"ridge": "auto"},
+    {"statistics": "oneshot"},
+    {"target_signal": "dense"},
+    {"target_signal": "stream", "bias": "always", "refit": "all"},
+]
+
+
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_from_disk_is_what_it_is_in_memory(folder: Path, changes: dict[str, Any]) -> None:
+    recipe = _recipe(folder, **changes)
+    report = liar_ext.compress(folder / "dense", folder / "out", recipe)
+    loaded = liar_ext.load(folder / "out")
+    assert [tuple(own[k] for k in ("heads", "ffn")) for own in layout.read(loaded)] == WIDTHS
+    assert isinstance(loaded.model.layers[1].self_attn, Absent)
+    assert report.layout == "liar_ext"
+    model = _dense()
+    batches = batches_of(recipe, decoder=True)
+    liar_ext.prune(model, batches, recipe)
+    tokens = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        now, wanted = loaded(tokens).logits, model(tokens).logits
+    assert float((now - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    for each in (loaded, model):
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        cached = each.generate(tokens, use_cache=True, **options)
+        assert torch.equal(cached, each.generate(tokens, use_cache=False, **options))
+
+
+@pytest.mark.usefixtures("fixed")
+def test_a_bias_says_the_mean_of_what_is_gone(folder: Path) -> None:
+    """Of the first layer that loses its attention, on the calibration tokens themselves."""
+    recipe = _recipe(folder, bias="always", statistics="oneshot")
+    liar_ext.compress(folder / "dense", folder / "out", recipe)
+    bias = liar_ext.load(folder / "out").model.layers[1].self_attn.o_proj.bias
+    heard: list[torch.Tensor] = []
+    dense = _dense()
+    dense.model.layers[1].self_attn.o_proj.register_forward_hook(
+        lambda module, args, output: heard.append(output.double().flatten(0, 1))
+    )
+    batches = batches_of(recipe, decoder=True)
+    with torch.no_grad():
+        for batch in batches:
+            dense(batch.input_ids)
+    mean = torch.cat(heard).mean(0)
+    assert float((bias.detach().double() - mean).abs().max()) <= 1e-5 * float(mean.abs().max())
+
+
+def test_allocations_leave_parts_out(folder: Path) -> None:
+    """With nearly nothing left, single units cannot be what is best everywhere."""
+    for allocation in ("global", "levels", "segments"):
+        recipe = _recipe(folder, allocation=allocation, sparsity=0.9, search_evaluations=40)
+        report = liar_ext.compress(folder / "dense", folder / allocation, recipe, overwrite=True)
+        assert any(site.units_after == 0 for site in report.sites), allocation
+        assert report.totals["sparsity"] == pytest.approx(0.9, abs=0.05)
+
+
+@pytest.mark.parametrize("layer", [2, 3])
+@pytest.mark.usefixtures("fixed")
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    folder: Path, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(folder, bias="always")
+    liar_ext.compress(folder / "dense", folder / "whole", recipe)
+    shrink = Driver._shrink_layer
+
+    def broken(self: Driver, index: int, position: Any) -> None:
+        if index == layer:
+            raise KeyboardInterrupt
+        shrink(self, index, position)
+
+    monkeypatch.setattr(Driver, "_shrink_layer", broken)
+    often = Execution(journal_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        liar_ext.compress(folder / "dense", folder / "out", recipe, execution=often)
+    monkeypatch.setattr(Driver, "_shrink_layer", shrink)
+    again = Execution(resume=True)
+    report = liar_ext.compress(folder / "dense", folder / "out", recipe, execution=again)
+    assert report.run["resumed_at"] == layer
+    same = "model.safetensors"
+    assert (folder / "out" / same).read_bytes() == (folder / "whole" / same).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "said"),
+    [
+        (transformers.BertConfig, ("ffn",), "has its norms behind attention and FFN"),
+        (transformers.OPTConfig, ("ffn",), "ffn of opt is no module that can go"),
+    ],
+)
+def test_refuses_families_whose_parts_cannot_go(
+    folder: Path, config: Any, target: tuple[str, ...], said: str
+) -> None:
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    made = transformers.AutoModel.from_config(config(**small, intermediate_size=48))
+    made.save_pretrained(folder / "other")
+    with pytest.raises(InputError, match=said):
+        liar_ext.compress(folder / "other", folder / "out", _recipe(folder, target=target))
+    assert not (folder / "out").exists()
+
+
+def test_refuses_equal_widths() -> None:
+    with pytest.raises(InputError, match="--empty with --allocation uniform"):
+        Recipe(empty=True)
+
+
+@pytest.mark.usefixtures("fixed")
+def test_the_config_says_what_is_there(folder: Path) -> None:
+    liar_ext.compress(folder / "dense", folder / "out", _recipe(folder))
+    data = json.loads((folder / "out" / "config.json").read_text())
+    assert data["model_type"] == "liar_ext"
+    assert [own["heads"] for own in data["liar_ext"]["layers"]] == [w[0] for w in WIDTHS]
