@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from liar_depth import MODELS, build
-from liar_families import outputs, randomise, tree_hash, write_tokens
+from liar_families import outputs, probe_tokens, randomise, tree_hash, write_tokens
 from safetensors.torch import load_file
 
 import liar_ext
@@ -17,6 +17,8 @@ from liar_ext.cli import main
 from liar_ext.cli.replace import replacement_of
 from liar_ext.depth import surgery
 from liar_ext.depth.replace import Replacement, replace_layers
+from liar_ext.depth.replace.network import random_weights
+from liar_ext.models import adapter_for, layout
 from liar_ext.recovery import Schedule, TextTraining, TrainingState
 
 SIZES = ["--steps", "6", "--lr", "1e-2", "--batch-size", "2", "--accumulation", "2"]
@@ -193,6 +195,66 @@ def test_several_layers_inherit_the_first_ones(tmp_path):
     assert {name.split(".")[2] for name in changed} == {"2", "3"}
 
 
+@pytest.mark.parametrize(
+    ("name", "network", "loss"),
+    [
+        ("llama", "swiglu", "mse"),
+        ("llama", "swiglu", "lm"),
+        ("qwen3-windows", "swiglu", "mse"),
+        ("gpt2", "mlp", "mse"),
+        ("opt", "mlp", "lm"),
+    ],
+)
+def test_a_layer_without_attention_stands_in(tmp_path, name, network, loss, capsys):
+    """What it begins as is the window's first layer whose attention says its bias only."""
+    options = ["--window", "2-3", "--network", network, "--loss", loss, "--keep", "last"]
+    base = command(tmp_path, "out", *options, name=name)
+    assert main([*base, "--lr", "1e-30"]) == 0
+    dense = liar_ext.load(tmp_path / "dense", dtype=torch.float32)
+    expected = surgery(dense, [0, 1, 2, 4, 5])
+    (site,) = adapter_for(expected.config).sites_of(expected, 2, ("heads",))
+    site.consumer.weight.data.zero_()
+    found = liar_ext.load(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(outputs(found), outputs(expected), rtol=1e-4, atol=1e-4)
+    tokens = probe_tokens(batch=2, length=7)
+    generate = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = found.generate(tokens, use_cache=True, **generate)
+    assert torch.equal(cached, found.generate(tokens, use_cache=False, **generate))
+    with pytest.raises(Exception, match="liar_ext"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # trained, it alone is another
+    before = weights(tmp_path / "out")
+    assert main([*base, "--overwrite"]) == 0
+    after = weights(tmp_path / "out")
+    path = next(n for n, m in expected.named_modules() if isinstance(m, torch.nn.ModuleList))
+    mine = {n for n in after if f"{path}.2." in n and after[n].numel()}
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    # rounded to bfloat16 an update of a norm may not show
+    assert changed <= mine and any("weight" in n and after[n].dim() > 1 for n in changed)
+    assert report_of(tmp_path / "out")["training"]["parameters"] == sum(
+        after[n].numel() for n in mine
+    )
+    assert "without its attention" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("loss", ["mse", "lm"])
+@pytest.mark.parametrize("network", ["layer", "swiglu"])
+def test_random_weights_are_the_seeds(tmp_path, network, loss):
+    """Both losses begin with the same, and inherit nothing."""
+    options = ["--window", "2-3", "--network", network, "--loss", loss, "--keep", "last"]
+    base = command(tmp_path, "out", *options, "--init", "random", "--lr", "1e-30")
+    assert main(base) == 0
+    report = report_of(tmp_path / "out")
+    layer = layout.empty(report["config"]).model.layers[2]
+    for name, value in random_weights(layer, 0.02, 0 + 2).items():
+        stored = weights(tmp_path / "out")[f"model.layers.2.{name}"]
+        assert torch.equal(stored, value.to(torch.bfloat16)), name
+    inherited = build("llama").to(torch.bfloat16).model.layers[2].mlp.up_proj.weight
+    assert not torch.equal(
+        weights(tmp_path / "out")["model.layers.2.mlp.up_proj.weight"], inherited
+    )
+
+
 def test_the_window_is_the_one_that_liar_prune_chooses(tmp_path):
     """Of so many layers as are replaced: the saved ones, and one for each that stands in."""
     assert main(command(tmp_path, "out", "--drop", "1")) == 0
@@ -239,7 +301,9 @@ def test_a_pruned_checkpoint_of_one_width_is_replaced(tmp_path):
         (["--window", "1-3", "--depth", "reverse"], "--depth: chooses a window"),
         (["--drop", "1", "--depth", "shortgpt"], "--depth shortgpt: choose from reverse, stream"),
         (["--drop", "1", "--count", "2"], "--count 2: is of --network layers"),
-        (["--drop", "1", "--network", "mixer"], "--network mixer: choose from layer, layers"),
+        (["--drop", "1", "--network", "mixer"], "--network mixer: choose from layer, layers, swi"),
+        (["--drop", "1", "--network", "mlp"], "the FFN of a llama layer is gated; use swiglu"),
+        (["--drop", "5", "--network", "swiglu"], "no layer with attention would be left"),
         (["--drop", "1", "--loss", "kl"], "--loss kl: choose from mse, lm"),
         (
             ["--drop", "1", "--loss", "lm", "--loss-tokens", "normalised"],

@@ -23,10 +23,17 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "network": (
         str,
         "NAME",
-        "what stands in: layer, which begins as the window's first one, or layers, as its first "
-        "--count (default layer)",
+        "what stands in: layer, layers (--count of them), or a layer without attention, which "
+        "needs liar_ext.load: swiglu (of families with a gated FFN), mlp (of others) (default "
+        "layer)",
     ),
     "count": (int, "N", "of --network layers (default 2)"),
+    "init": (
+        str,
+        "HOW",
+        "what stands in begins as the window's first layers (inherit) or by --seed (random) "
+        "(default inherit)",
+    ),
     "loss": (
         str,
         "NAME",
@@ -56,7 +63,7 @@ def add_parser(commands: Any) -> None:
         "replace",
         help="replace a window of layers by fewer, and train these",
         description="Make a checkpoint with fewer layers (LLM-Streamline): one layer, or a few, "
-        "stand in for a window of them, and are trained alone. The result is a stock model.",
+        "stand in for a window of them, and are trained alone.",
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")

@@ -39,24 +39,24 @@ def shortened_checkpoint(
 
 
 def specs_of(reader: CheckpointReader, model: PreTrainedModel) -> list[TensorSpec]:
-    """The tensors of a model that are in files, in its order, as they are there.
+    """The tensors of a model that are in files, in its order, in the dtype that they have there.
 
     Args:
-        reader: bound to the model.
+        reader: bound to the model, or to one that has no tensor less.
     """
     return [
-        TensorSpec(name, reader.shape(name), reader.dtype(name))
-        for name in model.state_dict()
+        TensorSpec(name, tuple(tensor.shape), reader.dtype(name))
+        for name, tensor in model.state_dict().items()
         if name in reader
     ]
 
 
 def copy_tensors(made: Path, reader: CheckpointReader, specs: Sequence[TensorSpec]) -> None:
-    """These tensors from file to file, in pieces, into a new folder."""
+    """These tensors from file to file, in pieces, into a new folder; some may have become empty."""
     writer = ShardWriter(made, specs)
     try:
         for spec in specs:
-            writer.write_pieces(spec.name, reader.pieces(spec.name))
+            writer.write_pieces(spec.name, reader.pieces(spec.name) if spec.bytes else ())
         writer.finish()
     finally:
         writer.close()

@@ -161,12 +161,12 @@ def train_on_text(
     return Trained(tensors, facts, drawn.calibration.to_json())
 
 
-def write_again(made: Path, specs: Sequence[TensorSpec], trained: Trained) -> None:
-    """The trained tensors to their places in files that are complete without them."""
+def write_again(made: Path, specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors to their places in files that are complete without them."""
     writer = ShardWriter(made, specs, create=False)
     try:
         writer.mark_written(spec.name for spec in specs)
-        for name, tensor in trained.tensors.items():
+        for name, tensor in tensors.items():
             writer.write(name, tensor)
         writer.finish()
     finally:

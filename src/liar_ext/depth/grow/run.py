@@ -128,7 +128,7 @@ def grow(
                 state=state,
                 progress=progress,
             )
-            write_again(made, plan.specs, trained)
+            write_again(made, plan.specs, trained.tensors)
         report = layer_report(
             source,
             layers=plan.layers(),

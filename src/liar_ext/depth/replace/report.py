@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from liar_ext.depth.replace.network import NETWORKS
 from liar_ext.depth.report import layer_card
 from liar_ext.report.text import number
 
@@ -18,10 +19,17 @@ def card(report: dict[str, Any]) -> str:
         report,
         f"with {layers['after']} of its {layers['before']} layers",
         f"Layers {gone[0]} to {gone[-1]}, counted from 0, were replaced by {stand} "
-        f"(LLM-Streamline, arXiv 2403.19135), which began as {'those' if many else 'that layer'} "
-        f"of the source and {'were' if many else 'was'} then trained alone; the other layers are "
-        f"as they were.\n\n{_training(report['training'], asked['loss'])}",
+        f"(LLM-Streamline, arXiv 2403.19135), which {_begun(asked, many)} and "
+        f"{'were' if many else 'was'} then trained alone; the other layers are as they were."
+        f"\n\n{_training(report['training'], asked['loss'])}",
     )
+
+
+def _begun(asked: dict[str, Any], many: bool) -> str:
+    without = "" if NETWORKS[asked["network"]].attention else " without its attention"
+    if asked["init"] == "random":
+        return f"began at random{without and ' without attention'}"
+    return f"began as {'those' if many else 'that layer'} of the source{without}"
 
 
 def _training(training: dict[str, Any], loss: str) -> str:

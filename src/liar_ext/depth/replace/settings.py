@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from liar_ext.depth.methods import METHODS
+from liar_ext.depth.replace.network import NETWORKS
 from liar_ext.errors import InputError
 from liar_ext.recipe import CHOICES as RECIPE_CHOICES
 from liar_ext.recovery.text import TextTraining
 
 # a window goes in one piece: methods that choose layers each by itself have none
 DEPTHS = tuple(name for name, method in METHODS.items() if method.window)
-# layers that stand in by default
-NETWORKS = {"layer": 1, "layers": 2}
 CHOICES = {
     "depth": DEPTHS,
     "network": tuple(NETWORKS),
     "loss": ("mse", "lm"),
     "loss_tokens": ("plain", "normalised"),
+    "init": ("inherit", "random"),
     "keep": ("best", "last"),
     "device": RECIPE_CHOICES["device"],
 }
@@ -39,8 +39,9 @@ class Replacement:
         drop: layers that the result has fewer; the window has `count` more than that. depth: how
             it is chosen, a name in `DEPTHS`.
         window: instead of both, its first and its last layer.
-        network: `layer` or `layers`: decoder layers that begin as the first ones of the window.
-        count: how many of them; None is the network's usual number.
+        network: a name in `NETWORKS`: `layer` or `layers`, decoder layers of the model; `swiglu` or
+            `mlp`, one without attention. count: how many; None is the network's usual number.
+        init: `inherit`, as the first layers of the window; `random`, by the training's seed.
         loss: `mse`, to the hidden states of the whole model behind the window; `lm`, the next
             token through the shortened model.
         loss_tokens: of `mse`: `plain`, or `normalised`, each token's error over its target's mean
@@ -58,6 +59,7 @@ class Replacement:
     window: tuple[int, int] | None = None
     network: str = "layer"
     count: int | None = None
+    init: str = "inherit"
     loss: str = "mse"
     loss_tokens: str = "plain"
     keep: str = "best"
@@ -77,8 +79,10 @@ class Replacement:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: must be at least 1")
-        if self.count is not None and self.network == "layer" and self.count != 1:
-            raise InputError(f"--count {self.count}: is of --network layers; layer is one")
+        if self.count not in (None, 1) and not NETWORKS[self.network].several:
+            raise InputError(
+                f"--count {self.count}: is of --network layers; {self.network} is one layer"
+            )
         if self.stand_ins < 1:
             raise InputError(f"--count {self.count}: must be at least 1")
         if self.window is not None and not 0 <= self.window[0] <= self.window[1]:
@@ -93,7 +97,7 @@ class Replacement:
     @property
     def stand_ins(self) -> int:
         """Layers that stand in for the window."""
-        return NETWORKS[self.network] if self.count is None else self.count
+        return NETWORKS[self.network].count if self.count is None else self.count
 
     def to_json(self) -> dict[str, Any]:
         """All that the result depends on beside the source and the training; for a report."""
@@ -106,6 +110,7 @@ class Replacement:
             **where,
             "network": self.network,
             "count": self.stand_ins,
+            "init": self.init,
             "loss": self.loss,
             **of_loss,
             "keep": self.keep,

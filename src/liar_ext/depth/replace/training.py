@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.depth.replace.loss import state_error
+from liar_ext.depth.replace.network import NETWORKS, remove_attention
 from liar_ext.depth.replace.settings import Replacement
 from liar_ext.depth.replace.teacher import Teacher, read_teacher
 from liar_ext.depth.replace.window import Window
 from liar_ext.engine.capture import layer_output
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.progress import Progress
+from liar_ext.models import adapter_for
 from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.state import TrainingState
 from liar_ext.recovery.text import Drawn, Trained, train_on_text
@@ -45,6 +47,11 @@ def window_loss(
     return loss
 
 
+def trainable(layer: nn.Module) -> list[str]:
+    """The parameters of a layer that have elements: the norm of absent attention has none."""
+    return [name for name, parameter in layer.named_parameters() if parameter.numel()]
+
+
 def train_on_states(
     reader: CheckpointReader,
     dense: PreTrainedModel,
@@ -53,6 +60,7 @@ def train_on_states(
     drawn: Drawn,
     asked: Replacement,
     *,
+    first: Mapping[str, Tensor],
     state: TrainingState,
     progress: Progress,
 ) -> Trained:
@@ -60,6 +68,7 @@ def train_on_states(
 
     Args:
         reader, dense: of the source, on `meta`; path: of its list of layers.
+        first: weights to begin with instead of the layers', by their names in the result.
     Returns:
         with, in its facts, `nothing`: the loss on held-out windows if nothing stood in.
     """
@@ -68,11 +77,18 @@ def train_on_states(
     model = read_teacher(reader, dense, window.span, dtype=dtype, device=device)
     teacher = Teacher(model, window.span, window.count)
     stand_ins = nn.ModuleList([copy.deepcopy(teacher.layers[at]) for at in window.trained])
+    if not NETWORKS[asked.network].attention:
+        for layer in stand_ins:
+            remove_attention(layer, adapter_for(dense.config))
     names = {
         f"{at}.{name}": f"{path}.{window.trained[at]}.{name}"
         for at, layer in enumerate(stand_ins)
-        for name, _ in layer.named_parameters()
+        for name in trainable(layer)
     }
+    own = dict(stand_ins.named_parameters())
+    for name, place in names.items():
+        if place in first:
+            own[name].data.copy_(first[place])
     normalised = asked.loss_tokens == "normalised"
     schedule = asked.training.schedule
     trained = train_on_text(
@@ -128,7 +144,7 @@ def train_on_tokens(
     names = [
         f"{path}.{at}.{name}"
         for at in window.trained
-        for name, _ in model.get_submodule(f"{path}.{at}").named_parameters()
+        for name in trainable(model.get_submodule(f"{path}.{at}"))
     ]
     return train_on_text(
         model,
