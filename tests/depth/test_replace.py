@@ -280,12 +280,16 @@ def test_bfloat16_is_trained_in_float32_and_nothing_is_held_out(tmp_path):
     assert "Its quality was not measured" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_pruned_checkpoint_of_one_width_is_replaced(tmp_path):
-    assert main(command(tmp_path, "first", "--drop", "1")) == 0
+@pytest.mark.parametrize("network", ["layer", "swiglu"])
+def test_the_result_is_replaced_once_more(tmp_path, network):
+    """A model with shapes of its own, too, chosen by its hidden states."""
+    assert main(command(tmp_path, "first", "--drop", "1", "--network", network)) == 0
     again = ["replace", str(tmp_path / "first"), "--out", str(tmp_path / "second")]
     again += ["--train", str(tmp_path / "tokens.npy"), *SIZES, "--drop", "1"]
-    assert main(again) == 0
-    assert liar_ext.load(tmp_path / "second").config.num_hidden_layers == 4
+    assert main([*again, "--network", network]) == 0
+    found = liar_ext.load(tmp_path / "second")
+    assert found.config.num_hidden_layers == 4
+    assert torch.isfinite(outputs(found)).all()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ def state_error(
 ) -> Loss:
     """`Σ_t w_t ‖found_t − wanted_t‖²` over valid tokens, of as many terms as these have elements.
 
-    w is 1, or with `normalised` `1 / mean(wanted_t²)`: a few tokens (the first one of a text) have
-    states a hundred times as large as all others, and plain squares are their errors.
+    w is 1, or with `normalised` `1 / mean(wanted_t²)` (1 where that is 0): a few tokens (the first
+    one of a text) have states a hundred times as large as all others, and plain squares are their
+    errors.
 
     Args:
         found, wanted: (b, t, d), any float dtype; computed in float32 at least.
@@ -29,8 +30,9 @@ def state_error(
         error, target = error[valid], target[valid]
     squares = error.square().sum(1)
     if normalised:
+        size = target.square().mean(1)
         # a state of zeros has no size to measure by
-        squares = squares / target.square().mean(1).clamp_min(torch.finfo(exact).tiny)
+        squares = squares / torch.where(size > 0, size, torch.ones_like(size))
     return Loss(squares.sum(), error.numel())
 
 
@@ -46,6 +48,7 @@ def state_error_reference(
     for row, column in mask.nonzero().tolist():
         own, target = found[row, column].double(), wanted[row, column].double()
         error = float((own - target).square().sum())
-        total += error / float(target.square().mean()) if normalised else error
+        size = float(target.square().mean()) if normalised else 1.0
+        total += error / (size or 1.0)
         terms += own.numel()
     return total / terms

@@ -78,9 +78,10 @@ def replace_layers(
     left_over = reader.bind(dense)
     before = parameter_count(dense), reader.bytes()
     corpus = read(asked.training.text)
-    drawn = draw(folder, dense, asked.training, corpus, least=asked.samples)
+    looked_at = asked.samples if asked.window is None else 0
+    drawn = draw(folder, dense, asked.training, corpus, least=looked_at)
     began = time.perf_counter()
-    window = choose_window(asked, reader, dense, len(layers), drawn.windows, progress)
+    window = choose_window(asked, reader, dense, len(layers), drawn.windows, out, progress)
     chosen = time.perf_counter()
     short_reader, short = shortened_checkpoint(reader, dense, window.kept)
     if not NETWORKS[asked.network].attention:

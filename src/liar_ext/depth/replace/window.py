@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ def choose_window(
     model: PreTrainedModel,
     layers: int,
     windows: Batch,
+    beside: Path,
     progress: Progress,
 ) -> Window:
     """The window that is asked for.
@@ -108,6 +110,7 @@ def choose_window(
     Args:
         reader, model: of the source, bound to each other, on `meta`; layers: of it.
         windows: of the training; the choice looks at the first ones.
+        beside: the output, or what will be it: hidden states wait there if memory has no room.
     Raises:
         InputError: as `check_length`; the method needs hidden states, and the family has no
             adapter that says how to run it layer by layer.
@@ -131,7 +134,7 @@ def choose_window(
     size = asked.training.schedule.batch_size
     ids, mask = (t[: asked.samples] for t in (windows.input_ids, windows.attention_mask))
     batches = [Batch(*pair) for pair in zip(ids.split(size), mask.split(size), strict=True)]
-    return _chosen(asked, reader, model, length, batches, progress)
+    return _chosen(asked, reader, model, length, batches, beside, progress)
 
 
 def _chosen(
@@ -140,6 +143,7 @@ def _chosen(
     model: PreTrainedModel,
     length: int,
     batches: Sequence[Batch],
+    beside: Path,
     progress: Progress,
 ) -> Window:
     """By the hidden states of the whole model, a layer in memory at a time."""
@@ -150,10 +154,21 @@ def _chosen(
     place = choose_place("auto", (length + 1) * positions * width * dtype.itemsize, device)
     recipe = Recipe(sparsity=0, depth=asked.depth, drop=length, span_repair="none")
     with ExitStack() as opened:
-        scratch = Path(opened.enter_context(TemporaryDirectory()))
+        scratch = Path(opened.enter_context(_scratch(beside if place == "disk" else None)))
         store = CheckpointStore(model, reader, Placement(scratch, device, dtype, "auto"))
         shelf = make_shelf(place, scratch, device)
         runtime = Runtime(opened.enter_context(store), device, Clock(device), progress, shelf=shelf)
         found = choose(recipe, runtime, batches)
     span = range(found.dropped[0], found.dropped[-1] + 1)
     return Window(found.layers, span, asked.stand_ins, found.measured)
+
+
+def _scratch(beside: Path | None) -> TemporaryDirectory[str]:
+    """A folder for what waits on disk; of other places, one that nothing is put into."""
+    if beside is None:
+        return TemporaryDirectory()
+    parent = next(p for p in Path(os.path.abspath(beside)).parents if p.exists())
+    try:
+        return TemporaryDirectory(prefix=".liar-ext-replace-", dir=parent)
+    except OSError as error:
+        raise InputError(f"{parent}: hidden states cannot wait there ({error.strerror})") from error
