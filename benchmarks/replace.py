@@ -140,9 +140,9 @@ def report(target: Path) -> None:
     )
     print(f"|---|{'---:|' * len(drops)}---:|")
     for name in dict.fromkeys(row["name"] for row in data["rows"]):
-        own = [cell[drop, name] for drop in drops if (drop, name) in cell]
-        values = " | ".join(f"{row['perplexity']:.2f}" for row in own)
-        seconds = " / ".join(f"{row['cpu_seconds']:.0f}" for row in own)
+        own = [cell.get((drop, name)) for drop in drops]
+        values = " | ".join("–" if row is None else f"{row['perplexity']:.2f}" for row in own)
+        seconds = " / ".join("–" if row is None else f"{row['cpu_seconds']:.0f}" for row in own)
         print(f"| {name} | {values} | {seconds} |")
 
 
