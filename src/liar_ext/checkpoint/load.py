@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -65,18 +66,33 @@ def load(
     reader = CheckpointReader(folder)
     model = layout.empty(reader.config)
     reader.bind(model)
-    dtype = dtype or reader.main_dtype()
+    fill(model, reader, dtype or reader.main_dtype(), device)
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = os.fspath(folder)
+    return model.eval()
+
+
+def fill(
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    without: Collection[str] = (),
+) -> None:
+    """Give a model on `meta` its tensors.
+
+    Args:
+        reader: bound to it; dtype: of the parameters.
+        without: parameters that stay on `meta`: what is not run is not read.
+    """
     for name, parameter in list(model.named_parameters()):
-        if name in reader:
+        if name in reader and name not in without:
             tensor = reader.get(name).to(device, dtype)
             _assign(model, name, tensor, parameter.requires_grad)
     fill_buffers(model, reader, device, dtype)
     if tied_names(model):
         model.tie_weights()
-    if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.name_or_path = os.fspath(folder)
-    return model.eval()
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor, trainable: bool) -> None:

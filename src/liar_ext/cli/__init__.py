@@ -24,13 +24,14 @@ from liar_ext.cli import (
     plan,
     prune,
     recover,
+    replace,
     report,
     trace,
 )
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
 COMMANDS = (
-    *(prune, merge, grow, recover, fuse, batch, compare, evaluate, plan, layers),
+    *(prune, merge, replace, grow, recover, fuse, batch, compare, evaluate, plan, layers),
     *(trace, bench, demo, report, env),
 )
 USAGE, FAILURE = 2, 1

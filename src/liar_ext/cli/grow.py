@@ -7,23 +7,8 @@ import sys
 from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
+from liar_ext.cli.training import TEXT, add_training, trained_line, training_of
 from liar_ext.errors import InputError
-
-# option of the training -> (type, metavar, help)
-TRAINING: dict[str, tuple[Any, str, str]] = {
-    "steps": (int, "N", "updates (required with --train)"),
-    "lr": (float, "F", "learning rate at its height (default 2e-4)"),
-    "warmup": (int, "N", "steps until then (default 3 %% of all)"),
-    "floor": (float, "F", "at the end, as a fraction of it, by a cosine (default 0.1)"),
-    "batch_size": (int, "N", "windows in a forward (default 8)"),
-    "accumulation": (int, "N", "forwards in an update (default 1)"),
-    "seq_len": (int, "N", "tokens in a window (default 2048 at most)"),
-    "weight_decay": (float, "F", "of AdamW (default 0)"),
-    "clip": (float, "F", "norm of all gradients at most (default 1)"),
-    "held_out": (int, "N", "windows to measure on, not to train on (default 32, a tenth at most)"),
-    "evaluate_every": (int, "N", "steps between two such measurements (default a tenth of all)"),
-    "save_every": (int, "N", "steps between two states that --resume goes on from (default 100)"),
-}
 
 
 def add_parser(commands: Any) -> None:
@@ -58,14 +43,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
     group = parser.add_argument_group("training of the new layers")
-    group.add_argument(
-        "--train", metavar="TEXT", help=".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets"
-    )
-    for name, (kind, metavar, text) in TRAINING.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    group.add_argument(
-        "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
-    )
+    group.add_argument("--train", metavar="TEXT", help=TEXT)
+    add_training(group)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(run=run)
@@ -97,12 +76,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{size(totals['bytes_before'])} -> {size(totals['bytes_after'])}, "
             f"{report['seconds']:.1f} s"
         )
-        if training is not None and training["held_out"]:
-            looks = training["held_out"]
-            print(
-                f"trained {count(training['parameters'])} parameters for {training['steps']} "
-                f"steps: held-out loss {looks[0]['loss']:.4f} -> {looks[-1]['loss']:.4f}"
-            )
+        if training is not None and (line := trained_line(training)) is not None:
+            print(line)
         print(f"written: {arguments.out}")
     return {"out": arguments.out, **report}
 
@@ -150,25 +125,6 @@ def growth_of(arguments: argparse.Namespace) -> Any:
         predictor=arguments.predictor,
         options=options,
         seed=arguments.seed,
-        training=_training_of(arguments),
+        training=training_of(arguments),
         device=arguments.device,
     )
-
-
-def _training_of(arguments: argparse.Namespace) -> Any:
-    from liar_ext.depth.grow.training import LayerTraining
-    from liar_ext.recovery.schedule import Schedule
-
-    given = {name: getattr(arguments, name) for name in TRAINING}
-    given = {name: value for name, value in given.items() if value is not None}
-    if arguments.train is None:
-        if given:
-            option = f"--{next(iter(given)).replace('_', '-')}"
-            raise InputError(f"{option}: is of a training; give --train FILE as well")
-        return None
-    if "steps" not in given:
-        raise InputError("--train: for how long? give --steps N")
-    own = {name: given.pop(name) for name in ("seq_len", "held_out") if name in given}
-    if "lr" in given:
-        given["learning_rate"] = given.pop("lr")
-    return LayerTraining(arguments.train, Schedule(**given, seed=arguments.seed), **own)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +9,13 @@ from typing import Any
 
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
-from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.depth.config import count_of
-from liar_ext.depth.shorten import shortened_checkpoint
-from liar_ext.environment import environment
+from liar_ext.depth.report import layer_card, layer_report
+from liar_ext.depth.shorten import copy_tensors, shortened_checkpoint, specs_of
 from liar_ext.errors import InputError
 from liar_ext.models import layout
-from liar_ext.report.schema import FILE, LAYERS, calibration_of
-
-VERSION = 1
+from liar_ext.report.schema import FILE, calibration_of
 
 
 def drop_layers(
@@ -58,39 +53,22 @@ def drop_layers(
     left_over = reader.bind(dense)
     before = parameter_count(dense), reader.bytes()
     reader, model = shortened_checkpoint(reader, dense, kept)
-    specs = [
-        TensorSpec(name, reader.shape(name), reader.dtype(name))
-        for name in model.state_dict()
-        if name in reader
-    ]
+    specs = specs_of(reader, model)
     with output_folder(out, folder, overwrite=overwrite) as made:
-        writer = ShardWriter(made, specs)
-        try:
-            for spec in specs:
-                writer.write_pieces(spec.name, reader.pieces(spec.name))
-            writer.finish()
-        finally:
-            writer.close()
+        copy_tensors(made, reader, specs)
         copy_other_files(folder, made)
-        report = {
-            "version": VERSION,
-            "kind": LAYERS,
-            "source": str(source),
-            "date": datetime.date.today().isoformat(),
-            "layers": {"before": count, "after": len(kept), "dropped": sorted(dropped)},
-            "totals": {
-                "parameters_before": before[0],
-                "parameters_after": parameter_count(model),
-                "bytes_before": before[1],
-                "bytes_after": writer.bytes,
-            },
+        report = layer_report(
+            source,
+            layers={"before": count, "after": len(kept), "dropped": sorted(dropped)},
+            before=before,
+            model=model,
+            bytes_after=sum(spec.bytes for spec in specs),
+            config=reader.config,
             # of widths that were pruned before
-            "calibration": calibration_of(folder),
-            "warnings": left_over_warnings(left_over, dense),
-            "seconds": time.perf_counter() - started,
-            "config": reader.config,
-            "environment": environment(),
-        }
+            calibration=calibration_of(folder),
+            warnings=left_over_warnings(left_over, dense),
+            seconds=time.perf_counter() - started,
+        )
         write_json(made / "config.json", reader.config)
         write_json(made / FILE, report)
         (made / "README.md").write_text(_card(report), encoding="utf-8")
@@ -98,18 +76,11 @@ def drop_layers(
 
 
 def _card(report: dict[str, Any]) -> str:
-    layers, totals = report["layers"], report["totals"]
+    layers = report["layers"]
     gone = ", ".join(map(str, layers["dropped"]))
-    loader = (
-        "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
-    )
-    return (
-        f"# {Path(report['source']).name} without {len(layers['dropped'])} of its "
-        f"{layers['before']} layers\n\n"
+    return layer_card(
+        report,
+        f"without {len(layers['dropped'])} of its {layers['before']} layers",
         f"Left out, counted from 0: {gone}. Nothing else was changed, nothing was trained, and "
-        "what the layers did was not repaired: the quality was not measured.\n\n"
-        f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} after. "
-        f"Loads with {loader}.\n\n"
-        f"Made by liar-ext {report['environment']['liar_ext']}; `{FILE}`:\n\n"
-        f"```json\n{json.dumps(layers)}\n```\n"
+        "what the layers did was not repaired: the quality was not measured.",
     )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from liar_ext.depth.collapse import Outcome, Trial, listed
 from liar_ext.depth.merge_settings import MergeSettings
 from liar_ext.depth.mixture import Mixture, Terms
+from liar_ext.depth.report import layer_card
 from liar_ext.depth.rules import norms_of
 from liar_ext.depth.trials import Evaluations
-from liar_ext.models import layout
-from liar_ext.report.schema import FILE
 from liar_ext.report.text import number
 
 
@@ -91,27 +88,21 @@ def mixed_types(types: Sequence[str] | None, state: Sequence[Mixture]) -> list[s
 
 def card(report: dict[str, Any]) -> str:
     """The README.md of the result."""
-    layers, merge, totals = report["layers"], report["merge"], report["totals"]
-    loader = (
-        "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
-    )
+    layers, merge = report["layers"], report["merge"]
     rows = [
         f"| {step['layer']} | {listed(step['with'])} | {number(step['similarity'], 4)} |"
         for step in merge["accepted"]
     ]
-    return (
-        f"# {Path(report['source']).name} with {layers['after']} of its {layers['before']} layers\n"
-        "\nLayers were merged (LaCo, arXiv 2402.11187), each into the one before it; counted from "
+    return layer_card(
+        report,
+        f"with {layers['after']} of its {layers['before']} layers",
+        "Layers were merged (LaCo, arXiv 2402.11187), each into the one before it; counted from "
         "0:\n\n| layer | takes in | similarity to the original |\n|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\nRule `{merge['rule']}`, norms `{merge['norms']}`; the similarity "
         f"(`{merge['similarity']}`) of last hidden states on {report['calibration']['samples']} "
         f"texts was to be above {number(merge['threshold'], 4)}. Nothing was trained; the quality "
-        "was not measured.\n\n"
-        f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} after. "
-        f"Loads with {loader}.\n\n"
-        f"Made by liar-ext {report['environment']['liar_ext']}; `{FILE}`:\n\n"
-        f"```json\n{json.dumps(layers)}\n```\n"
+        "was not measured.",
     )
 
 

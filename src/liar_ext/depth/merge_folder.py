@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import tempfile
@@ -27,6 +26,7 @@ from liar_ext.depth.merge_facts import card, layer_facts, merge_facts, used_sett
 from liar_ext.depth.merge_settings import MergeSettings, Schedule
 from liar_ext.depth.merge_subject import Subject, opened
 from liar_ext.depth.mixture import FiledSource, HeldSource, Source, mixed
+from liar_ext.depth.report import layer_report
 from liar_ext.depth.resident import Resident
 from liar_ext.depth.rules import norm_names
 from liar_ext.depth.surgery import check_places
@@ -35,12 +35,9 @@ from liar_ext.engine.clock import Clock
 from liar_ext.engine.execution import Execution, make_shelf
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.runtime import Runtime
-from liar_ext.environment import environment
 from liar_ext.errors import InputError
 from liar_ext.models import layout
-from liar_ext.report.schema import FILE, LAYERS, calibration_of
-
-VERSION = 1
+from liar_ext.report.schema import FILE, calibration_of
 
 
 def merge_layers(
@@ -104,29 +101,23 @@ def merge_layers(
             writer.close()
         copy_other_files(subject.folder, made)
         ended = time.perf_counter()
-        report = {
-            "version": VERSION,
-            "kind": LAYERS,
-            "source": str(source),
-            "date": datetime.date.today().isoformat(),
-            "layers": layer_facts(len(subject.layers), outcome),
-            "merge": merge_facts(subject.settings, len(subject.layers), outcome, evaluations),
-            "totals": {
-                "parameters_before": parameter_count(subject.model),
-                "parameters_after": parameter_count(model),
-                "bytes_before": subject.reader.bytes(),
-                "bytes_after": writer.bytes,
-            },
-            "calibration": subject.texts.to_json(),
+        report = layer_report(
+            source,
+            layers=layer_facts(len(subject.layers), outcome),
+            merge=merge_facts(subject.settings, len(subject.layers), outcome, evaluations),
+            before=(parameter_count(subject.model), subject.reader.bytes()),
+            model=model,
+            bytes_after=writer.bytes,
+            calibration=subject.texts.to_json(),
             # of widths that were pruned before
-            "calibration_before": calibration_of(subject.folder),
-            "warnings": warnings,
-            "seconds": ended - started,
-            "seconds_by": {"search": searched - started, "write": ended - searched},
-            "run": _run_facts(subject),
-            "config": config,
-            "environment": environment(subject.device),
-        }
+            calibration_before=calibration_of(subject.folder),
+            warnings=warnings,
+            seconds=ended - started,
+            seconds_by={"search": searched - started, "write": ended - searched},
+            run=_run_facts(subject),
+            config=config,
+            device=subject.device,
+        )
         write_json(made / "config.json", config)
         write_json(made / FILE, report)
         (made / "README.md").write_text(card(report), encoding="utf-8")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.reader import CheckpointReader
+from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.depth.config import remapped
 from liar_ext.depth.surgery import check_places, layer_list
 from liar_ext.models import layout
@@ -34,3 +36,27 @@ def shortened_checkpoint(
     own.keep_layers(path, kept)
     own.bind(short)
     return own, short
+
+
+def specs_of(reader: CheckpointReader, model: PreTrainedModel) -> list[TensorSpec]:
+    """The tensors of a model that are in files, in its order, in the dtype that they have there.
+
+    Args:
+        reader: bound to the model, or to one that has no tensor less.
+    """
+    return [
+        TensorSpec(name, tuple(tensor.shape), reader.dtype(name))
+        for name, tensor in model.state_dict().items()
+        if name in reader
+    ]
+
+
+def copy_tensors(made: Path, reader: CheckpointReader, specs: Sequence[TensorSpec]) -> None:
+    """These tensors from file to file, in pieces, into a new folder; some may have become empty."""
+    writer = ShardWriter(made, specs)
+    try:
+        for spec in specs:
+            writer.write_pieces(spec.name, reader.pieces(spec.name) if spec.bytes else ())
+        writer.finish()
+    finally:
+        writer.close()

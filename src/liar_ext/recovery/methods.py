@@ -26,9 +26,9 @@ from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.rank_budget import allocate
 from liar_ext.recovery.rank_search import Ranks, TrialJournal, search
 from liar_ext.recovery.residuals import gains, kept_layers
-from liar_ext.recovery.session import fitting
 from liar_ext.recovery.settings import Recovery
 from liar_ext.recovery.state import TrainingState
+from liar_ext.recovery.text import fitting
 from liar_ext.recovery.train import Training, train
 from liar_ext.recovery.upper import first_trained, untied, upper_parameters
 

@@ -39,10 +39,10 @@ from liar_ext.recovery.instructions import (
     read_training,
     windows_of_instructions,
 )
+from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
 from liar_ext.recovery.language import next_token_loss, windows_of
 from liar_ext.recovery.methods import Outcome, Subject, low_rank, partial
 from liar_ext.recovery.residuals import kept_layers
-from liar_ext.recovery.session import check_state, keeping, state_folder
 from liar_ext.recovery.settings import Recovery
 from liar_ext.recovery.state import TrainingState
 from liar_ext.recovery.upper import check_head, first_trained
@@ -83,15 +83,16 @@ def recover(
     progress = progress or Silent()
     folder, out = resolve(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
+    check_unfinished(out, overwrite=overwrite, resume=resume)
     device = resolve_device(recovery.device)
     plan = _planned(folder, recovery)
     text = read_training(recovery.text)
     corpus = text.corpus if isinstance(text, Instructions) else text
     state = TrainingState(
         state_folder(out),
-        {"source": plan.reader.sizes(), **plan.dense, **recovery.identity(corpus.sha256)},
+        {**made_of(plan.reader, device), **plan.dense, **recovery.identity(corpus.sha256)},
     )
-    check_state(state, out, True, overwrite=overwrite, resume=resume)
+    ready(state, resume=resume)
     model = load(folder, dtype=compute_dtype("auto", device), device=device)
     drawn = _drawn(folder, model, text, recovery)
     subject = Subject(folder, model, recovery, drawn, state, progress)

@@ -27,6 +27,7 @@ from liar_ext.recovery.state import TrainingState
 # entries of the log: enough for a plot, small enough for a report
 LOGGED = 100
 OPTIMISER = "optimiser"
+BEST = "best"
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -52,6 +53,8 @@ class Training:
         log: about a hundred entries: `step`, mean `loss` per term since the one before, `rate`, and
             `gradient_norm`, the largest before clipping.
         held_out: `step` and `loss` per term on the held-out windows, the first before any update.
+        kept: after how many updates the parameters are what they are: all, or with `best` the look
+            at the held-out windows with the lowest loss, the first of equal ones.
         tokens: valid tokens of all updates; seconds: of this run.
     """
 
@@ -59,6 +62,7 @@ class Training:
     resumed_at: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
+    kept: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -73,6 +77,7 @@ def train(
     held_out: Batch | None = None,
     state: TrainingState | None = None,
     progress: Progress | None = None,
+    best: bool = False,
 ) -> Training:
     """AdamW on some parameters, warm-up and cosine, gradients clipped, in place.
 
@@ -90,6 +95,9 @@ def train(
             model and the next token, or one layer and what a teacher says.
         held_out: looked at as the schedule says.
         state: where states are kept, and what an earlier run has left there is gone on from.
+        best: end with the parameters of the look at the held-out windows with the lowest loss, of
+            which a copy is kept on the CPU; else, and where nothing is held out, with the last.
+            The look before any update counts: training that only harms is undone.
     Returns:
         what happened; the parameters are trained and in the dtype that they had.
     Raises:
@@ -101,7 +109,7 @@ def train(
     device = next(iter(chosen.values())).device
     accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
     with _trainable(model, chosen) as compute:
-        run = _Run(chosen, loss, schedule, accelerator, compute, held_out, state)
+        run = _Run(chosen, loss, schedule, accelerator, compute, held_out, state, best)
         run.go(windows, progress or Silent())
     run.training.seconds = time.perf_counter() - started
     return run.training
@@ -117,6 +125,7 @@ class _Run:
         compute: Callable[[], AbstractContextManager[Any]],
         held_out: Batch | None,
         state: TrainingState | None,
+        best: bool,
     ) -> None:
         self._chosen, self._loss, self._schedule = chosen, loss, schedule
         self._accelerator, self._compute = accelerator, compute
@@ -130,6 +139,9 @@ class _Run:
         self.training = Training(schedule.steps)
         # since the last entry of the log: losses, terms, largest norm of the gradients
         self._since = [0.0, 0.0, 0.0]
+        self._best = best and held_out is not None
+        # copies of the parameters at the lowest loss so far, never the parameters themselves
+        self._lowest, self._copies = math.inf, dict[str, Tensor]()
 
     def go(self, windows: Batch, progress: Progress) -> None:
         schedule, training = self._schedule, self.training
@@ -149,6 +161,10 @@ class _Run:
             if done % schedule.save_every == 0 and done < schedule.steps:
                 self._save(done)
             progress.layer(step)
+        if not self._copies:
+            training.kept = schedule.steps
+        for name, tensor in self._copies.items():
+            self._chosen[name].data.copy_(tensor)
 
     def _update(self, step: int, windows: Batch, forwards: list[list[int]]) -> None:
         """One update; every process has its share of the forwards."""
@@ -221,8 +237,13 @@ class _Run:
                 f"training: after {step} steps the loss on held-out windows is {total}; "
                 + ("lower --lr, or compute in float32" if step else "check the checkpoint")
             )
-        if count:
-            self.training.held_out.append({"step": step, "loss": total / count})
+        if not count:
+            return
+        loss = total / count
+        self.training.held_out.append({"step": step, "loss": loss})
+        if self._best and loss < self._lowest:
+            self._lowest, self.training.kept = loss, step
+            self._copies = {n: p.detach().to("cpu", copy=True) for n, p in self._chosen.items()}
 
     def _save(self, step: int) -> None:
         if self._state is None or not self._accelerator.is_main_process:
@@ -231,8 +252,11 @@ class _Run:
         for name, parameter in self._chosen.items():
             for key, value in self._optimiser.state[parameter].items():
                 tensors[f"{OPTIMISER}/{key}/{name}"] = value
+        tensors |= {f"{BEST}/{name}": tensor for name, tensor in self._copies.items()}
         training = self.training
         numbers = {
+            "kept": training.kept,
+            "lowest": self._lowest if self._copies else None,
             "log": training.log,
             "held_out": training.held_out,
             "tokens": training.tokens,
@@ -261,7 +285,11 @@ class _Run:
                 if kind == OPTIMISER and owner == name:
                     # the count of updates stays on the CPU, as AdamW keeps it
                     own[which] = value if value.dim() == 0 else value.to(parameter.device)
+            if f"{BEST}/{name}" in tensors:
+                self._copies[name] = tensors[f"{BEST}/{name}"]
         training = self.training
+        if self._copies:
+            self._lowest, training.kept = numbers["lowest"], numbers["kept"]
         training.resumed_at, training.tokens = step, numbers["tokens"]
         training.log, training.held_out = numbers["log"], numbers["held_out"]
         self._since = numbers["since"]

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from liar_ext.depth.grow.predictors import PREDICTORS
-from liar_ext.models import layout
-from liar_ext.report.schema import FILE
+from liar_ext.depth.report import layer_card
 from liar_ext.report.text import number
 
 
 def card(report: dict[str, Any]) -> str:
     """`README.md`, from what the report says."""
-    layers, totals, growth = report["layers"], report["totals"], report["growth"]
-    loader = (
-        "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
-    )
+    layers, growth = report["layers"], report["growth"]
     how = PREDICTORS[growth["predictor"]].made
     behind = ", ".join(map(str, layers["inserted_after"]))
     more = len(layers["inserted"])
-    return (
-        f"# {Path(report['source']).name} with {more} more layer{'s' * (more > 1)}\n\n"
+    return layer_card(
+        report,
+        f"with {more} more layer{'s' * (more > 1)}",
         f"{layers['before']} layers before, {layers['after']} after: one was inserted behind each "
         f"of layers {behind}, counted from 0 in the source; in this model they are layers "
         f"{', '.join(map(str, layers['inserted']))}. {how} The other layers are as they were.\n\n"
-        f"{_training(report['training'])}\n\n"
-        f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} after. "
-        f"Loads with {loader}.\n\n"
-        f"Made by liar-ext {report['environment']['liar_ext']}; `{FILE}` has the rest:\n\n"
-        f"```json\n{json.dumps(layers)}\n```\n"
+        f"{_training(report['training'])}",
     )
 
 

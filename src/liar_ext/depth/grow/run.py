@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.sources import read
@@ -23,24 +19,20 @@ from liar_ext.depth.grow.mlp import HYPER_PARAMETERS, MlpOptions
 from liar_ext.depth.grow.placement import check_gaps, check_neighbours, places
 from liar_ext.depth.grow.predictors import PREDICTORS
 from liar_ext.depth.grow.report import card
-from liar_ext.depth.grow.training import (
-    LayerTraining,
-    Trained,
-    train_layers,
-)
+from liar_ext.depth.grow.training import train_layers
 from liar_ext.depth.grow.write import Growing, Places, check_learnable, write_layers
+from liar_ext.depth.report import layer_report
+from liar_ext.depth.shorten import specs_of
 from liar_ext.depth.surgery import check_places, layer_list
 from liar_ext.engine.inputs import resolve_device
 from liar_ext.engine.progress import Progress, Silent
-from liar_ext.environment import environment
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
 from liar_ext.recovery.language import next_token_loss
-from liar_ext.recovery.session import check_state, keeping, state_folder, write_again
 from liar_ext.recovery.state import TrainingState
-from liar_ext.report.schema import FILE, LAYERS, calibration_of
-
-VERSION = 1
+from liar_ext.recovery.text import TextTraining, Trained, write_again
+from liar_ext.report.schema import FILE, calibration_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Growth:
     predictor: str = "mlp"
     options: MlpOptions = field(default_factory=lambda: HYPER_PARAMETERS["paper"])
     seed: int = 0
-    training: LayerTraining | None = None
+    training: TextTraining | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -100,6 +92,9 @@ def grow(
     progress = progress or Silent()
     folder, out = resolve(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
+    if resume and growth.training is None:
+        raise InputError("--resume goes on with a training; give --train FILE as before")
+    check_unfinished(out, overwrite=overwrite, resume=resume)
     device = resolve_device(growth.device)
     plan = _planned(folder, growth)
     training, corpus = growth.training, None
@@ -110,9 +105,9 @@ def grow(
     learned = {} if training is None or corpus is None else training.identity(corpus)
     state = TrainingState(
         state_folder(out),
-        {"source": plan.identity(device), "growth": growth.to_json(), **learned},
+        {**made_of(plan.reader, device), "growth": growth.to_json(), **learned},
     )
-    check_state(state, out, training is not None, overwrite=overwrite, resume=resume)
+    ready(state, resume=resume)
     with keeping(state), output_folder(out, folder, overwrite=overwrite) as made:
         writer = ShardWriter(made, plan.specs)
         try:
@@ -134,21 +129,21 @@ def grow(
                 progress=progress,
             )
             write_again(made, plan.specs, trained.tensors)
-        report = {
-            "version": VERSION,
-            "kind": LAYERS,
-            "source": str(source),
-            "date": datetime.date.today().isoformat(),
-            **plan.sizes(),
-            "growth": {**growth.to_json(), "matrices": facts},
-            "training": trained.facts or None,
+        report = layer_report(
+            source,
+            layers=plan.layers(),
+            growth={**growth.to_json(), "matrices": facts},
+            training=trained.facts or None,
+            before=plan.before,
+            model=plan.model,
+            bytes_after=sum(spec.bytes for spec in plan.specs),
             # the text that these weights have seen last
-            "calibration": trained.calibration or calibration_of(folder),
-            "warnings": plan.warnings,
-            "seconds": time.perf_counter() - started,
-            "config": plan.config,
-            "environment": environment(device),
-        }
+            calibration=trained.calibration or calibration_of(folder),
+            warnings=plan.warnings,
+            seconds=time.perf_counter() - started,
+            config=plan.config,
+            device=device,
+        )
         write_json(made / FILE, report)
         (made / "README.md").write_text(card(report), encoding="utf-8")
     state.remove()
@@ -174,31 +169,13 @@ class _Plan:
     before: tuple[int, int]
     warnings: list[str]
 
-    def identity(self, device: torch.device) -> dict[str, Any]:
-        """What new layers, and a training of them, depend on beside what is asked for."""
-        here = environment(device)
+    def layers(self) -> dict[str, Any]:
+        """Which went where, for the report."""
         return {
-            "config": hashlib.sha256(json.dumps(self.config).encode()).hexdigest(),
-            "files": self.reader.sizes(),
-            "versions": {name: here[name] for name in ("liar_ext", "torch", "transformers")},
-            "device": device.type,
-        }
-
-    def sizes(self) -> dict[str, Any]:
-        """Layers and totals, for the report."""
-        return {
-            "layers": {
-                "before": len(self.places.layers),
-                "after": len(self.places.kept),
-                "inserted_after": sorted(self.places.new),
-                "inserted": sorted(self.places.new.values()),
-            },
-            "totals": {
-                "parameters_before": self.before[0],
-                "parameters_after": parameter_count(self.model),
-                "bytes_before": self.before[1],
-                "bytes_after": sum(spec.bytes for spec in self.specs),
-            },
+            "before": len(self.places.layers),
+            "after": len(self.places.kept),
+            "inserted_after": sorted(self.places.new),
+            "inserted": sorted(self.places.new.values()),
         }
 
 
@@ -226,11 +203,7 @@ def _planned(folder: Path, growth: Growth) -> _Plan:
     before = parameter_count(dense), reader.bytes()
     reader.keep_layers(path, kept)
     reader.bind(model)
-    specs = [
-        TensorSpec(name, reader.shape(name), reader.dtype(name))
-        for name in model.state_dict()
-        if name in reader
-    ]
+    specs = specs_of(reader, model)
     warnings = left_over_warnings(left_over, dense)
     return _Plan(reader, model, config, where, silenced, specs, before, warnings)
 
