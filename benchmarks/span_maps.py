@@ -68,7 +68,7 @@ def heard(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[Te
 def main() -> None:
     model = liar_ext.load(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokens = torch.tensor(tokenize(Path(CALIBRATION).read_text(), tokenizer))
+    tokens = tokenize(Path(CALIBRATION).read_text(), tokenizer)
     tokens = tokens[: WINDOWS * LENGTH].view(-1, LENGTH)
     held_out = tokenize(Path(HELDOUT).read_text(), tokenizer)[: EVALUATED * LENGTH]
     states, inputs = heard(model, tokens)
