@@ -29,7 +29,7 @@ def made_of(reader: CheckpointReader, device: torch.device) -> dict[str, Any]:
     here = environment(device)
     return {
         "config": hashlib.sha256(json.dumps(reader.config).encode()).hexdigest(),
-        "source": reader.sizes(),
+        "files": reader.sizes(),
         "versions": {name: here[name] for name in ("liar_ext", "torch", "transformers")},
         "device": device.type,
     }

@@ -90,7 +90,7 @@ def recover(
     corpus = text.corpus if isinstance(text, Instructions) else text
     state = TrainingState(
         state_folder(out),
-        {**made_of(plan.reader, device), **plan.dense, **recovery.identity(corpus.sha256)},
+        {"source": made_of(plan.reader, device), **plan.dense, **recovery.identity(corpus.sha256)},
     )
     ready(state, resume=resume)
     model = load(folder, dtype=compute_dtype("auto", device), device=device)

@@ -105,7 +105,7 @@ def grow(
     learned = {} if training is None or corpus is None else training.identity(corpus)
     state = TrainingState(
         state_folder(out),
-        {**made_of(plan.reader, device), "growth": growth.to_json(), **learned},
+        {"source": made_of(plan.reader, device), "growth": growth.to_json(), **learned},
     )
     ready(state, resume=resume)
     with keeping(state), output_folder(out, folder, overwrite=overwrite) as made:

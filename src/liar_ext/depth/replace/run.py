@@ -91,7 +91,7 @@ def replace_layers(
     state = TrainingState(
         state_folder(out),
         {
-            **made_of(reader, device),
+            "source": made_of(reader, device),
             "replacement": {**asked.to_json(), "window": [window.span[0], window.span[-1]]},
             **asked.training.identity(corpus),
         },
