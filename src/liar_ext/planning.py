@@ -122,6 +122,7 @@ def plan(
     store = InMemory(model)
     driver = Driver(Runtime(store, host, Clock(host)), (), recipe)
     costs = budgets(store, recipe, tokens.seq_len)
+    driver.check(costs, min(tokens.samples, recipe.search_samples))
     targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)
@@ -337,12 +338,11 @@ def _shrink(
     sites = []
     for (index, kind), units in zip(known, kept, strict=True):
         site = adapter.sites_of(model, index, (kind,))[0]
-        before, columns = site.units, site.columns
-        rows = producer_rows(site)
+        before, columns, each = site.units, site.columns, site.columns_per_unit
+        rows, outputs = producer_rows(site), site.weight().shape[0]
         site.shrink(torch.arange(units))
-        outputs = site.weight().shape[0]
         sites.append(
-            SitePlan(index, kind, site.name, before, units, columns, site.columns, outputs, rows)
+            SitePlan(*(index, kind, site.name, before, units, columns, units * each, outputs, rows))
         )
     for index in range(len(adapter.layer_list(model)[1])):
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):

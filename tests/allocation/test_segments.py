@@ -11,7 +11,7 @@ import pytest
 
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.allocation.search import Candidate, Problem
-from liar_ext.allocation.segments import SLOTS, Segment, calls, plans, search
+from liar_ext.allocation.segments import SLOTS, Segment, calls, check, plans, search
 from liar_ext.errors import InputError
 
 
@@ -136,7 +136,12 @@ def test_few_evaluations_thin_the_table_out() -> None:
 def test_says_how_many_evaluations_it_takes() -> None:
     problem, oracle = _problem(8, 2)
     with pytest.raises(InputError, match="--search-evaluations 2: .* measures"):
+        check(problem)
+    with pytest.raises(InputError, match="give 8 or more"):
         search(problem, oracle)
+    check(replace(problem, evaluations=8))
+    with pytest.raises(InputError, match="--search-evaluations 7"):
+        check(replace(problem, evaluations=7))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 20, 55])
@@ -162,7 +167,7 @@ def test_an_interrupted_search_asks_the_same_and_finds_the_same(stop: int) -> No
 
 def test_one_window_tells_nothing_apart() -> None:
     problem, oracle = _problem(2, 400)
-    with pytest.raises(InputError, match="one of 2 windows or more"):
+    with pytest.raises(InputError, match="raise --search-samples"):
         search(replace(problem, windows=1), oracle)
 
 

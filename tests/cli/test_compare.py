@@ -19,6 +19,7 @@ from liar_ext.cli import main
 from liar_ext.comparison.grid import make_grid
 from liar_ext.comparison.subject import Subject
 from liar_ext.criteria import CRITERIA
+from liar_ext.demo import CALIBRATION, HELDOUT, MODEL
 from liar_ext.engine.driver import Driver
 from liar_ext.engine.repair import Repairer
 from liar_ext.models.twin import twin
@@ -547,3 +548,15 @@ def test_warnings_of_cells_are_on_the_page_once(inputs, tmp_path):
     for cell in result["cells"]:
         for warning in cell["warnings"]:
             assert text.count(warning) == 1
+
+
+def test_parts_may_go_in_a_grid(tmp_path, capsys):
+    """The base recipe has an allocation of its own, which is no part of the grid."""
+    words = ["compare", str(MODEL), "--out", str(tmp_path / "out"), "--calibration"]
+    words += [str(CALIBRATION), "--eval", f"text={HELDOUT}", "--eval-windows", "2"]
+    words += ["--eval-seq-len", "64", "--samples", "8", "--seq-len", "64", "--sparsities", "0.5"]
+    words += ["--allocations", "global,uniform", "--empty", "--criteria", "wanda", "--json"]
+    assert main([*words, "--reconstructions", "none"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [cell["allocation"] for cell in result["cells"]] == ["global"]
+    assert "uniform" in json.dumps(result["skipped"])

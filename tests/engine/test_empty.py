@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from liar_ext.engine.driver import Driver
 from liar_ext.engine.execution import Execution
 from liar_ext.models import layout
 from liar_ext.models.absent import Absent
+from liar_ext.planning import plan
 
 CONFIG = {
     "vocab_size": 97,
@@ -30,6 +32,7 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+RATES = {"solve": 1e9, "residual": 1e9}
 # kept units by layer, FFN and heads as the Sites come: heads first
 WIDTHS = [(4, 48), (0, 24), (3, 0), (0, 0)]
 
@@ -180,3 +183,48 @@ def test_the_config_says_what_is_there(folder: Path) -> None:
     data = json.loads((folder / "out" / "config.json").read_text())
     assert data["model_type"] == "liar_ext"
     assert [own["heads"] for own in data["liar_ext"]["layers"]] == [w[0] for w in WIDTHS]
+
+
+def test_the_heads_that_tokens_are_counted_by_stay(folder: Path) -> None:
+    """Whatever goes, a model comes out: of four layers the first keeps a KV group."""
+    recipe = _recipe(folder, allocation="segments", sparsity=0.97, search_evaluations=40)
+    report = liar_ext.compress(folder / "dense", folder / "out", recipe)
+    first = next(site for site in report.sites if (site.layer, site.kind) == (0, "heads"))
+    assert first.units_after >= 1
+    liar_ext.load(folder / "out")
+    with pytest.raises(InputError, match="at most 0.9"):
+        liar_ext.compress(folder / "dense", folder / "more", replace(recipe, sparsity=0.999))
+
+
+@pytest.mark.parametrize("allocation", ["global", "ranked", "kwon", "influence", "levels"])
+def test_units_of_emptied_sites_go_before_better_ones_elsewhere(
+    folder: Path, allocation: str
+) -> None:
+    """Where one layer's FFN counts for nothing, no allocation that sees that keeps a neuron."""
+    model = _dense()
+    model.model.layers[2].mlp.down_proj.weight.data *= 1e-6
+    model.save_pretrained(folder / "silent")
+    recipe = _recipe(folder, allocation=allocation, target=("ffn",), sparsity=0.5)
+    report = liar_ext.compress(folder / "silent", folder / "out", recipe)
+    kept = {site.layer: site.units_after for site in report.sites}
+    if allocation in ("ranked", "kwon", "influence"):
+        # global and levels compare within each Site only
+        assert kept[2] == min(kept.values())
+    if allocation in ("ranked", "kwon"):
+        assert kept[2] == 0
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.96])
+@pytest.mark.parametrize("allocation", ["global", "levels", "segments"])
+def test_a_plan_is_of_what_is_made(folder: Path, allocation: str, sparsity: float) -> None:
+    recipe = _recipe(folder, allocation=allocation, sparsity=sparsity, search_evaluations=40)
+    found = plan(folder / "dense", recipe, rates=dict.fromkeys(("forward", "gram"), 1e9) | RATES)
+    assert found["parameters"]["after"] < found["parameters"]["before"]
+
+
+def test_a_plan_refuses_what_a_search_cannot_do(folder: Path) -> None:
+    recipe = _recipe(folder, allocation="segments", search_evaluations=2)
+    for call in (plan, liar_ext.compress):
+        where = (folder / "dense",) if call is plan else (folder / "dense", folder / "out")
+        with pytest.raises(InputError, match="give .* or more"):
+            call(*where, recipe)  # type: ignore[operator]

@@ -15,7 +15,7 @@ from liar_ext.allocation.prices import Hinge, Prices
 from liar_ext.errors import InputError
 
 if TYPE_CHECKING:
-    from liar_ext.allocation.search import Calls, Search
+    from liar_ext.allocation.search import Calls, Problem, Search
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Allocation:
     wanted: (budgets, sparsity) -> kept units of each Site, real numbers.
     survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
-    search: tries whole models; what it finds takes the place of `wanted`. calls: what it asks.
+    search: tries whole models; what it finds takes the place of `wanted`. calls: what it asks;
+        check: raises InputError for a problem that it cannot solve, whatever the answers.
     prices: `wanted` meets the budget in prices, whatever they are. The others count units, and are
         asked for the sparsity of theirs that meets it (`priced`).
     """
@@ -81,6 +82,7 @@ class Allocation:
     equal: bool
     search: Search | None = None
     calls: Calls | None = None
+    check: Callable[[Problem], None] | None = None
     prices: bool = False
 
     def widths(

@@ -3,7 +3,8 @@
 Scores are standardised per Site, `z = (score − mean)/std`, over the columns where the criterion
 scores columns, and a unit gets the mean of its columns' z. All units are sorted, the best are kept
 until the parameters kept reach the budget. Unlike the published code, every Site keeps at least
-one unit, and the cost of a unit is counted from its weights, which covers grouped-query attention.
+one unit (unless it may lose all), and the cost of a unit is counted from its weights, which covers
+grouped-query attention.
 """
 
 from collections.abc import Sequence

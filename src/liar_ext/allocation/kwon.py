@@ -7,8 +7,8 @@ criterion's, summed over a unit and not standardised; with grouped-query attenti
 the heads.
 
 In seconds it is the latency-constrained search of the paper: the time of t units is fitted by
-`c + slope · max(t − T, 0)`, every Site has its T best units for c, and what the budget leaves goes
-to the others as before, at the slope of their kind.
+`c + slope · max(t − T, 0)`, every Site that has to stay has its T best units for c, and what the
+budget leaves goes to the others as before, at the slope of their kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.allocation.base import Allocation, Budget
-from liar_ext.allocation.ranking import ranked
+from liar_ext.allocation.ranking import ranked, stays
 
 
 def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
@@ -30,7 +30,7 @@ def wanted(budgets: Sequence[Budget], sparsity: float) -> list[float]:
     lists = {kind: ranked([budgets[i] for i in places[kind]]) for kind in kinds}
     # of two kinds the shorter list is gone through, and the other one takes what is left
     kinds.sort(key=lambda kind: len(lists[kind][0]))
-    least = [sum(hinges[place].free for place in places[kind]) for kind in kinds]
+    least = [sum(stays(budgets[place]) for place in places[kind]) for kind in kinds]
     counts = _counts([lists[kind][:2] for kind in kinds], least, most)
     kept = [0.0] * len(budgets)
     for kind, count in zip(kinds, counts, strict=True):

@@ -21,7 +21,7 @@ def ranked(
     """Scores, costs and Sites of all units of some Sites, each (units of all,), best first.
 
     Those that come at the fixed price of their Site, at least its best one, are before all others:
-    no Site is emptied. Together they cost that price.
+    no Site is emptied, but where all of it may go. Together they cost that price.
 
     Args:
         score: (units,) float64 of a Site.
@@ -44,9 +44,14 @@ def nearest(
     _, cost, owner = ranked(budgets, score)
     spent = cost.cumsum(0)
     count = int((spent - (1 - sparsity) * float(spent[-1])).abs().argmin()) + 1
-    least = sum(budget.hinge.free for budget in budgets)
+    least = sum(map(stays, budgets))
     units = torch.bincount(owner[: max(count, least)], minlength=len(budgets))
     return units.double().tolist()
+
+
+def stays(budget: Budget) -> int:
+    """Units of a Site that are kept whatever else is."""
+    return budget.hinge.free if budget.least else 0
 
 
 def _priced(budget: Budget, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +59,6 @@ def _priced(budget: Budget, scores: Tensor) -> tuple[Tensor, Tensor]:
     free, fixed, slope = budget.hinge
     best = scores.argsort(descending=True, stable=True)[:free]
     costs, first = torch.full_like(scores, slope), torch.zeros(len(scores), dtype=torch.bool)
-    costs[best], first[best] = 0.0, True
+    costs[best], first[best] = 0.0, bool(budget.least)
     costs[best[0]] = fixed
     return costs, first

@@ -122,6 +122,13 @@ class _Layers:
     space: Space
     members: list[list[int]]
 
+    @classmethod
+    def of(cls, problem: Problem) -> _Layers:
+        by_layer: dict[int, list[int]] = {}
+        for site, layer in enumerate(problem.layers or range(len(problem.budgets))):
+            by_layer.setdefault(layer, []).append(site)
+        return cls(Space(problem), list(by_layer.values()))
+
     @property
     def dense(self) -> Positions:
         return tuple(len(own) - 1 for own in self.space.levels)
@@ -160,12 +167,9 @@ def search(problem: Problem, oracle: Oracle) -> Candidate:
     Raises:
         InputError: too few evaluations for the table.
     """
-    space = Space(problem)
+    layers = _Layers.of(problem)
+    space = layers.space
     trials = Trials(space, oracle)
-    by_layer: dict[int, list[int]] = {}
-    for site, layer in enumerate(problem.layers or range(len(problem.budgets))):
-        by_layer.setdefault(layer, []).append(site)
-    layers = _Layers(space, list(by_layer.values()))
     even = space.uniform()
     trials.losses([even])
     errors, gone = _measured(layers, trials)
@@ -190,7 +194,7 @@ def _measured(
     layers: _Layers, trials: Trials
 ) -> tuple[list[list[float]], dict[tuple[int, int], float]]:
     """The loss of the model with each Site at each of its places, and without each span."""
-    kept, share = _table(layers, trials)
+    kept, share = _table(layers, trials.left)
     singles, spans = layers.singles(kept), layers.spans()
     # from the last layer: what is the same before it is computed once for several
     order = sorted(singles, reverse=True)
@@ -208,26 +212,40 @@ def _measured(
     return errors, gone
 
 
-def _table(layers: _Layers, trials: Trials) -> tuple[int, float]:
+def _table(layers: _Layers, evaluations: float) -> tuple[int, float]:
     """How many levels of each Site are measured, on what share of the windows.
 
     All on as many windows as the evaluations allow, half of them at most: plans are told from
     single changes by being judged on all. If not even one window is enough for all, fewer levels.
     """
-    allowed = TABLE * trials.left
+    allowed = TABLE * evaluations
     spans, most = len(layers.spans()), max(map(len, layers.space.levels)) - 1
+    windows = layers.space.problem.windows
+    whole = 2 if windows is None else windows
     for kept in range(most, 0, -1):
         entries = len(layers.singles(kept)) + spans
-        windows = layers.space.problem.windows
-        whole = 2 if windows is None else windows
         share = min(whole // 2, math.floor(allowed / entries * whole)) / whole
         if share > 0:
             return kept, share
+    if whole < 2:
+        raise InputError(
+            "--allocation segments measures single changes on some of the search's windows and "
+            f"plans on all, and there is {whole}; raise --search-samples, or --samples"
+        )
+    entries = len(layers.singles(1)) + spans
+    least = math.ceil(entries / whole / TABLE) + 1
     raise InputError(
         f"--search-evaluations {layers.space.problem.evaluations}: --allocation segments measures "
-        f"{len(layers.singles(1)) + spans} single changes first, each on one of 2 windows or more; "
-        "give more evaluations or --search-samples"
+        f"{entries} single changes first, each on one of {whole} windows at least; give "
+        f"{least} or more"
     )
+
+
+def check(problem: Problem) -> None:
+    """Raises InputError where the evaluations or the windows do not allow for the table."""
+    layers = _Layers.of(problem)
+    # the first is of uniform widths
+    _table(layers, problem.evaluations - 1)
 
 
 def _segments(
@@ -276,5 +294,6 @@ SEGMENTS = Allocation(
     equal=False,
     search=search,
     calls=calls,
+    check=check,
     prices=True,
 )

@@ -40,12 +40,12 @@ def kept(
 
     Args:
         most: no Site loses a larger share; where the budget cannot be met like that, all lose
-            the same share as far as they have more than one unit.
+            the same share as far as they have more than one unit, or may lose that, too.
     """
     units = torch.tensor([float(b.units) for b in budgets], dtype=torch.float64)
     sizes = units * torch.tensor([float(b.cost) for b in budgets], dtype=torch.float64)
     total = sparsity * float(sizes.sum())
-    own = 1 - 1 / units
+    own = 1 - torch.tensor([float(b.least) for b in budgets], dtype=torch.float64) / units
     caps = own.clamp(max=most)
     if float((sizes * caps).sum()) < total:
         weights, caps = torch.ones_like(weights), own

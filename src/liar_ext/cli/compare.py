@@ -92,6 +92,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in AXES}
     axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
     _refuse_twice(arguments, axes)
+    if arguments.empty and "allocations" in axes:
+        # of the base recipe, which must not be uniform then; every cell has its own
+        arguments.allocation = "levels"
     base = recipe_of(arguments, _instead(axes))
     grid = make_grid(base, axes)
     if base.calibration is None:

@@ -4,7 +4,7 @@ asked for."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from liar_ext.engine.passes import PASSES, PriorPass
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.repair import Repairer
 from liar_ext.engine.runtime import Runtime
-from liar_ext.engine.search import Searcher
+from liar_ext.engine.search import Searcher, problem_of, samples_of
 from liar_ext.engine.statistics import least_segments
 from liar_ext.engine.store import LayerStore
 from liar_ext.engine.stream import Feed
@@ -57,11 +57,14 @@ def budgets(
     if recipe.empty:
         _check_empty(store, recipe)
     budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
-    return {
+    found: dict[Key, Budget] = {
         (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
+    if recipe.empty and (first := _counting(store, found)) is not None:
+        found[first] = replace(found[first], least=1)
+    return found
 
 
 def _check_empty(store: LayerStore, recipe: Recipe) -> None:
@@ -77,6 +80,18 @@ def _check_empty(store: LayerStore, recipe: Recipe) -> None:
                 f"--empty: {spec.kind} of {adapter.model_type} is no module that can go; "
                 "leave it out of --target"
             )
+
+
+def _counting(store: LayerStore, known: Mapping[Key, Budget]) -> Key | None:
+    """The heads that have to stay: of a decoder's first layer, whose cache counts the tokens, where
+    no other layer of its type is sure to have some (`models.absent`)."""
+    config = store.model.config
+    adapter = adapter_for(config)
+    layers = len(adapter.layer_list(store.model)[1])
+    types = getattr(text_config(config), "layer_types", None) or [None] * layers
+    like = [index for index in range(layers) if types[index] == types[0]]
+    sure = any((index, "heads") not in known for index in like)
+    return None if sure or not adapter.decoder else (0, "heads")
 
 
 def longest(batches: Sequence[Batch]) -> int:
@@ -175,7 +190,7 @@ class Driver:
         if position.stage == "survey" and self.recipe.narrows:
             # before anything is computed that it would be for nothing
             known = self._budgets()
-            check_reachable(list(known.values()), self.recipe.sparsity, self.recipe.round_to)
+            self.check(known, min(samples_of(self.batches), self.recipe.search_samples))
             if self._searcher is not None:
                 self._searcher.check_room(known)
         if self._prior is not None:
@@ -262,6 +277,21 @@ class Driver:
         if RECONSTRUCTIONS[self.recipe.reconstruct].needs_bias or self.recipe.bias == "always":
             return True
         return has_bias and self.recipe.bias == "auto"
+
+    def check(self, known: Mapping[Key, Budget], windows: int) -> None:
+        """Refuse what the allocation cannot do, before anything is computed.
+
+        Args:
+            windows: that a search compares models on.
+        Raises:
+            InputError: as `check_reachable`, or as the check of the allocation.
+        """
+        recipe = self.recipe
+        if not recipe.narrows:
+            return
+        check_reachable(list(known.values()), recipe.sparsity, recipe.round_to)
+        if (check := ALLOCATIONS[recipe.allocation].check) is not None:
+            check(problem_of(recipe, known, windows))
 
     def _budgets(self) -> dict[tuple[int, str], Budget]:
         return budgets(self.runtime.store, self.recipe, longest(self.batches))

@@ -106,16 +106,8 @@ class Searcher:
         grids = self._grids(budgets)
         ledger = self._opened(position)
         windows = first_samples(self.batches, self.recipe.search_samples)
-        count = sum(len(batch.input_ids) for batch in windows)
-        problem = Problem(
-            list(budgets.values()),
-            self.recipe.sparsity,
-            list(grids.values()),
-            self.recipe.search_evaluations,
-            self.recipe.seed,
-            windows=count,
-            layers=[layer for layer, _ in budgets],
-        )
+        count = samples_of(windows)
+        problem = problem_of(self.recipe, budgets, count)
 
         @cache
         def prepare() -> None:
@@ -260,6 +252,23 @@ class Searcher:
             "best_loss": ledger.get(best, count),
             "best": list(best),
         }
+
+
+def samples_of(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.input_ids) for batch in batches)
+
+
+def problem_of(recipe: Recipe, budgets: Mapping[Key, Budget], windows: int) -> Problem:
+    """What a search is to solve, on so many windows."""
+    return Problem(
+        list(budgets.values()),
+        recipe.sparsity,
+        [level_grid(budget, recipe.round_to) for budget in budgets.values()],
+        recipe.search_evaluations,
+        recipe.seed,
+        windows=windows,
+        layers=[layer for layer, _ in budgets],
+    )
 
 
 def level_grid(budget: Budget, round_to: int) -> tuple[int, ...]:
