@@ -169,6 +169,62 @@ def test_refuses_families_whose_parts_cannot_go(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("allocation", ["segments", "spdy"])
+def test_a_site_of_one_unit_is_searched(folder: Path, allocation: str) -> None:
+    """Its only other level is none: there is nothing for a criterion to choose."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**CONFIG | {"num_key_value_heads": 1})
+    )
+    randomise(model).save_pretrained(folder / "one")
+    recipe = _recipe(folder, allocation=allocation, target=("heads",), search_evaluations=20)
+    liar_ext.compress(folder / "one", folder / "out", recipe)
+    kept = [own["heads"] for own in layout.read(liar_ext.load(folder / "out"))]
+    assert sorted(kept) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
+def test_parts_of_gpt2_go(folder: Path, statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linears cannot be called without columns, and a forward stands in front of one."""
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+    dense = randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
+    dense.save_pretrained(folder / "gpt2")
+    every = [4, 128, 0, 40, 3, 0, 0, 0]
+    monkeypatch.setattr(Allocation, "widths", lambda *args, **kwargs: every)
+    recipe = _recipe(folder, statistics=statistics)
+    liar_ext.compress(folder / "gpt2", folder / "out", recipe)
+    loaded = liar_ext.load(folder / "out")
+    assert [own[k] for own in layout.read(loaded) for k in ("heads", "ffn")] == every
+    liar_ext.prune(dense, batches_of(recipe, decoder=True), recipe)
+    tokens = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        now, wanted = loaded(tokens).logits, dense(tokens).logits
+    assert float((now - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"] * 2])
+def test_attention_that_counts_tokens_stays(folder: Path, types: list[str] | None) -> None:
+    """Or a whole search ends with a model that cannot be."""
+    options = {"layer_types": types, "use_sliding_window": True, "sliding_window": 8}
+    config = transformers.Qwen3Config(**CONFIG, head_dim=12, **(options if types else {}))
+    randomise(transformers.Qwen3ForCausalLM(config)).save_pretrained(folder / "qwen3")
+    changes = {"target": ("heads",), "search_evaluations": 30}
+    for allocation in ("segments", "levels", "global"):
+        recipe = _recipe(folder, allocation=allocation, sparsity=0.9, **changes)
+        liar_ext.compress(folder / "qwen3", folder / "out", recipe, overwrite=True)
+        kept = [own["heads"] for own in layout.read(liar_ext.load(folder / "out"))]
+        assert kept[0] >= 1, allocation
+        assert 0 in kept, allocation
+    recipe = _recipe(folder, sparsity=0.95, **changes)
+    with pytest.raises(InputError, match="the first layer keeps .* at most 0.9375"):
+        liar_ext.compress(folder / "qwen3", folder / "out", recipe, overwrite=True)
+    # where another layer is not pruned, all of the targeted ones may go
+    recipe = _recipe(folder, sparsity=0.95, layers=(0, 2), **changes)
+    if types is None:
+        liar_ext.compress(folder / "qwen3", folder / "out", recipe, overwrite=True)
+        kept = [own["heads"] for own in layout.read(liar_ext.load(folder / "out"))]
+        assert kept == [0, 0, 4, 4]
+
+
 def test_refuses_equal_widths() -> None:
     with pytest.raises(InputError, match="--empty with --allocation uniform"):
         Recipe(empty=True)

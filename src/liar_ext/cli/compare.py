@@ -92,6 +92,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in AXES}
     axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
     _refuse_twice(arguments, axes)
+    if arguments.empty and "allocations" in axes:
+        arguments.allocation = _tells_apart(axes["allocations"])
     base = recipe_of(arguments, _instead(axes))
     grid = make_grid(base, axes)
     if base.calibration is None:
@@ -132,6 +134,14 @@ def _refuse_twice(arguments: argparse.Namespace, axes: Mapping[str, Sequence[Any
         if getattr(arguments, FIELDS[axis], None) is not None:
             many, one = (f"--{name.replace('_', '-')}" for name in (axis, FIELDS[axis]))
             raise InputError(f"{many} with {one}: both say which; give {many} all values")
+
+
+def _tells_apart(names: Sequence[str]) -> str | None:
+    """The first allocation that can leave parts out: what all cells begin from can be a recipe by
+    itself, and the cells of others are skipped."""
+    from liar_ext.allocation import ALLOCATIONS
+
+    return next((n for n in names if n in ALLOCATIONS and not ALLOCATIONS[n].equal), None)
 
 
 def _instead(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -57,11 +57,25 @@ def budgets(
     if recipe.empty:
         _check_empty(store, recipe)
     budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
-    return {
+    found = {
         (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
     }
+    if recipe.empty and (first := (0, "heads")) in found and _counts_tokens(store, recipe):
+        found[first] = replace(found[first], least=1)
+    return found
+
+
+def _counts_tokens(store: LayerStore, recipe: Recipe) -> bool:
+    """Whether the first layer is to keep a head: no other one with attention of its type is sure
+    to be left, by whose cache the tokens of a sequence are counted (`absent.renumber`)."""
+    model = store.model
+    adapter = adapter_for(model.config)
+    types = getattr(text_config(model.config), "layer_types", None)
+    counted = targeted_layers(store, recipe)
+    others = set(range(len(adapter.layer_list(model)[1]))) - set(counted)
+    return adapter.decoder and all(types and types[at] != types[0] for at in others)
 
 
 def _check_empty(store: LayerStore, recipe: Recipe) -> None:
