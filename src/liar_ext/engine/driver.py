@@ -57,7 +57,7 @@ def budgets(
     if recipe.empty:
         _check_empty(store, recipe)
     budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
-    found = {
+    found: dict[tuple[int, str], Budget] = {
         (index, site.kind): budget(site)
         for index in targeted_layers(store, recipe)
         for site in adapter.sites_of(store.model, index, recipe.target)
