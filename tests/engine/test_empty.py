@@ -236,3 +236,5 @@ def test_the_config_says_what_is_there(folder: Path) -> None:
     data = json.loads((folder / "out" / "config.json").read_text())
     assert data["model_type"] == "liar_ext"
     assert [own["heads"] for own in data["liar_ext"]["layers"]] == [w[0] for w in WIDTHS]
+    card = (folder / "out" / "README.md").read_text()
+    assert "no attention in 1, 3; no FFN in 2-3 (layers, counted from 0)" in card

@@ -21,14 +21,13 @@ from liar_ext.errors import InputError
 from liar_ext.models import text_config
 from liar_ext.recovery.adapters import Targets, adapted, changes, targets_of
 from liar_ext.recovery.entering import Entering
-from liar_ext.recovery.instructions import Drawn
 from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.rank_budget import allocate
 from liar_ext.recovery.rank_search import Ranks, TrialJournal, search
 from liar_ext.recovery.residuals import gains, kept_layers
 from liar_ext.recovery.settings import Recovery
 from liar_ext.recovery.state import TrainingState
-from liar_ext.recovery.text import fitting
+from liar_ext.recovery.text import Drawn, fitting
 from liar_ext.recovery.train import Training, train
 from liar_ext.recovery.upper import first_trained, untied, upper_parameters
 
