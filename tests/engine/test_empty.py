@@ -115,6 +115,28 @@ def test_a_bias_says_the_mean_of_what_is_gone(folder: Path) -> None:
     assert float((bias.detach().double() - mean).abs().max()) <= 1e-5 * float(mean.abs().max())
 
 
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize(("signal", "exact"), [("stream", True), ("dense", True), ("local", False)])
+def test_the_bias_of_what_is_gone_makes_up_for_the_drift(
+    folder: Path, signal: str, exact: bool
+) -> None:
+    """Behind an FFN that has gone the stream has the dense one's mean, whatever drifted before."""
+    recipe = _recipe(folder, bias="always", target_signal=signal)
+    liar_ext.compress(folder / "dense", folder / "out", recipe)
+    means = []
+    for model in (_dense(), liar_ext.load(folder / "out")):
+        left: list[torch.Tensor] = []
+        model.model.layers[2].register_forward_hook(
+            lambda module, args, output, left=left: left.append(output.double().flatten(0, 1))
+        )
+        with torch.no_grad():
+            for batch in batches_of(recipe, decoder=True):
+                model(batch.input_ids)
+        means.append(torch.cat(left).mean(0))
+    off = float((means[1] - means[0]).abs().max() / means[0].abs().max())
+    assert (off <= 1e-5) is exact
+
+
 def test_allocations_leave_parts_out(folder: Path) -> None:
     """With nearly nothing left, single units cannot be what is best everywhere."""
     for allocation in ("global", "levels", "segments"):
