@@ -511,6 +511,19 @@ def test_a_preset_aims_where_the_reconstructions_of_the_grid_can(inputs, tmp_pat
     assert "stream with --reconstruct none" in result["skipped"][0]["reason"]
 
 
+def test_parts_may_go_with_the_allocations_that_can(inputs, tmp_path, capsys):
+    """What is the same in all cells has an allocation, too, and `uniform` refuses `--empty`."""
+    options = ["--empty", "--sparsities", "0.5", "--targets", "ffn,heads"]
+    out = tmp_path / "grid"
+    assert _compare(inputs, out, *options, "--allocations", "uniform,levels") == 0
+    result = _result(out)
+    assert [cell["recipe"]["allocation"] for cell in result["cells"]] == ["levels"]
+    assert result["cells"][0]["recipe"]["empty"]
+    assert "--empty with --allocation uniform" in result["skipped"][0]["reason"]
+    assert _compare(inputs, tmp_path / "none", *options, "--allocations", "uniform") == 2
+    assert "--empty with --allocation uniform" in _error(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

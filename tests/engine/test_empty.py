@@ -118,6 +118,28 @@ def test_a_bias_says_the_mean_of_what_is_gone(folder: Path) -> None:
     assert float((bias.detach().double() - mean).abs().max()) <= 1e-5 * float(mean.abs().max())
 
 
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize(("signal", "exact"), [("stream", True), ("dense", True), ("local", False)])
+def test_the_bias_of_what_is_gone_makes_up_for_the_drift(
+    folder: Path, signal: str, exact: bool
+) -> None:
+    """Behind an FFN that has gone the stream has the dense one's mean, whatever drifted before."""
+    recipe = _recipe(folder, bias="always", target_signal=signal)
+    liar_ext.compress(folder / "dense", folder / "out", recipe)
+    means = []
+    for model in (_dense(), liar_ext.load(folder / "out")):
+        left: list[torch.Tensor] = []
+        model.model.layers[2].register_forward_hook(
+            lambda module, args, output, left=left: left.append(output.double().flatten(0, 1))
+        )
+        with torch.no_grad():
+            for batch in batches_of(recipe, decoder=True):
+                model(batch.input_ids)
+        means.append(torch.cat(left).mean(0))
+    off = float((means[1] - means[0]).abs().max() / means[0].abs().max())
+    assert (off <= 1e-5) is exact
+
+
 def test_allocations_leave_parts_out(folder: Path) -> None:
     """With nearly nothing left, single units cannot be what is best everywhere."""
     for allocation in ("global", "levels", "segments"):
@@ -172,6 +194,62 @@ def test_refuses_families_whose_parts_cannot_go(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("allocation", ["segments", "spdy"])
+def test_a_site_of_one_unit_is_searched(folder: Path, allocation: str) -> None:
+    """Its only other level is none: there is nothing for a criterion to choose."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**CONFIG | {"num_key_value_heads": 1})
+    )
+    randomise(model).save_pretrained(folder / "one")
+    recipe = _recipe(folder, allocation=allocation, target=("heads",), search_evaluations=20)
+    liar_ext.compress(folder / "one", folder / "out", recipe)
+    kept = [own["heads"] for own in layout.read(liar_ext.load(folder / "out"))]
+    assert sorted(kept) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "oneshot"])
+def test_parts_of_gpt2_go(folder: Path, statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linears cannot be called without columns, and a forward stands in front of one."""
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+    dense = randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
+    dense.save_pretrained(folder / "gpt2")
+    every = [4, 128, 0, 40, 3, 0, 0, 0]
+    monkeypatch.setattr(Allocation, "widths", lambda *args, **kwargs: every)
+    recipe = _recipe(folder, statistics=statistics)
+    liar_ext.compress(folder / "gpt2", folder / "out", recipe)
+    loaded = liar_ext.load(folder / "out")
+    assert [own[k] for own in layout.read(loaded) for k in ("heads", "ffn")] == every
+    liar_ext.prune(dense, batches_of(recipe, decoder=True), recipe)
+    tokens = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        now, wanted = loaded(tokens).logits, dense(tokens).logits
+    assert float((now - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"] * 2])
+def test_attention_that_counts_tokens_stays(folder: Path, types: list[str] | None) -> None:
+    """Or a whole search ends with a model that cannot be."""
+    options = {"layer_types": types, "use_sliding_window": True, "sliding_window": 8}
+    config = transformers.Qwen3Config(**CONFIG, head_dim=12, **(options if types else {}))
+    randomise(transformers.Qwen3ForCausalLM(config)).save_pretrained(folder / "qwen3")
+    changes = {"target": ("heads",), "search_evaluations": 30}
+    for allocation in ("segments", "levels", "global"):
+        recipe = _recipe(folder, allocation=allocation, sparsity=0.9, **changes)
+        liar_ext.compress(folder / "qwen3", folder / "out", recipe, overwrite=True)
+        kept = [own["heads"] for own in layout.read(liar_ext.load(folder / "out"))]
+        assert kept[0] >= 1, allocation
+        assert 0 in kept, allocation
+    recipe = _recipe(folder, sparsity=0.95, **changes)
+    with pytest.raises(InputError, match="the first layer keeps .* at most 0.9375"):
+        liar_ext.compress(folder / "qwen3", folder / "out", recipe, overwrite=True)
+    # where another layer is not pruned, all of the targeted ones may go
+    recipe = _recipe(folder, sparsity=0.95, layers=(0, 2), **changes)
+    if types is None:
+        liar_ext.compress(folder / "qwen3", folder / "out", recipe, overwrite=True)
+        kept = [own["heads"] for own in layout.read(liar_ext.load(folder / "out"))]
+        assert kept == [0, 0, 4, 4]
+
+
 def test_refuses_equal_widths() -> None:
     with pytest.raises(InputError, match="--empty with --allocation uniform"):
         Recipe(empty=True)
@@ -183,6 +261,8 @@ def test_the_config_says_what_is_there(folder: Path) -> None:
     data = json.loads((folder / "out" / "config.json").read_text())
     assert data["model_type"] == "liar_ext"
     assert [own["heads"] for own in data["liar_ext"]["layers"]] == [w[0] for w in WIDTHS]
+    card = (folder / "out" / "README.md").read_text()
+    assert "no attention in 1, 3; no FFN in 2-3 (layers, counted from 0)" in card
 
 
 def test_the_heads_that_tokens_are_counted_by_stay(folder: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import liar_ext
 from liar_ext import InputError
 from liar_ext.cli import main
+from liar_ext.models import adapter_for, layout
 from liar_ext.recovery import TrainingState, next_token_loss, train
 from liar_ext.recovery.adapters import (
     adapted,
@@ -232,3 +233,39 @@ def test_without_peft(tmp_path, tokens, capsys, monkeypatch):
     assert main([*command, "--method", "lora"]) == 2
     assert "pip install 'liar-ext[recover]'" in capsys.readouterr().err
     assert main([*command, "--method", "partial"]) == 0
+
+
+@pytest.mark.parametrize("ranks", ["uniform", "residual", "performance"])
+def test_a_layer_without_any_linear_has_no_adapter(tmp_path, ranks):
+    """As `liar prune --empty` leaves one; the others are trained."""
+    model = build("llama")
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.save_pretrained(tmp_path / "dense")
+    data = model.config.to_dict()
+    widths = layout.read(model)
+    for layer in (2, 5):
+        for kind in ("heads", "ffn"):
+            widths[layer][kind] = 0
+    short = layout.empty(layout.describe(data, adapter_for(model.config), widths, None, []))
+    dense = model.state_dict()
+    values = {n: dense[n] if t.numel() else torch.empty(0) for n, t in short.state_dict().items()}
+    short.load_state_dict(values, assign=True)
+    short.save_pretrained(tmp_path / "source")
+    tokens = write_tokens(tmp_path / "tokens.npy", samples=30)
+    options = {
+        "uniform": [],
+        "residual": ["--dense", str(tmp_path / "dense")],
+        "performance": [
+            *("--trial-initial", "2", "--trial-rounds", "1", "--trial-steps", "2"),
+            *("--held-out", "3"),
+        ],
+    }
+    sizes = [*SIZES, "--train", str(tokens), "--method", "lora", "--rank", "2", "--ranks", ranks]
+    command = ["recover", str(tmp_path / "source"), "--out", str(tmp_path / "out"), *sizes]
+    assert main([*command, *options[ranks], "--keep-adapter"]) == 0
+    told = json.loads((tmp_path / "out" / "liar_report.json").read_text())["training"]
+    assert len(told["ranks"]) == 6
+    assert [layer for layer, rank in enumerate(told["ranks"]) if not rank] == [2, 5]
+    before, after = (liar_ext.load(tmp_path / name) for name in ("source", "out"))
+    assert layout.read(after) == widths
+    assert not torch.equal(outputs(before), outputs(after))

@@ -195,6 +195,26 @@ def test_an_interrupted_search_loses_nothing(tmp_path, command, capsys, monkeypa
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_search_is_gone_on_from_by_the_same_search(tmp_path, command, capsys, monkeypatch):
+    """Not left behind by another training, which would begin from nothing and remove it."""
+    out = ["--out", str(tmp_path / "out")]
+    add = TrialJournal.add
+
+    def cut(self, *entry):
+        add(self, *entry)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrialJournal, "add", cut)
+    assert main([*command, *SEARCH, *out]) == 2
+    monkeypatch.setattr(TrialJournal, "add", add)
+    assert "1 trials of training are kept" in capsys.readouterr().err
+    for other in ([], LORA, [*SEARCH, "--seed", "1"]):
+        assert main([*command, *other, *out, "--resume"]) == 2
+        assert "--resume: " in capsys.readouterr().err
+        assert TrainingState(tmp_path / ".out.train", {}).left() == "1 trials"
+    assert main([*command, *SEARCH, *out, "--resume"]) == 0
+
+
 def test_overwrite_starts_a_search_again(tmp_path, command, monkeypatch):
     restore = interrupt(monkeypatch, 1)
     out = ["--out", str(tmp_path / "out")]

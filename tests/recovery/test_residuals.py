@@ -37,11 +37,14 @@ def without_layers(model, kept):
     return pruned
 
 
+# what each kept layer stands for in the dense model's streams; in front of the first one as well
+@pytest.mark.parametrize(
+    ("kept", "ways"), [([0, 2, 5], [(0, 2), (2, 5), (5, 6)]), ([1, 3, 4], [(0, 3), (3, 4), (4, 6)])]
+)
 @pytest.mark.parametrize("group", [1, 1 << 30])
-def test_gains_are_those_of_the_definition(monkeypatch, group):
+def test_gains_are_those_of_the_definition(monkeypatch, group, kept, ways):
     """Streams from transformers' own hidden states, in float64, without the padding."""
     monkeypatch.setattr(residuals, "GROUP_BYTES", group)
-    kept = [0, 2, 5]
     dense = build("llama")
     pruned = without_layers(dense, kept)
     batch = padded()
@@ -73,7 +76,7 @@ def test_gains_are_those_of_the_definition(monkeypatch, group):
 
     wanted, _ = streams(dense)
     have, inputs = streams(pruned)
-    for layer, (start, end) in enumerate([(0, 2), (2, 5), (5, 6)]):
+    for layer, (start, end) in enumerate(ways):
         error = wanted[end] - wanted[start] - (have[layer + 1] - have[layer])
         curve = np.zeros(41)
         for name in ("self_attn.o_proj", "mlp.down_proj"):

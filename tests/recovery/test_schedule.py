@@ -49,9 +49,17 @@ def test_every_window_is_seen_before_any_is_seen_again():
         ({"betas": (0.9, 1.0)}, "--betas"),
         ({"clip": 0.0}, "--clip 0.0"),
         ({"evaluate_every": 0}, "--evaluate-every 0"),
+        ({"evaluate_every": -2}, "--evaluate-every -2: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be 0 to 4294967295"),
+        ({"seed": 2**63 - 1}, "--seed 9223372036854775807: must be 0 to 4294967295"),
         ({"save_every": 0}, "--save-every 0"),
     ],
 )
 def test_numbers_that_mean_nothing(fields, words):
     with pytest.raises(InputError, match=words):
         Schedule(**{"steps": 3, **fields})
+
+
+def test_the_largest_seed_draws():
+    order = Schedule(10, batch_size=2, seed=2**32 - 1).order(10)
+    assert sorted(row for step in range(5) for rows in order(step) for row in rows) == [*range(10)]

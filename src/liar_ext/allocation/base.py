@@ -190,8 +190,9 @@ def check_reachable(budgets: Sequence[Budget], sparsity: float, round_to: int = 
         most = math.floor(1e4 * (1 - least / total)) / 1e4
         grid = f" and FFN widths are multiples of {round_to}" if round_to > 1 else ""
         what = " of the measured time" if measured else ""
+        who = "every layer" if all(b.least for b in budgets) else "the first layer"
         raise InputError(
-            f"--sparsity {sparsity}: every layer keeps at least one targeted unit{grid}, so "
+            f"--sparsity {sparsity}: {who} keeps at least one targeted unit{grid}, so "
             f"that at most {most:.4g}{what} can be removed; lower --sparsity"
         )
 

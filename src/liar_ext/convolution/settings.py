@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from liar_ext.errors import InputError
+from liar_ext.recovery.schedule import SEEDS
 
 REPAIRS = ("liar", "none")
 IMPORTANCES = ("loss", "accuracy", "paper")
@@ -68,6 +69,8 @@ class FuseSettings:
             if getattr(self, name) < bound:
                 value = getattr(self, name)
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
+        if self.seed >= SEEDS:
+            raise InputError(f"--seed {self.seed}: must be 0 to {SEEDS - 1}")
         for name, high in (("time", 1.0), ("held_out", 0.9), ("learning_rate", 1.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 < value <= high):

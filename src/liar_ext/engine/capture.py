@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten
 
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.shelf import Item, Shelf
+from liar_ext.models import linear
 from liar_ext.models.site import Site
 
 # smaller tensors stay: rotary tables and the like, which batches may share
@@ -330,7 +331,11 @@ def pausing(sites: Sequence[Site]) -> Iterator[None]:
         if not isinstance(greenlet.getcurrent(), _Run):
             return None
         columns = greenlet.getcurrent().parent.switch((module, args[0]))
-        return args if columns is None else (args[0][..., columns], *args[1:])
+        if columns is None:
+            return args
+        # `Conv1D` cannot make rows of no columns; this one has left its layer already
+        fed = linear.fed(module, args[0][..., columns])
+        return (fed, *args[1:])
 
     handles = [site.consumer.register_forward_pre_hook(hook) for site in sites]
     try:

@@ -149,9 +149,10 @@ class Repairer:
         with self._clock.phase("solve"):
             # each Site is asked once: there is nothing to remember
             criterion, evidence = CRITERIA[self._recipe.criterion], self._evidence(site, moments)
-            found = criterion.selections(evidence, [units for units in widths if units])
+            some = [units for units in widths if units]
+            found = criterion.selections(evidence, some) if some else []
             if not widths[-1]:
-                found = [*found, found[0][:0]]
+                found = [*found, torch.arange(0, device=moments.gram.device)]
             return [self._ranks.broadcast(keep) for keep in found], evidence.notes
 
     def level(

@@ -62,5 +62,18 @@ def add_zero_bias(module: nn.Module) -> None:
         set_bias(module, torch.zeros(weight(module).shape[0]))
 
 
+def fed(module: nn.Module, x: Tensor) -> Tensor:
+    """What to call a linear with in the place of its input (..., columns).
+
+    The input itself, but for a `Conv1D` that has no columns any more, which cannot be called: its
+    weight becomes one row of zeros, in place, and what it is called with one column of them.
+    """
+    if x.shape[-1] or not isinstance(module, Conv1D):
+        return x
+    if not module.weight.shape[0]:
+        set_weight(module, torch.zeros(weight(module).shape[0], 1))
+    return x.new_zeros(*x.shape[:-1], 1)
+
+
 def _stored(module: nn.Module) -> nn.Parameter:
     return cast(nn.Parameter, module.weight)

@@ -31,6 +31,7 @@ class Targets:
     Attributes:
         path: of the list of layers; linears: names of the modules, layer by layer.
         costs: parameters of an adapter of rank 1 in each layer, Σ (in + out) over its linears.
+            0 of a layer that has lost its attention and its FFN: it has none.
         largest: the rank beyond which no linear of a layer gains anything.
         transposed: weights are stored as (in, out), as GPT-2 does.
     """
@@ -41,6 +42,16 @@ class Targets:
     largest: tuple[int, ...]
     transposed: bool
 
+    @property
+    def able(self) -> tuple[int, ...]:
+        """The layers that have a linear."""
+        return tuple(layer for layer, own in enumerate(self.linears) if own)
+
+    def everywhere(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """Ranks of the `able` layers as ranks of all, 0 of the others."""
+        own = dict(zip(self.able, ranks, strict=True))
+        return tuple(own.get(layer, 0) for layer in range(len(self.linears)))
+
     def parameters(self, ranks: Sequence[int]) -> int:
         return sum(rank * cost for rank, cost in zip(ranks, self.costs, strict=True))
 
@@ -49,20 +60,20 @@ def targets_of(model: PreTrainedModel) -> Targets:
     """All linears of all layers, attention and FFN; `model` may be on `meta`.
 
     Raises:
-        InputError: a layer has none, or they are stored in two ways.
+        InputError: no layer has any, or they are stored in two ways.
     """
     path, layers = layer_list(model)
     names, costs, largest = [], [], []
     kinds = set()
     for index, layer in enumerate(layers):
         found = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        if not found:
-            raise InputError(f"{path}.{index}: has no linear that an adapter can be put on")
         shapes = [linear.weight(module).shape for module in found.values()]
         kinds |= {isinstance(module, Conv1D) for module in found.values()}
         names.append(tuple(f"{path}.{index}.{name}" for name in found))
         costs.append(sum(sum(shape) for shape in shapes))
-        largest.append(max(min(shape) for shape in shapes))
+        largest.append(max((min(shape) for shape in shapes), default=0))
+    if not kinds:
+        raise InputError(f"{path}: has no linear that an adapter can be put on")
     if len(kinds) > 1:
         raise InputError(f"{path}: has linears of two kinds; adapters need one")
     return Targets(path, tuple(names), tuple(costs), tuple(largest), kinds == {True})
@@ -83,7 +94,8 @@ def peft_config(targets: Targets, ranks: Sequence[int]) -> Any:
     Raises:
         InputError: PEFT is not installed, or ranks are no ranks of these layers.
     """
-    if len(ranks) != len(targets.linears) or min(ranks) < 0 or not any(ranks):
+    idle = [rank for rank, own in zip(ranks, targets.linears, strict=False) if not own]
+    if len(ranks) != len(targets.linears) or min(ranks) < 0 or not any(ranks) or any(idle):
         raise InputError(f"ranks {list(ranks)}: the model has {len(targets.linears)} layers")
     by_layer = patterns(targets.path, ranks)
     usual = max(set(ranks) - {0}, key=list(ranks).count)

@@ -16,6 +16,7 @@ from liar_ext.calibration.records import decode, json_records, read_bytes
 from liar_ext.calibration.sources import Corpus, read
 from liar_ext.errors import InputError
 from liar_ext.recovery.language import held_apart
+from liar_ext.recovery.text import Drawn
 
 # fields of a record: what is asked, what is answered
 PROMPTS = ("prompt", "response")
@@ -32,20 +33,6 @@ class Instructions:
 
     corpus: Corpus
     pairs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """Attributes:
-
-    windows, held_out: to train on, and to measure on (None for none); calibration: of both, for a
-        report; left_out: records whose prompt alone fills a window.
-    """
-
-    windows: Batch
-    held_out: Batch | None
-    calibration: Calibration
-    left_out: int = 0
 
 
 def read_training(spec: str) -> Corpus | Instructions:

@@ -15,6 +15,7 @@ import torch
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.environment import environment
 from liar_ext.errors import InputError, Interrupted, LiarError
+from liar_ext.recovery.rank_search import TrialJournal
 from liar_ext.recovery.state import TrainingState
 
 
@@ -53,10 +54,11 @@ def ready(state: TrainingState, *, resume: bool) -> None:
     """Make sure that a state is what is asked for: of this training, or none.
 
     Raises:
-        InputError: to go on from a state of another training.
+        InputError: to go on from a state of another training, or from a search for other ranks.
     """
     if resume:
-        state.load()
+        if state.load() is None and state.trials.exists():
+            TrialJournal(state.trials, state.identity)
     elif state.left():
         state.remove()
 

@@ -21,14 +21,13 @@ from liar_ext.errors import InputError
 from liar_ext.models import text_config
 from liar_ext.recovery.adapters import Targets, adapted, changes, targets_of
 from liar_ext.recovery.entering import Entering
-from liar_ext.recovery.instructions import Drawn
 from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.rank_budget import allocate
 from liar_ext.recovery.rank_search import Ranks, TrialJournal, search
 from liar_ext.recovery.residuals import gains, kept_layers
 from liar_ext.recovery.settings import Recovery
 from liar_ext.recovery.state import TrainingState
-from liar_ext.recovery.text import fitting
+from liar_ext.recovery.text import Drawn, fitting
 from liar_ext.recovery.train import Training, train
 from liar_ext.recovery.upper import first_trained, untied, upper_parameters
 
@@ -152,7 +151,7 @@ def _stored(subject: Subject) -> dict[str, torch.dtype]:
 def _ranks(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str, Any]]:
     recovery = subject.recovery
     if recovery.ranks == "uniform":
-        return (recovery.rank,) * len(targets.costs), {}
+        return targets.everywhere([recovery.rank] * len(targets.able)), {}
     if recovery.ranks == "residual":
         return _by_residuals(subject, targets)
     return _by_performance(subject, targets)
@@ -180,7 +179,9 @@ def _by_residuals(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str, 
     found = gains(dense, model, kept, batches, most)
     del dense
     budget = recovery.rank * sum(targets.costs)
-    ranks = tuple(allocate(found, targets.costs, budget))
+    able = targets.able
+    own_costs = [targets.costs[layer] for layer in able]
+    ranks = targets.everywhere(allocate([found[layer] for layer in able], own_costs, budget))
     told = [float(own[rank]) for own, rank in zip(found, ranks, strict=True)]
     return ranks, {
         "budget": budget,
@@ -199,7 +200,8 @@ def _by_performance(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str
     journal = TrialJournal(state.trials, state.identity)
     model, loss = subject.model, next_token_loss(subject.model)
 
-    def ask(number: int, ranks: Ranks) -> float:
+    def ask(number: int, own_ranks: Ranks) -> float:
+        ranks = targets.everywhere(own_ranks)
         known = journal.get(ranks)
         if known is not None:
             return known
@@ -225,7 +227,9 @@ def _by_performance(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str
         subject.progress.tell(f"trial {number + 1}: ranks {list(ranks)}, held-out loss {found:.4f}")
         return found
 
-    tried = search(ask, targets.costs, recovery.rank, how, schedule.seed)
+    costs = [targets.costs[layer] for layer in targets.able]
+    found = search(ask, costs, recovery.rank, how, schedule.seed)
+    tried = [(targets.everywhere(own), value) for own, value in found]
     ranks, best = min(tried, key=lambda entry: entry[1])
     if not math.isfinite(best):
         raise InputError("--ranks performance: no choice of ranks could be trained; lower --lr")

@@ -76,7 +76,8 @@ def gains(
         dense, pruned: both in memory, on one device. kept: for each layer of `pruned`, its index in
             `dense`. batches: text. most: the largest rank of interest of each layer.
     Returns:
-        of each layer (most + 1,) float64, growing and concave, 0 at rank 0.
+        of each layer (most + 1,) float64, growing and concave, 0 at rank 0; zeros of one that has
+        no attention and no FFN any more.
     Raises:
         InputError: the family's Sites are not known, or hidden states are not finite.
     """
@@ -90,13 +91,15 @@ def gains(
     sites = [adapter.sites_of(pruned, index, kinds) for index in range(len(kept))]
     size = max(_bytes(own) for own in sites)
     step = max(GROUP_BYTES // size, 1)
-    found = []
-    for start in range(0, len(kept), step):
-        group = range(start, min(start + step, len(kept)))
+    found = [np.zeros(own + 1) for own in most]
+    able = [index for index, own in enumerate(sites) if own]
+    for start in range(0, len(able), step):
+        group = able[start : start + step]
         sums = {index: _Sums.of(sites[index], pruned) for index in group}
         for batch in batches:
             _add(sums, dense, pruned, kept, sites, batch)
-        found += [sums[index].gains(most[index]) for index in group]
+        for index in group:
+            found[index] = sums[index].gains(most[index])
     return found
 
 

@@ -34,17 +34,17 @@ from liar_ext.models import layout, text_config
 from liar_ext.recovery.adapters import peft, targets_of
 from liar_ext.recovery.card import card
 from liar_ext.recovery.instructions import (
-    Drawn,
     Instructions,
     read_training,
     windows_of_instructions,
 )
 from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
-from liar_ext.recovery.language import next_token_loss, windows_of
+from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.methods import Outcome, Subject, low_rank, partial
 from liar_ext.recovery.residuals import kept_layers
 from liar_ext.recovery.settings import Recovery
 from liar_ext.recovery.state import TrainingState
+from liar_ext.recovery.text import Drawn, TextTraining, draw, window_length
 from liar_ext.recovery.upper import check_head, first_trained
 from liar_ext.report.schema import FILE, RECOVERED, read_data
 
@@ -230,19 +230,18 @@ def _name_of(model: PreTrainedModel, module: Any) -> str:
 def _drawn(
     folder: Path, model: PreTrainedModel, text: Corpus | Instructions, recovery: Recovery
 ) -> Drawn:
-    config, schedule = text_config(model.config), recovery.schedule
-    positions = getattr(config, "max_position_embeddings", None)
-    sizes = {
-        "wanted": schedule.steps * schedule.windows,
-        "held_out": recovery.held_out,
-        "seq_len": min(recovery.seq_len, positions or recovery.seq_len),
-        "seed": schedule.seed,
-    }
-    if isinstance(text, Instructions):
-        tokenizer = load_tokenizer(folder)
-        return windows_of_instructions(text, tokenizer, vocab_size=config.vocab_size, **sizes)
-    tokenizer = None if text.tokens is not None else load_tokenizer(folder)
-    return Drawn(*windows_of(text, tokenizer, model, **sizes))
+    schedule, seq_len, held_out = recovery.schedule, recovery.seq_len, recovery.held_out
+    if not isinstance(text, Instructions):
+        return draw(folder, model, TextTraining(recovery.text, schedule, seq_len, held_out), text)
+    return windows_of_instructions(
+        text,
+        load_tokenizer(folder),
+        wanted=schedule.steps * schedule.windows,
+        held_out=held_out,
+        seq_len=window_length(model, seq_len),
+        seed=schedule.seed,
+        vocab_size=text_config(model.config).vocab_size,
+    )
 
 
 @contextmanager

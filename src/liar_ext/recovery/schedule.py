@@ -53,7 +53,11 @@ class Schedule:
             ("weight_decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 or more, below 1"),
             ("betas", self.betas, all(0 <= b < 1 for b in self.betas), "0 or more, below 1"),
             ("clip", clip, clip is None or 0 < clip < math.inf, "a positive number"),
-            ("evaluate_every", self.evaluate_every, self.evaluate_every != 0, "at least 1"),
+            (
+                *("evaluate_every", self.evaluate_every),
+                *(self.evaluate_every is None or self.evaluate_every >= 1, "at least 1"),
+            ),
+            ("seed", self.seed, 0 <= self.seed < SEEDS, f"0 to {SEEDS - 1}"),
         ]
         for name, value, good, wanted in bounds:
             if not good:
@@ -113,4 +117,6 @@ class Schedule:
         return {**asdict(self), "betas": list(self.betas)}
 
 
+# what is drawn from goes from one epoch to the next in larger steps
+SEEDS = 2**32
 WHOLE = ("steps", "batch_size", "accumulation", "save_every")

@@ -60,14 +60,20 @@ class Drawn:
     """The windows of a training.
 
     Attributes:
-        windows: (n, t) to train on; held_out: (m, t), or None.
-        calibration: what a report says of both; seq_len: t.
+        windows: (n, t) to train on; held_out: (m, t), to measure on, or None.
+        calibration: what a report says of both; left_out: records that make no window.
     """
 
     windows: Batch
     held_out: Batch | None
     calibration: Calibration
-    seq_len: int
+    left_out: int = 0
+
+
+def window_length(model: PreTrainedModel, seq_len: int) -> int:
+    """Tokens of a window: what is asked for, or what the model takes where that is less."""
+    positions = getattr(text_config(model.config), "max_position_embeddings", None)
+    return min(seq_len, positions or seq_len)
 
 
 def draw(
@@ -80,19 +86,17 @@ def draw(
     Raises:
         InputError: as `windows_of`, or no tokenizer.
     """
-    positions = getattr(text_config(model.config), "max_position_embeddings", None)
-    seq_len = min(training.seq_len, positions or training.seq_len)
     schedule = training.schedule
-    windows, held_out, drawn = windows_of(
+    found = windows_of(
         corpus,
         None if corpus.tokens is not None else load_tokenizer(folder),
         model,
         wanted=max(schedule.steps * schedule.windows, least),
         held_out=training.held_out,
-        seq_len=seq_len,
+        seq_len=window_length(model, training.seq_len),
         seed=schedule.seed,
     )
-    return Drawn(windows, held_out, drawn, seq_len)
+    return Drawn(*found)
 
 
 @dataclass
@@ -150,7 +154,7 @@ def train_on_text(
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "windows": len(drawn.windows.input_ids),
         "held_out_windows": 0 if held_out is None else len(held_out.input_ids),
-        "seq_len": drawn.seq_len,
+        "seq_len": drawn.calibration.seq_len,
         "schedule": schedule.to_json(),
         "device": str(next(iter(known.values())).device),
     }

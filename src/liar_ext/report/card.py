@@ -24,6 +24,8 @@ from liar_ext.report.text import (
     workload,
 )
 
+# what a layer lacks that has no unit of a kind
+BLOCKS = {"heads": "attention", "ffn": "FFN"}
 SITE_NAMES = {"ffn": "FFN neurons", "heads": "attention heads (KV groups where they are shared)"}
 # the most specific first: a BERT head is also in the mapping of causal language models
 AUTO_CLASSES = (
@@ -158,8 +160,18 @@ def _widths(report: Report) -> str:
     )
     return (
         f"In {count_} {'layer' if count_ == 1 else 'layers'}, {kinds or 'nothing'} were removed "
-        f"physically; {repair}."
+        f"physically; {repair}.{_gone(report)}"
     )
+
+
+def _gone(report: Report) -> str:
+    """Which layers have lost all of a kind."""
+    found = {
+        name: [site.layer for site in report.sites if site.kind == kind and not site.units_after]
+        for kind, name in BLOCKS.items()
+    }
+    parts = [f"no {name} in {layers(own)}" for name, own in found.items() if own]
+    return f" Nothing is left of some: {'; '.join(parts)} (layers, counted from 0)." * bool(parts)
 
 
 def _options(report: Report) -> str:

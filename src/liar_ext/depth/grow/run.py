@@ -30,6 +30,7 @@ from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
 from liar_ext.recovery.language import next_token_loss
+from liar_ext.recovery.schedule import SEEDS
 from liar_ext.recovery.state import TrainingState
 from liar_ext.recovery.text import TextTraining, Trained, write_again
 from liar_ext.report.schema import FILE, calibration_of
@@ -56,6 +57,8 @@ class Growth:
     def __post_init__(self) -> None:
         if self.predictor not in PREDICTORS:
             raise InputError(f"--predictor {self.predictor}: choose from {', '.join(PREDICTORS)}")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"--seed {self.seed}: must be 0 to {SEEDS - 1}")
 
     def to_json(self) -> dict[str, Any]:
         """All that the new layers depend on beside the source and a training."""
