@@ -143,6 +143,17 @@ def test_env_lists_versions_backends_and_models(capsys):
         assert status["available"] or status["reason"], "an unusable backend must say why"
 
 
+def test_what_env_advises_can_be_copied(capsys, monkeypatch):
+    from liar_ext.ops.backends import Status, describe
+
+    why = "triton is not installed: pip install 'liar-ext[triton]'"
+    found = [Status(status.op, status.backend, False, why) for status in describe()]
+    monkeypatch.setattr("liar_ext.ops.backends.describe", lambda: found)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["env"]) == 0
+    assert "'liar-ext[triton]'" in capsys.readouterr().out
+
+
 def test_a_pruned_folder_with_its_own_layout_is_not_pruned_again(inputs, tmp_path, capsys):
     out = tmp_path / "small"
     assert _prune(inputs, out, "--bert", "--target", "heads", "--samples", "60") == 0

@@ -157,3 +157,20 @@ def test_a_model_without_a_list_of_layers_is_refused(tmp_path):
     with pytest.raises(InputError, match="has 4 lists of 2 layers; one is needed"):
         drop_layers(tmp_path / "dense", tmp_path / "out", [0])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "grow", "replace"])
+def test_a_network_that_is_no_list_of_layers_is_refused(tmp_path, capsys, command):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("a text\n" * 40)
+    options = {
+        "prune": ["--drop-layers", "1"],
+        "grow": ["--layers", "1"],
+        "replace": ["--window", "0-1", "--train", str(tmp_path / "text.txt"), "--steps", "1"],
+    }[command]
+    out = tmp_path / "out"
+    assert main([command, str(tmp_path / "dense"), "--out", str(out), *options]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "no num_hidden_layers" in line
+    assert not out.exists()

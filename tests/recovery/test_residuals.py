@@ -137,6 +137,12 @@ def test_layers_that_were_left_out_are_known_from_the_report(tmp_path, capsys):
     assert main([*command, *method]) == 0
     # what was trained still says which they were
     assert kept_layers(out, *configs) == [0, 1, 3, 5]
+    # a model of as many layers that was made from the same one is none to compare with
+    other = ["prune", str(tmp_path / "dense"), "--out", str(tmp_path / "q"), "--drop-layers", "1,3"]
+    assert main(other) == 0
+    capsys.readouterr()
+    assert main([*command, "--overwrite", *method[:-1], str(tmp_path / "q")]) == 2
+    assert "was pruned itself" in capsys.readouterr().err
     (tmp_path / "p" / "liar_report.json").unlink()
     with pytest.raises(InputError, match="does not say which were left out"):
         kept_layers(tmp_path / "p", *configs)

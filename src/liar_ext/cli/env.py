@@ -14,6 +14,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from rich.markup import escape
     from rich.table import Table
 
     from liar_ext.cli.output import print_table
@@ -39,7 +40,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         for row in result["backends"]:
             table.add_row(
-                row["op"], row["backend"], "yes" if row["available"] else "no", row["reason"] or ""
+                *(row["op"], row["backend"], "yes" if row["available"] else "no"),
+                # what stands in brackets, as in 'liar-ext[triton]', is no markup
+                escape(row["reason"] or ""),
             )
         print_table(table)
         print("models: " + ", ".join(result["models"]))

@@ -15,6 +15,9 @@ from liar_ext.depth.mixture import Mixture, merged
 from liar_ext.errors import InputError
 from liar_ext.report.text import number
 
+# of a threshold that is said: what is read off it decides as it does
+DIGITS = 10_000
+
 # the layers of a model, from the first
 State = tuple[Mixture, ...]
 # a model, and below which of its layers it is the original -> its similarity to the original
@@ -118,9 +121,13 @@ def _strictest(walk: _Walk) -> Outcome:
 
 
 def _between(found: Outcome) -> float:
-    """A threshold that decides as this search has, as far as can be from all similarities."""
+    """A threshold that decides as this search has, as far as can be from all similarities; where
+    nothing was refused, the least similarity rounded down."""
     least = min(trial.similarity for trial in found.accepted)
-    most = found.closest.similarity if found.closest is not None else -1.0
+    if found.closest is None:
+        lower = math.floor(least * DIGITS) / DIGITS
+        return lower if lower < least else lower - 1 / DIGITS
+    most = found.closest.similarity
     middle = (least + most) / 2
     # neighbours among floats have no middle; the lower one refuses and accepts as it should
     return middle if most <= middle < least else most

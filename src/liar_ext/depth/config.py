@@ -47,8 +47,22 @@ OTHER_LISTS = (
 
 
 def count_of(data: dict[str, Any]) -> int:
-    """Layers of the model that a `config.json` describes."""
-    return int(getattr(_described(data, data)[0], COUNT))
+    """Layers of the model that a `config.json` describes.
+
+    Raises:
+        InputError: it has no number of layers.
+    """
+    return _count(_described(data, data)[0])
+
+
+def _count(config: PretrainedConfig) -> int:
+    count = getattr(config, COUNT, None)
+    if not isinstance(count, int):
+        raise InputError(
+            f"config.json: a {config.model_type} model has no {COUNT}: it is no list of layers "
+            "of one kind, of which some could be left out, merged or inserted"
+        )
+    return count
 
 
 def check_kept(kept: Sequence[int], count: int) -> None:
@@ -75,7 +89,7 @@ def remapped(data: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """
     new = copy.deepcopy(data)
     obj, text = _described(data, new)
-    count = int(getattr(obj, COUNT))
+    count = _count(obj)
     check_kept(kept, count)
     stated = obj.to_dict()
     for name, what in INDEXED.items():

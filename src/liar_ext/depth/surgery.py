@@ -86,7 +86,9 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         return adapter_for(model.config).layer_list(model)
     except UnsupportedModelError:
         pass
-    count = getattr(text_config(model.config), COUNT, None)
+    config = text_config(model.config)
+    if not isinstance(count := getattr(config, COUNT, None), int):
+        raise InputError(f"{type(model).__name__} has no {COUNT}: it is no list of layers")
     lists = [
         (name, module)
         for name, module in model.named_modules()

@@ -30,6 +30,7 @@ from liar_ext.recovery.state import TrainingState
 from liar_ext.recovery.text import Drawn, fitting
 from liar_ext.recovery.train import Training, train
 from liar_ext.recovery.upper import first_trained, untied, upper_parameters
+from liar_ext.report.schema import FILE, read_data
 
 # of the text that is trained on, to compare the dense and the pruned model on
 RESIDUAL_WINDOWS = 128
@@ -161,6 +162,7 @@ def _by_residuals(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str, 
     model, recovery = subject.model, subject.recovery
     assert recovery.dense is not None
     folder = resolve(recovery.dense)
+    _refuse_other(subject.folder, folder)
     kept = kept_layers(
         subject.folder, CheckpointReader(folder).config, CheckpointReader(subject.folder).config
     )
@@ -191,6 +193,18 @@ def _by_residuals(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str, 
             "at_most": [float(own[-1]) for own in found],
         },
     }
+
+
+def _refuse_other(pruned: Path, dense: Path) -> None:
+    """Raises InputError where `--dense` was pruned itself, and not what this one was made from."""
+    if not (dense / FILE).exists() or not (pruned / FILE).exists():
+        return
+    source = read_data(pruned).get("source")
+    if source is None or Path(source).expanduser().resolve() != dense.resolve():
+        raise InputError(
+            f"--dense {dense}: was pruned itself, and {pruned} was made from {source}; give the "
+            "model that this one was pruned from"
+        )
 
 
 def _by_performance(subject: Subject, targets: Targets) -> tuple[Ranks, dict[str, Any]]:
