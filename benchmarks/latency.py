@@ -6,7 +6,12 @@
 Measures the table as `liar bench latency` does (or reads `--latency FILE`), prunes the model to
 each sparsity with each allocation, and then times the targeted Sites inside of whole forwards of
 the dense and the pruned models, in turns, by the hooks that the table is made with. Predicted is
-what the table says of the widths that came out, measured the sum of every Site's median.
+what the table says of the widths that came out, measured the sum of every Site's median. An
+allocation with `+empty` may leave out attention and FFN of layers. With `--evaluate TEXT` there is
+the perplexity as well:
+
+    python benchmarks/latency.py --criterion obs --target-signal stream --search-evaluations 64 \
+        --allocations uniform,kwon,level-swaps,segments,segments+empty --evaluate TEXT --json FILE
 """
 
 from __future__ import annotations
@@ -36,8 +41,14 @@ from liar_ext.checkpoint.load import resolve
 from liar_ext.cli.output import print_table
 from liar_ext.demo import CALIBRATION, MODEL
 from liar_ext.engine.api import prune
-from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
+from liar_ext.engine.inputs import (
+    compute_dtype,
+    load_calibration,
+    load_tokenizer,
+    resolve_device,
+)
 from liar_ext.environment import environment
+from liar_ext.evaluation.task import Evaluation
 from liar_ext.latency import MODES, LatencyTable, Workload
 from liar_ext.models import Site, adapter_for, layout
 from liar_ext.models.twin import twin
@@ -45,6 +56,8 @@ from liar_ext.planning import dense_config
 from liar_ext.report.text import latency, workload
 
 WARM_UP_ROUNDS = 3
+# of an allocation under which Sites may lose all their units
+EMPTY = "+empty"
 
 
 def sites_of(model: PreTrainedModel, target: Sequence[str]) -> list[Site]:
@@ -114,10 +127,19 @@ def predicted(
     model: PreTrainedModel, table: LatencyTable, dense: PreTrainedModel, target: Sequence[str]
 ) -> float:
     """What the table says of the widths of a model's targeted Sites."""
+    # of what is gone there is no Site, and it takes no time
+    units = {(site.layer, site.kind): site.units for site in sites_of(model, target)}
     return sum(
-        table.budget(was, dense.config).price(now.units)
-        for was, now in zip(sites_of(dense, target), sites_of(model, target), strict=True)
+        table.budget(was, dense.config).price(units[was.layer, was.kind])
+        for was in sites_of(dense, target)
+        if (was.layer, was.kind) in units
     )
+
+
+def perplexity_of(model: PreTrainedModel, source: Path, arguments: argparse.Namespace) -> float:
+    """Of the first windows of a text, as the grids evaluate."""
+    measure = Evaluation("text", str(arguments.evaluate), 256, 16, 128).on(load_tokenizer(source))
+    return float(measure(model)["value"])
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -151,10 +173,18 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         samples=arguments.samples,
         seq_len=arguments.calibration_seq_len,
         round_to=arguments.round_to,
+        criterion=arguments.criterion,
+        target_signal=arguments.target_signal,
+        search_evaluations=arguments.search_evaluations,
     )
     batches = load_calibration(source, dense, base).batches
     cells = [
-        replace(base, sparsity=float(sparsity), allocation=allocation)
+        replace(
+            base,
+            sparsity=float(sparsity),
+            allocation=allocation.removesuffix(EMPTY),
+            empty=allocation.endswith(EMPTY),
+        )
         for allocation in arguments.allocations.split(",")
         for sparsity in arguments.sparsities.split(",")
     ]
@@ -169,17 +199,16 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cell = None if number == 0 else cells[number - 1]
         rows.append(
             {
-                "allocation": None if cell is None else cell.allocation,
+                "allocation": None if cell is None else cell.allocation + EMPTY * cell.empty,
                 "sparsity": 0.0 if cell is None else cell.sparsity,
-                "units": {
-                    kind: [site.units for site in sites_of(model, target) if site.kind == kind]
-                    for kind in target
-                },
+                "units": {kind: [own[kind] for own in layout.read(model)] for kind in target},
                 "predicted_seconds": predicted(model, table, dense, target),
                 "measured_seconds": spread(sites[number]),
                 "whole_seconds": spread([whole[number]]),
             }
         )
+        if arguments.evaluate is not None:
+            rows[-1]["perplexity"] = perplexity_of(model, source, arguments)
     return {
         "benchmark": "predicted-latency",
         "source": source_name(arguments.source),
@@ -199,6 +228,9 @@ def shown(result: dict[str, Any]) -> Table:
     table.add_column("")
     for head in ("asked", "predicted", "measured", "p20", "p80", "of dense"):
         table.add_column(head, justify="right")
+    evaluated = "perplexity" in result["rows"][0]
+    if evaluated:
+        table.add_column("perplexity", justify="right")
     dense = result["rows"][0]["measured_seconds"]["p50"]
     for row in result["rows"]:
         own = row["measured_seconds"]
@@ -208,6 +240,7 @@ def shown(result: dict[str, Any]) -> Table:
             latency(row["predicted_seconds"]),
             *(latency(own[name]) for name in ("p50", "p20", "p80")),
             f"{own['p50'] / dense:.1%}",
+            *([f"{row['perplexity']:.1f}"] if evaluated else []),
         )
     return table
 
@@ -228,6 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--calibration-seq-len", type=int, default=256)
     parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--criterion", default="wanda")
+    parser.add_argument("--target-signal", default="local")
+    parser.add_argument("--search-evaluations", type=int, default=64)
+    parser.add_argument("--evaluate", type=Path, metavar="TEXT")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)

@@ -327,7 +327,9 @@ def test_an_output_folder_appears_only_when_complete(tmp_path):
     [
         ({"version": 9}, "version 9"),
         ({"layers": [{"heads": 4, "ffn": 24}]}, "lists 1 layers"),
-        ({"layers": [{"heads": 4, "ffn": 0}, {"heads": 4, "ffn": 24}]}, "ffn 0"),
+        ({"layers": [{"heads": 4, "ffn": -1}, {"heads": 4, "ffn": 24}]}, "ffn -1"),
+        # a layer may have no FFN, and this one has
+        ({"layers": [{"heads": 4, "ffn": 0}, {"heads": 4, "ffn": 48}]}, "has shape"),
         ({"layers": [{"heads": 9, "ffn": 24}, {"heads": 4, "ffn": 24}]}, "heads 9"),
         ({"layers": [{"heads": 4, "ffn": 23}, {"heads": 4, "ffn": 24}]}, "has shape"),
     ],

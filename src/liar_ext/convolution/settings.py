@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.recovery.schedule import SEEDS
+from liar_ext.seeds import SEEDS
 
 REPAIRS = ("liar", "none")
 IMPORTANCES = ("loss", "accuracy", "paper")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from liar_ext.errors import InputError
+from liar_ext.seeds import SEEDS
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,4 @@ class Schedule:
         return {**asdict(self), "betas": list(self.betas)}
 
 
-# what is drawn from goes from one epoch to the next in larger steps
-SEEDS = 2**32
 WHOLE = ("steps", "batch_size", "accumulation", "save_every")

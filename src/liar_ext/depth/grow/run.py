@@ -30,10 +30,10 @@ from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
 from liar_ext.recovery.language import next_token_loss
-from liar_ext.recovery.schedule import SEEDS
 from liar_ext.recovery.state import TrainingState
 from liar_ext.recovery.text import TextTraining, Trained, write_again
 from liar_ext.report.schema import FILE, calibration_of
+from liar_ext.seeds import SEEDS
 
 
 @dataclass(frozen=True)
