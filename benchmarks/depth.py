@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import depth_latency
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,6 +38,7 @@ REPAIRS = {
     "refit all": {"span_repair": "liar", "target_signal": "stream", "refit": "all"},
 }
 SIZES = {"samples": 128, "seq_len": 256, "batch_size": 16}
+REPEATS = 25
 WIDTHS = {"criterion": "obs", "target": "ffn,heads"}
 # layers that go, and the share of the widths of the others that makes up the rest of the size
 EQUAL = {
@@ -116,26 +118,15 @@ def row(name: str, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def latencies(folders: dict[int, Path], repeats: int = 15) -> dict[int, dict[str, float]]:
-    """Seconds of a prefill of 256 tokens and of a decoded token, by layers; medians by turns."""
-    import torch
-
-    import liar_ext
-
-    models = {n: liar_ext.load(path, dtype=torch.float32) for n, path in folders.items()}
-    ids = torch.randint(3, 200, (1, 256), generator=torch.Generator().manual_seed(0))
-    found: dict[int, dict[str, list[float]]] = {n: {"prefill": [], "decode": []} for n in models}
-    with torch.inference_mode():
-        for _ in range(repeats):
-            for n, model in models.items():
-                began = time.perf_counter()
-                cache = model(ids, use_cache=True).past_key_values
-                found[n]["prefill"].append(time.perf_counter() - began)
-                began = time.perf_counter()
-                for at in range(32):
-                    model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-                found[n]["decode"].append((time.perf_counter() - began) / 32)
-    return {n: {k: statistics.median(v) for k, v in own.items()} for n, own in found.items()}
+def latencies(source: Path) -> dict[int, dict[str, float]]:
+    """Medians of a prompt of 256 tokens and of a token after it, by layers that are left."""
+    found = depth_latency.measure(
+        source, [0, 1, 2, 3], device="cpu", batch=1, seq_len=256, repeats=REPEATS
+    )
+    return {
+        row["layers"]: {kind: row[f"{kind}_seconds"]["p50"] for kind in ("prefill", "decode")}
+        for row in found["rows"]
+    }
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -167,12 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
         data["rows"][name] |= {k: found[k] for k in ("value", "standard_error")}
         print(name, data["rows"][name], flush=True)
         journal.write_text(json.dumps(data))
-    folders = {5: source}
-    for drop in (1, 2, 3):
-        folders[5 - drop] = work / f"layers-{5 - drop}"
-        fields = {"depth": "reverse", "drop": drop, "span_repair": "none"}
-        pruned(source, folders[5 - drop], calibration, fields)
-    data["latency"] = latencies(folders)
+    data["latency"] = latencies(source)
     data |= {"environment": environment(), "command": "python benchmarks/depth.py demo"}
     (RESULTS / "depth-demo.json").write_text(json.dumps(data, indent=1) + "\n")
 
@@ -223,9 +209,9 @@ def report() -> None:
         "",
         "## Latency",
         "",
-        "CPU, float32; medians of 15 by turns, on a machine that others",
+        f"CPU, float32, 2 threads, nothing else running; medians of {REPEATS} by turns; of the "
+        "prompt the logits of the last token (`benchmarks/depth_latency.py`).",
     ]
-    lines[-1] += " used as well: compare the rows, not with figures of elsewhere."
     lines += ["", "| layers | prefill of 256 tokens | one token |"]
     lines += ["|---:|---:|---:|"]
     for layers, times in data["latency"].items():
