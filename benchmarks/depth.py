@@ -170,7 +170,8 @@ def report() -> None:
     lines = [
         "# Whole layers of the demo LLaMA",
         "",
-        f"Perplexity of the first 128 windows of 256 held-out tokens, dense {data['dense']:.2f}; "
+        f"Perplexity of the first 128 windows of 256 held-out tokens (`liar eval DIR --text TEXT "
+        f"--seq-len 256 --windows 128`), dense {data['dense']:.2f}; "
         "32,768 calibration tokens; five layers, counted from 0. `none` repairs nothing, `liar` "
         "the consumer in front of a gap, `stream` aims at the dense stream, `refit all` fits all "
         "consumers behind as well. "

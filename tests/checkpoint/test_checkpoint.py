@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import liar_ext
 from liar_ext import InputError, Recipe
-from liar_ext.checkpoint import store
+from liar_ext.checkpoint import store, writer
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.shards import ShardWriter
 from liar_ext.checkpoint.writer import check_output, output_folder
@@ -320,6 +320,25 @@ def test_an_output_folder_appears_only_when_complete(tmp_path):
         assert not out.exists()
     assert (out / "file").read_text() == "x"
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    left, other = tmp_path / ".out.partial-1", tmp_path / ".out2.partial-1"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    with output_folder(out, None, overwrite=False):
+        # it may be just being made
+        assert left.exists()
+    monkeypatch.setattr(writer, "YOUNG_SECONDS", -1.0)
+    with output_folder(tmp_path / "out3", None, overwrite=False) as mine:
+        # what somebody works on stays
+        writer.sweep(tmp_path / "out3")
+        assert mine.exists()
+    with output_folder(out, None, overwrite=True):
+        assert not left.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,18 @@ def test_eval_measures_dense_and_pruned_and_report_shows_both(inputs, tmp_path, 
     assert "<svg" in html or "data:image/png" in html
 
 
+def test_eval_of_the_first_windows(inputs, capsys):
+    """The default is all; `--windows` of a text is as `liar compare --eval-windows`."""
+    from liar_ext.demo import HELDOUT, MODEL
+
+    options = ["eval", str(MODEL), "--seq-len", "64", "--json"]
+    assert main([*options, "--text", str(HELDOUT), "--windows", "2"]) == 0
+    assert _json(capsys)["tokens"] == 2 * 63
+    for wrong in (["--text", str(HELDOUT), "--windows", "0"], ["--stsb", "x", "--windows", "2"]):
+        assert main([*options, *wrong]) == 2
+        assert "--windows" in capsys.readouterr().err
+
+
 def test_eval_of_an_encoder_is_a_spearman_correlation(inputs, tmp_path, capsys):
     out = tmp_path / "small"
     assert _prune(inputs, out, "--bert", "--target", "heads", "--samples", "60") == 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +26,8 @@ NOT_COPIED = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx"),
     *(".onnx_data", ".gguf", ".tflite", ".ot", ".npz"),
 )
+# a folder is made before it is locked
+YOUNG_SECONDS = 60.0
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 REWRITTEN = (
     *("config.json", "README.md", "recipe.json", REPORT, "report.html"),
@@ -41,24 +46,55 @@ def output_folder(out: Path, source: Path | None, *, overwrite: bool) -> Iterato
     """
     check_output(out, source, overwrite=overwrite)
     out = Path(os.path.abspath(out))
+    sweep(out)
     made = [p for p in out.parents if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    lock = _locked(temporary)
     try:
         with writing(out, temporary):
             yield temporary
             usual_permissions(temporary)
             put_in_place(temporary, out)
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
         if not out.exists():
             # somebody else may have put something there; that must not hide the first error
             with suppress(OSError):
                 for parent in made:
                     parent.rmdir()
+
+
+def sweep(out: Path) -> None:
+    """Remove what processes that were killed have left of this output: folders that nobody holds a
+    lock on, where the file system has locks, and that are not just being made."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime < YOUNG_SECONDS:
+                continue
+            if (lock := _locked(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder until it is closed; None where another process has it, or none is to be
+    had."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
 
 
 @contextmanager

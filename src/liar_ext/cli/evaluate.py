@@ -43,6 +43,9 @@ def add_parser(commands: Any) -> None:
         help="window of a text (default 2048 at most), tokens of a question with an answer "
         "(default: what the model takes)",
     )
+    parser.add_argument(
+        "--windows", type=int, metavar="N", help="of a text the first N windows (default all)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
     parser.add_argument(
@@ -60,7 +63,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--{name} {getattr(arguments, name)}: choose from {', '.join(CHOICES[name])}"
             )
-    for name in ("seq_len", "batch_size"):
+    if arguments.windows is not None and arguments.text is None:
+        raise InputError("--windows: is of --text only")
+    for name in ("seq_len", "batch_size", "windows"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -78,7 +83,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     kind = next(kind for kind in METRICS if getattr(arguments, kind) is not None)
     path = getattr(arguments, kind)
-    evaluation = Evaluation(kind, path, arguments.seq_len, arguments.batch_size)
+    evaluation = Evaluation(kind, path, arguments.seq_len, arguments.batch_size, arguments.windows)
     if not (evaluation.metric.data_sets or Path(path).is_file()):
         raise InputError(f"{path}: no such file")
     device = resolve_device(arguments.device)
