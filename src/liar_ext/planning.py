@@ -38,11 +38,10 @@ from liar_ext.costs import (
     measure,
     producer_rows,
 )
-from liar_ext.engine.clock import Clock
+from liar_ext.engine.compression import check_model
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
-from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.source import with_trace
 from liar_ext.engine.statistics import (
     CHUNK_TOKENS,
@@ -118,11 +117,10 @@ def plan(
     stored, bytes_before = _stored(folder, model, notes)
     tokens = _tokens(folder, model, recipe, bytes_before is not None, notes)
     # checks the recipe against the model, and knows which biases are added
-    host = torch.device("cpu")
     store = InMemory(model)
-    driver = Driver(Runtime(store, host, Clock(host)), (), recipe)
+    driver = check_model(store, recipe)
     costs = budgets(store, recipe, tokens.seq_len)
-    driver.check(costs, min(tokens.samples, recipe.search_samples))
+    driver.check(costs, tokens.samples)
     targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths, parameters_before = layout.read(model), _parameters(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)

@@ -15,8 +15,10 @@ from liar_families import batches_of, randomise, write_tokens
 import liar_ext
 from liar_ext import InputError, Recipe
 from liar_ext.allocation import Allocation
+from liar_ext.engine.compression import check_possible
 from liar_ext.engine.driver import Driver
 from liar_ext.engine.execution import Execution
+from liar_ext.engine.store import InMemory
 from liar_ext.models import layout
 from liar_ext.models.absent import Absent
 from liar_ext.planning import plan
@@ -308,3 +310,12 @@ def test_a_plan_refuses_what_a_search_cannot_do(folder: Path) -> None:
         where = (folder / "dense",) if call is plan else (folder / "dense", folder / "out")
         with pytest.raises(InputError, match="give .* or more"):
             call(*where, recipe)  # type: ignore[operator]
+
+
+def test_a_grid_refuses_it_as_well(folder: Path) -> None:
+    recipe = _recipe(folder, allocation="segments", search_evaluations=2)
+    batches = batches_of(recipe, decoder=True)
+    tokens = sum(batch.tokens for batch in batches)
+    with pytest.raises(InputError, match="give .* or more"):
+        check_possible(InMemory(_dense()), recipe, batches, tokens)
+    check_possible(InMemory(_dense()), replace(recipe, search_evaluations=40), batches, tokens)

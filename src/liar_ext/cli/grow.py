@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
-from liar_ext.cli.training import TEXT, add_training, trained_line, training_of
+from liar_ext.cli.training import TEXT, add_training, carried_out, trained_line, training_of
 from liar_ext.errors import InputError
 
 
@@ -52,22 +51,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_torchrun("liar grow is one process; run it without torchrun")
-    from liar_ext.cli.output import Watcher
     from liar_ext.depth.grow import grow
     from liar_ext.report.text import count, size
 
-    growth = growth_of(arguments)
-    with Watcher() as watcher:
-        report = grow(
-            arguments.source,
-            arguments.out,
-            growth,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            progress=watcher,
-        )
-    for text in report["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+    report = carried_out(grow, arguments, growth_of(arguments))
     if not arguments.json:
         layers, totals, training = report["layers"], report["totals"], report["training"]
         print(

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
+from liar_ext.cli.training import TEXT, TRAINING, add_training, carried_out
 from liar_ext.errors import InputError
 
-# option of the training -> (type, metavar, help)
-TRAINING: dict[str, tuple[Any, str, str]] = {
-    "lr": (float, "F", "learning rate at its height (default 1e-5 for partial, 1e-4 for lora)"),
-    "warmup": (int, "N", "steps until then (default 3 %% of all)"),
-    "floor": (float, "F", "at the end, as a fraction of it, by a cosine (default 0.1)"),
-    "batch_size": (int, "N", "windows in a forward (default 8)"),
-    "accumulation": (int, "N", "forwards in an update (default 1)"),
-    "weight_decay": (float, "F", "of AdamW (default 0)"),
-    "clip": (float, "F", "norm of all gradients at most (default 1)"),
-    "evaluate_every": (int, "N", "steps between two looks at held-out windows (default a tenth)"),
-    "save_every": (int, "N", "steps between two states that --resume goes on from (default 100)"),
-}
+# of the training, in words
+DEFAULTS = {"lr": "default 1e-5 for partial, 1e-4 for lora"}
+# option -> (type, metavar, help)
 PARTIAL: dict[str, tuple[Any, str, str]] = {
     "last": (int, "K", "layers that are trained, counted from the end (default 3)"),
 }
@@ -51,25 +42,17 @@ def add_parser(commands: Any) -> None:
         "--train",
         required=True,
         metavar="TEXT",
-        help=".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets; a .jsonl with prompt and "
+        help=f"{TEXT}; a .jsonl with prompt and "
         "response, or instruction, input and output: the answers alone are learned",
     )
     parser.add_argument("--steps", required=True, type=int, metavar="N", help="updates")
     parser.add_argument(
         "--method", default="partial", metavar="NAME", help="partial or lora (default partial)"
     )
-    parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens in a window (default 2048 at most)"
-    )
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        metavar="N",
-        help="windows to measure on, not to train on (default 32, a tenth at most)",
-    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
-    _add(parser.add_argument_group("training"), TRAINING)
+    # required, and said above
+    add_training(parser.add_argument_group("training"), DEFAULTS, without=("steps",))
     partial = parser.add_argument_group("--method partial")
     _add(partial, PARTIAL)
     partial.add_argument(
@@ -87,9 +70,6 @@ def add_parser(commands: Any) -> None:
         "--keep-adapter", action="store_true", help="PEFT's adapter for SRC in DIR/adapter as well"
     )
     _add(parser.add_argument_group("--ranks performance"), TRIALS, "trial_")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(run=run)
@@ -103,22 +83,10 @@ def _add(group: Any, options: dict[str, tuple[Any, str, str]], prefix: str = "")
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_torchrun("liar recover is one process; run it without torchrun")
-    from liar_ext.cli.output import Watcher
     from liar_ext.recovery.run import recover
     from liar_ext.report.text import count
 
-    recovery = recovery_of(arguments)
-    with Watcher() as watcher:
-        report = recover(
-            arguments.source,
-            arguments.out,
-            recovery,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            progress=watcher,
-        )
-    for text in report["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+    report = carried_out(recover, arguments, recovery_of(arguments))
     if not arguments.json:
         training = report["training"]
         told = f"trained {count(training['parameters'])} parameters for {training['steps']} steps"
@@ -156,7 +124,8 @@ def recovery_of(arguments: argparse.Namespace) -> Any:
     for name, owner in (("dense", "residual"), *((name, "performance") for name in of_trials)):
         if name in of_lora | of_trials and of_lora.get("ranks") != owner:
             raise InputError(f"{_flag({name: None})}: is of --ranks {owner}")
-    schedule = _given(arguments, TRAINING)
+    # these two are of the windows
+    schedule = _given(arguments, [n for n in TRAINING if n not in ("steps", "seq_len", "held_out")])
     schedule["learning_rate"] = schedule.pop("lr", RATES[method])
     if of_partial.pop("no_head", False):
         of_partial["head"] = False

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
-from liar_ext.cli.training import TEXT, add_training, trained_line, training_of
+from liar_ext.cli.training import TEXT, add_training, carried_out, trained_line, training_of
 from liar_ext.errors import InputError
 
 # option -> (type, metavar, help); the option's name is the Replacement field's. its defaults are
@@ -90,21 +89,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_torchrun("liar replace is one process; run it without torchrun")
-    from liar_ext.cli.output import Watcher
     from liar_ext.depth.replace import replace_layers
 
-    asked = replacement_of(arguments)
-    with Watcher() as watcher:
-        report = replace_layers(
-            arguments.source,
-            arguments.out,
-            asked,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            progress=watcher,
-        )
-    for text in report["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+    report = carried_out(replace_layers, arguments, replacement_of(arguments))
     if not arguments.json:
         print("\n".join(report_lines(report)))
         print(f"written: {arguments.out}")

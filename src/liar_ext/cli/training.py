@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from liar_ext.errors import InputError
@@ -36,13 +37,18 @@ TRAINING: dict[str, tuple[Any, str, str, str]] = {
 TEXT = ".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets"
 
 
-def add_training(group: Any, defaults: Mapping[str, str] | None = None) -> None:
+def add_training(
+    group: Any, defaults: Mapping[str, str] | None = None, without: Collection[str] = ()
+) -> None:
     """The options but for `--train`, and `--resume`.
 
     Args:
         group: of a parser; defaults: in words, those that are not the usual ones.
+        without: options that the command has in another way.
     """
     for name, (kind, metavar, text, usual) in TRAINING.items():
+        if name in without:
+            continue
         default = (defaults or {}).get(name, usual)
         option = f"--{name.replace('_', '-')}"
         group.add_argument(option, type=kind, metavar=metavar, help=f"{text} ({default})")
@@ -76,6 +82,30 @@ def training_of(arguments: argparse.Namespace, defaults: Mapping[str, Any] | Non
         given["learning_rate"] = given.pop("lr")
     schedule = Schedule(**{**(defaults or {}), **given}, seed=arguments.seed)
     return TextTraining(arguments.train, schedule, **own)
+
+
+def carried_out(
+    command: Callable[..., dict[str, Any]], arguments: argparse.Namespace, asked: Any
+) -> dict[str, Any]:
+    """The report of a command that may train, with its progress shown and its warnings said.
+
+    Args:
+        command: takes source, out and what is asked for.
+    """
+    from liar_ext.cli.output import Watcher
+
+    with Watcher() as watcher:
+        report = command(
+            arguments.source,
+            arguments.out,
+            asked,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            progress=watcher,
+        )
+    for text in report["warnings"]:
+        print(f"warning: {text}", file=sys.stderr)
+    return report
 
 
 def trained_line(training: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from liar_ext.allocation import Budget, check_reachable
+from liar_ext.allocation import Budget
 from liar_ext.calibration.batches import Batch, check_enough
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
@@ -23,6 +23,7 @@ from liar_ext.engine.keeper import Keeper
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.runtime import Runtime
+from liar_ext.engine.search import samples_of
 from liar_ext.engine.shelf import DeviceShelf, Shelf
 from liar_ext.engine.statistics import held_out_tokens
 from liar_ext.engine.store import LayerStore
@@ -205,14 +206,16 @@ def few_tokens(
     return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
 
 
-def check_model(store: LayerStore, recipe: Recipe) -> None:
+def check_model(store: LayerStore, recipe: Recipe) -> Driver:
     """Refuse what a recipe cannot do with a model, whatever the calibration; works on `meta`.
 
+    Returns:
+        a driver without calibration tokens, to ask more of.
     Raises:
         InputError: as a compression would.
     """
     host = torch.device("cpu")
-    Driver(Runtime(store, host, Clock(host)), (), recipe)
+    return Driver(Runtime(store, host, Clock(host)), (), recipe)
 
 
 def check_possible(
@@ -226,10 +229,9 @@ def check_possible(
         InputError: as a compression would, before it computes anything.
     """
     own = fit_to(batches, recipe)
-    check_model(store, recipe)
+    driver = check_model(store, recipe)
     few_tokens(store, recipe, own, tokens)
-    costs = budgets(store, recipe, longest(own))
-    check_reachable(list(costs.values()), recipe.sparsity, recipe.round_to)
+    driver.check(budgets(store, recipe, longest(own)), samples_of(own))
 
 
 def peak_host_bytes() -> int:

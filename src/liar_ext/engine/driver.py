@@ -190,7 +190,7 @@ class Driver:
         if position.stage == "survey" and self.recipe.narrows:
             # before anything is computed that it would be for nothing
             known = self._budgets()
-            self.check(known, min(samples_of(self.batches), self.recipe.search_samples))
+            self.check(known, samples_of(self.batches))
             if self._searcher is not None:
                 self._searcher.check_room(known)
         if self._prior is not None:
@@ -278,11 +278,11 @@ class Driver:
             return True
         return has_bias and self.recipe.bias == "auto"
 
-    def check(self, known: Mapping[Key, Budget], windows: int) -> None:
+    def check(self, known: Mapping[Key, Budget], samples: int) -> None:
         """Refuse what the allocation cannot do, before anything is computed.
 
         Args:
-            windows: that a search compares models on.
+            samples: of the calibration; a search compares models on the first of them.
         Raises:
             InputError: as `check_reachable`, or as the check of the allocation.
         """
@@ -291,7 +291,7 @@ class Driver:
             return
         check_reachable(list(known.values()), recipe.sparsity, recipe.round_to)
         if (check := ALLOCATIONS[recipe.allocation].check) is not None:
-            check(problem_of(recipe, known, windows))
+            check(problem_of(recipe, known, min(samples, recipe.search_samples)))
 
     def _budgets(self) -> dict[tuple[int, str], Budget]:
         return budgets(self.runtime.store, self.recipe, longest(self.batches))
