@@ -124,6 +124,32 @@ WIDE = {
         {"--target-signal": "dense", "--ridge": "auto"},
     ),
     "stream target": ((768, 3072, 2, "float32"), 8, {"--target-signal": "stream"}),
+    "a layer left out, chosen by states": (
+        (768, 3072, 3, "float32"),
+        8,
+        {"--depth": "streamline", "--drop": "1", "--sparsity": "0"},
+    ),
+    "a layer left out, and narrower": (
+        (768, 3072, 3, "float32"),
+        8,
+        {"--depth": "reverse", "--drop": "1", "--target-signal": "stream"},
+    ),
+    "a layer left out by losses": (
+        (768, 3072, 3, "float32"),
+        8,
+        {
+            "--depth": "perplexity",
+            "--drop": "1",
+            "--sparsity": "0",
+            "--span-repair": "none",
+            "--search-samples": "32",
+        },
+    ),
+    "a layer left out by gradients": (
+        (768, 3072, 3, "float32"),
+        8,
+        {"--depth": "taylor", "--drop": "1", "--sparsity": "0", "--span-repair": "none"},
+    ),
     "2048 columns": ((2048, 5632, 3, "bfloat16"), 2, {}),
     "2048 columns, on disk": ((2048, 5632, 3, "bfloat16"), 2, {"--hidden-states": "disk"}),
 }

@@ -31,7 +31,11 @@ MEASURE_SIZE = {"cpu": (1536, 4096), "cuda": (8192, 16384)}
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One Site: widths as in the report, and the rows of its consumer and of its producers."""
+    """One Site: widths as in the report, and the rows of its consumer and of its producers.
+
+    Attributes:
+        across: it stands in for layers that are left out behind it.
+    """
 
     layer: int
     kind: str
@@ -42,6 +46,7 @@ class SitePlan:
     columns_after: int
     outputs: int
     producer_rows: int
+    across: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def compression_flops(
     passes: int,
     grams: int,
     survey: int,
-    pruned: int,
+    beside: int,
 ) -> dict[str, int]:
     """FLOPs of one compression by what they are for.
 
@@ -144,13 +149,14 @@ def compression_flops(
         forward: of one token through the layers that the compression runs.
         passes: of forwards through them; grams: Moments of each Site that are made.
         survey: what a survey makes of its statistics.
-        pruned: of one token through the layers that are pruned.
+        beside: of one token through the layers of a dense path that goes beside; 0 without one.
     Returns:
         `forward`; `gram`, `n² T` for the triangle; `solve`, of the repair (for `liar`, see
         `ops.interpolate.costs`), of the fits that choose its ridge, and of what the criterion and
         the survey compute; `residual`, the report's diagnostic, `out (n² + s²)`. With
-        `--target-signal dense` or `stream` the dense path goes beside through the pruned layers,
-        each consumer is called once more, `2 out n`, and so are the products of the drift.
+        `--target-signal dense` or `stream` the dense path goes beside, each consumer is called
+        once more, `2 out n`, and so are the products of the drift; with `local` the same at Sites
+        that stand in for layers.
     """
     judged = sum(
         CRITERIA[recipe.criterion].flops(
@@ -158,12 +164,10 @@ def compression_flops(
         )
         for s in sites
     )
-    paired = recipe.paired
-    consumers = sum(2 * s.outputs * s.columns_before for s in sites) if paired else 0
-    beside = pruned + consumers if paired else 0
+    consumers = sum(2 * s.outputs * s.columns_before for s in sites if recipe.paired or s.across)
     squares = grams * sum(s.columns_before**2 for s in sites)
     return {
-        "forward": tokens.positions * (passes * forward + beside),
+        "forward": tokens.positions * (passes * forward + beside + consumers),
         "gram": (squares + consumers) * tokens.tokens,
         "solve": judged + survey + sum(solve_flops(s, recipe) for s in sites),
         "residual": sum(residual_flops(s) for s in sites),
@@ -173,7 +177,7 @@ def compression_flops(
 def solve_flops(site: SitePlan, recipe: Recipe) -> int:
     """Of the repaired rows of a Site; 0 where there is nothing to repair."""
     kept, dropped = site.columns_after, site.columns_before - site.columns_after
-    if recipe.paired:
+    if recipe.paired or site.across:
         # one way (`ops.drift`), and what is kept whole has drifted, too
         one = int(costs(kept, dropped, site.outputs, False)["fold first"])
     elif not dropped:

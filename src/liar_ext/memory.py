@@ -61,7 +61,10 @@ class Phases:
         paired: bool,
         judging: Callable[[SitePlan], int],
     ) -> None:
-        self._sizes, self._sites, self._paired = sizes, sites, paired
+        self._sizes, self._sites = sizes, sites
+        # whether there are two paths at a Site
+        self._two = lambda site: paired or site.across
+        self._paired = any(map(self._two, sites))
         self._reconstruction, self._chooses = reconstruction, chooses
         self._judging = judging
         self._sequential, self._library = sequential, library
@@ -72,6 +75,8 @@ class Phases:
         found = self._surveying()
         if self._paired:
             found.append(self._ahead())
+        if any(site.across for site in self._sites):
+            found.append(self._across())
         if self._sequential:
             for first, site in enumerate(self._sites):
                 found += self._stopping(site, written=not first)
@@ -81,6 +86,8 @@ class Phases:
 
     def _surveying(self) -> list[Phase]:
         """Up to the end of the survey."""
+        if not self._sizes.positions:
+            return []
         if self._survey == "weights":
             return [self._reading(), self._embedding()]
         found = [self._embedding()]
@@ -179,12 +186,31 @@ class Phases:
         )
         return self._phase("dense forward", device, host)
 
+    def _across(self) -> Phase:
+        """The dense path through a layer that is left out, while the one in front of it is open;
+        first of all through the embeddings of the whole model.
+
+        States of both paths, those that entered the gap, and those that leave the layer.
+        """
+        s = self._sizes
+        device, host = self._standing(written=True)
+        more, waiting = self._waiting(leaving=True)
+        device["hidden_states"] += more["hidden_states"]
+        for name, size in waiting.items():
+            host[name] = host.get(name, 0) + size
+        self._outputs(self._sites, device, host)
+        device["layer_left_out"] = max(s.layer, s.outside)
+        device["passing_batch"] = max(
+            self._frame(site, s.batch) + self._passing(site) for site in self._sites
+        )
+        return self._phase("across left-out layers", device, host)
+
     def _outputs(
         self, sites: Sequence[SitePlan], device: dict[str, int], host: dict[str, int]
     ) -> None:
         """Outputs of the dense path that wait for these Sites."""
         s = self._sizes
-        widths = [site.outputs for site in sites] if self._paired else []
+        widths = [site.outputs for site in sites if self._two(site)]
         positions = s.positions if s.place == "device" else s.batch
         device["dense_outputs"] = positions * sum(widths) * s.item
         if s.place == "host":
@@ -307,7 +333,7 @@ class Phases:
 
     def _beside(self, site: SitePlan) -> int:
         """Rows of the products with the drift of a Site's output."""
-        return site.outputs if self._paired else 0
+        return site.outputs if self._two(site) else 0
 
     def _sums(self, site: SitePlan) -> dict[str, int]:
         """Sums of a segment, of all segments, and rows that wait until they are a chunk."""
@@ -368,7 +394,7 @@ class Phases:
         repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
         residual = repaired + residual_bytes(n, rows, kept)
         solve = 0
-        if self._paired:
+        if self._two(site):
             solve = repair_bytes(kept, n - kept, outputs, rows, route="fold first")
             if self._chooses:
                 solve = choice_bytes(kept, n - kept, rows, own=solve, drift=True)

@@ -11,6 +11,7 @@ FLAGS = {
     "paused_forwards": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "gradient_states": "--hidden-states {elsewhere}, fewer --gradient-samples or a shorter "
     "--seq-len",
+    "choice_states": "--hidden-states {elsewhere}, fewer --samples or --search-samples",
     "policy_states": "--hidden-states {elsewhere}, fewer --samples or a shorter --seq-len",
     "unit_gradients": "fewer --gradient-samples",
     "graph": "a smaller --batch-size or a shorter --seq-len",
@@ -110,6 +111,20 @@ def next_layer(sizes: Sizes) -> int:
     # a pinned block is kept for the next tensor of its size: those of the open layer, too
     following = 2 * sizes.pinned if sizes.cuda else sizes.read
     return following if sizes.layers > 1 else following - sizes.read
+
+
+def shelved(
+    sizes: Sizes, name: str, positions: int, batch: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Hidden states of so many positions that wait, by batches: parts on the device and the host.
+
+    Elsewhere than on the device, what enters something and what leaves it is there.
+    """
+    row = sizes.hidden * sizes.item
+    if sizes.place == "device":
+        return {name: positions * row}, {}
+    pinned = -(-positions // batch) * power_of_two(batch * row)
+    return {name: 2 * batch * row}, {name: pinned} if sizes.place == "host" else {}
 
 
 def power_of_two(size: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
+from liar_ext.choice_costs import ChoicePlan
 from liar_ext.costs import SitePlan, Tokens
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.execution import HELD_SHARE as SHARE
@@ -96,6 +97,7 @@ def needs(
     prior: PriorPlan | None,
     learning: tuple[int, int] | None,
     search: SearchSizes | None,
+    choice: ChoicePlan | None,
     ranks: int,
     out: Path | None,
     device: torch.device,
@@ -107,7 +109,8 @@ def needs(
         process: bytes of the process before anything is computed; written: of the largest pruned
             layer, output: of all of them; held: of what waits on the shelf, of all ranks;
             survey_bytes: of what a survey makes of its statistics, at most.
-        prior: of a pass before pruning, search: of a search; None without one.
+        prior: of a pass before pruning, search: of a search, choice: of the choice of layers that
+            are left out; None without one.
         learning: see `memory.Phases`.
     """
     cuda = device.type == "cuda"
@@ -118,6 +121,8 @@ def needs(
     if search is not None:
         states = search.states * weights.hidden * weights.item
         held_by_one, held = max(held_by_one, states), max(held, ranks * states)
+    if choice is not None:
+        held_by_one, held = max(held_by_one, choice.held), max(held, ranks * choice.held)
     place, why = _place(execution, held_by_one, ranks, device, device_memory)
     paired = recipe.paired
     snapshots = 2 * (2 if paired else 1) * tokens.positions * weights.hidden * weights.item
@@ -133,11 +138,14 @@ def needs(
         ranks=ranks,
         positions=_of_rank(tokens, ranks),
         batch=tokens.batch,
-        masks=tokens.positions * tokens.seq_len if tokens.tokens < tokens.positions else 0,
+        # where layers are left out, the whole model has its own
+        masks=(2 if any(site.across for site in sites) else 1)
+        * (tokens.positions * tokens.seq_len if tokens.tokens < tokens.positions else 0),
         alone=tokens.segments <= 1,
         **asdict(weights),
     )
-    widest = {site.kind: site for site in sorted(sites, key=lambda site: site.columns_before)}
+    order = sorted(sites, key=lambda site: (site.columns_before, site.across))
+    widest = {site.kind: site for site in order}
     made = Phases(
         sizes,
         # in the order of a layer's forward
@@ -157,6 +165,8 @@ def needs(
     phases = made.all()
     if search is not None:
         phases += [*made.making_levels(search.levels), *search_phases(sizes, search)]
+    if choice is not None:
+        phases = [*choice.phases(sizes), *phases]
     if prior is not None:
         # those of all layers, to the end
         phases = [

@@ -9,7 +9,7 @@ dtypes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
-from liar_ext.calibration.batches import check_enough, tokens_needed
-from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import (
     DTYPE_BYTES,
@@ -28,9 +26,9 @@ from liar_ext.checkpoint.reader import (
     read_json,
     tied_names,
 )
+from liar_ext.choice_costs import choice_plan
 from liar_ext.costs import (
     SitePlan,
-    Tokens,
     compression_flops,
     head_flops,
     held_bytes,
@@ -41,28 +39,21 @@ from liar_ext.costs import (
 from liar_ext.engine.compression import check_model
 from liar_ext.engine.driver import Driver, budgets
 from liar_ext.engine.execution import Execution
-from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
+from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.source import with_trace
-from liar_ext.engine.statistics import (
-    CHUNK_TOKENS,
-    MOST_SEGMENTS,
-    held_out,
-    held_out_tokens,
-    least_segments,
-    segments,
-)
 from liar_ext.engine.store import InMemory
 from liar_ext.environment import device_name
 from liar_ext.errors import InputError
 from liar_ext.gradient_memory import learning_graph
 from liar_ext.latency import LatencyTable
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models import adapter_for, layout
 from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.needs import needs, resident_bytes, weights_of
+from liar_ext.planning_depth import Shortened, dense_path, fitted, shortened
 from liar_ext.planning_loader import loader_of
+from liar_ext.planning_tokens import tokens_needed_by, tokens_of
 from liar_ext.prior_costs import prior_plan
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.search_costs import search_sizes
 from liar_ext.survey import learning_flops, needs_tokens, reads_of, survey_costs
 
@@ -95,40 +86,49 @@ def plan(
         JSON-able data: `sites`, `parameters`, `bytes`, `sparsity`, `latency` (of a budget in
         seconds), `flops_per_token`, `calibration`, `flops`, `memory` (bytes, parts of the phase
         that needs most), `phases`, `hidden_states`, `disk`, `seconds`, `loader`, `notes`. `exact`
-        is False where the allocation decides only after it has seen the tokens.
+        is False where the allocation decides only after it has seen the tokens. `depth` is None
+        where no layer goes; its `dropped` are None where a measurement will tell.
     Raises:
         InputError: as `liar prune` would, before it computes anything.
     """
     execution = execution or Execution()
-    if recipe.shortens:
-        raise InputError(
-            "liar plan and --dry-run plan widths only: without --depth and --drop-layers they say "
-            "what the whole model takes, which is more"
-        )
     if ranks < 1:
         raise InputError(f"--ranks {ranks}: must be at least 1")
     folder = resolve(source, config_only=True)
     dense = with_trace(dense_config(folder), recipe.target if trace else None)
     hypothetical = device_memory is not None
     device = torch.device("cuda") if hypothetical else resolve_device(recipe.device)
-    model = layout.empty_model(layout.config_object(dense))
+    model = whole = layout.empty_model(layout.config_object(dense))
     adapter = adapter_for(model.config)
     notes: list[str] = []
     stored, bytes_before = _stored(folder, model, notes)
-    tokens = _tokens(folder, model, recipe, bytes_before is not None, notes)
-    # checks the recipe against the model, and knows which biases are added
-    store = InMemory(model)
-    driver = check_model(store, recipe)
-    costs = budgets(store, recipe, tokens.seq_len)
-    driver.check(costs, tokens.samples)
-    targeted = sum(budget.price(budget.units) for budget in costs.values())
-    widths, parameters_before = layout.read(model), _parameters(model)
-    by_layer = layer_flops(model, adapter, tokens.seq_len)
+    tokens = tokens_of(folder, model, recipe, bytes_before is not None, notes)
     dtype = compute_dtype(recipe.dtype, device) or _dtype_of(stored)
     if bytes_before is None:
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
-    held = held_bytes(model, adapter, recipe, tokens.positions, weights.item)
+    parameters_before = _parameters(whole)
+    all_layers = layer_flops(whole, adapter, tokens.seq_len)
+    held = held_bytes(whole, adapter, recipe, tokens.positions, weights.item)
+    choice = choice_plan(whole, adapter, recipe, tokens, ranks, weights.item)
+    cut: Shortened | None = None
+    asked = recipe
+    if recipe.shortens:
+        cut = shortened(dense, whole, adapter, stored, recipe, notes)
+        dense, model, stored = cut.config, cut.model, cut.stored
+        if not recipe.narrows:
+            # no width is chosen: neither has a say
+            recipe = replace(recipe, allocation=Recipe.allocation, criterion=Recipe.criterion)
+    left_out = None if cut is None else cut.left_out
+    gaps = {} if left_out is None else left_out.gaps
+    # checks the recipe against the model, and knows which biases are added
+    store = InMemory(model)
+    driver = check_model(store, recipe, left_out)
+    costs = budgets(store, recipe, tokens.seq_len)
+    driver.check(costs, tokens.samples)
+    targeted = sum(budget.price(budget.units) for budget in costs.values())
+    widths = layout.read(model)
+    by_layer = layer_flops(model, adapter, tokens.seq_len)
     units = sum(budget.units for budget in costs.values())
     prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
     beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
@@ -138,7 +138,10 @@ def plan(
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     tied = bool(tied_names(model))
     search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
-    sites = _shrink(model, adapter, recipe, driver, costs, notes)
+    also = fitted(model, adapter, driver, gaps)
+    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps)
+    order: list[str] = [spec.kind for spec in adapter.sites]
+    every = sorted([*sites, *also], key=lambda site: (site.layer, order.index(site.kind)))
     left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
     table = None if recipe.latency is None else LatencyTable.read(recipe.latency)
     if table is not None:
@@ -146,7 +149,7 @@ def plan(
     bytes_after = _written(model, adapter, stored, recipe.dtype)
     found = needs(
         weights,
-        sites,
+        every,
         tokens,
         recipe,
         execution,
@@ -158,28 +161,25 @@ def plan(
         prior=prior,
         learning=graph,
         search=search,
+        choice=choice,
         ranks=ranks,
         out=out,
         device=device,
         device_memory=device_memory,
     )
     reads, again = reads_of(recipe), not found.pop("library")
+    stop, dense_flops = dense_path(by_layer, all_layers, driver, left_out)
     flops = compression_flops(
-        sites,
+        every,
         tokens,
-        sum(by_layer[: driver.targets.stop]),
+        sum(by_layer[:stop]),
         recipe,
         passes=2 if again and needs_tokens(recipe) else 1,
         grams=2 if again and reads == "moments" else 1,
         survey=survey_flops,
-        pruned=sum(by_layer[driver.targets.start : driver.targets.stop]),
+        beside=dense_flops,
     )
-    flops |= {**beside, "search": 0}
-    if recipe.refit == "all":
-        notes.append(
-            "--refit all: the statistics and solves of consumers that keep all their columns are "
-            "not counted; each takes what one that is pruned takes"
-        )
+    flops |= {**beside, "search": 0, "choice": 0 if choice is None else choice.flops}
     if search is not None:
         flops |= {name: flops[name] + more for name, more in search.flops.items()}
         notes.append(search.reads(recipe))
@@ -187,20 +187,21 @@ def plan(
         "source": str(source),
         "model_type": adapter.model_type,
         "layers": len(widths),
-        "recipe": recipe.to_json(),
+        "depth": None if cut is None else cut.to_json(),
+        "recipe": asked.to_json(),
         "ranks": ranks,
         "exact": reads is None and search is None,
         "sites": [asdict(site) for site in sites],
         "parameters": {"before": parameters_before, "after": _parameters(model)},
         "bytes": {"before": bytes_before, "after": bytes_after},
-        "sparsity": {"asked": recipe.sparsity, "achieved": (targeted - left) / targeted},
+        "sparsity": {"asked": recipe.sparsity, "achieved": (targeted - left) / (targeted or 1)},
         "latency": table and {"before": targeted, "after": left, **table.to_json()},
         "flops_per_token": {
             "context": tokens.seq_len,
-            "before": sum(by_layer) + head_flops(model),
+            "before": sum(all_layers) + head_flops(whole),
             "after": sum(layer_flops(model, adapter, tokens.seq_len)) + head_flops(model),
         },
-        "calibration": asdict(tokens) | _needed(sites, tokens, recipe),
+        "calibration": asdict(tokens) | tokens_needed_by(every, tokens, recipe),
         "flops": flops,
         **found,
         "seconds": _seconds(flops, None if hypothetical else rates or measure(device, dtype))
@@ -264,54 +265,6 @@ def _dtype_of(stored: Mapping[str, str]) -> torch.dtype:
     return {name: dtype for dtype, name in NAMES.items()}[max(set(floating), key=floating.count)]
 
 
-def _tokens(
-    folder: Path, model: PreTrainedModel, recipe: Recipe, complete: bool, notes: list[str]
-) -> Tokens:
-    """Counted from a local calibration file where there is one, else what the recipe allows."""
-    if recipe.calibration is not None:
-        refuse_missing_path(recipe.calibration)
-    if complete and recipe.calibration is not None and Path(recipe.calibration).is_file():
-        found = load_calibration(folder, model, recipe)
-        shapes = [batch.input_ids.shape for batch in found.batches]
-        return Tokens(
-            found.tokens,
-            positions=sum(shape.numel() for shape in shapes),
-            samples=found.samples,
-            seq_len=max(shape[1] for shape in shapes),
-            batch=max(shape.numel() for shape in shapes),
-            segments=segments(found.batches, least_segments(recipe))[-1] + 1,
-            counted=True,
-            held_out=held_out_tokens(found.batches, recipe),
-        )
-    adapter = adapter_for(model.config)
-    length = min(recipe.seq_len, adapter.max_positions(text_config(model.config)))
-    total = recipe.samples * length
-    short = "" if adapter.decoder else "; an encoder's texts are mostly much shorter"
-    notes.append(
-        f"calibration not counted: {recipe.samples} samples of {length} tokens assumed{short}"
-    )
-    least = least_segments(recipe)
-    # batches are cut smaller where there would be fewer
-    batch = min(recipe.batch_size, -(-recipe.samples // least))
-    parts = min(MOST_SEGMENTS, max(total // CHUNK_TOKENS, least), -(-recipe.samples // batch))
-    parts = max(1, parts)
-    held = total * len(held_out(parts)) // parts if recipe.chooses_ridge else 0
-    return Tokens(total, total, recipe.samples, length, batch * length, parts, False, held)
-
-
-def _needed(sites: list[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
-    """Tokens that the widest Site needs, and what is wrong with those there are."""
-    if not RECONSTRUCTIONS[recipe.reconstruct].solves:
-        return {"minimum": 1, "recommended": 1, "problem": None}
-    width = max(site.columns_before for site in sites)
-    try:
-        problem = check_enough(tokens.tokens, width, tokens.held_out)
-    except InputError as error:
-        problem = str(error)
-    least, recommended = tokens_needed(width, tokens.tokens, tokens.held_out)
-    return {"minimum": least, "recommended": recommended, "problem": problem}
-
-
 def _shrink(
     model: PreTrainedModel,
     adapter: Adapter,
@@ -319,6 +272,7 @@ def _shrink(
     driver: Driver,
     known: Mapping[tuple[int, str], Budget],
     notes: list[str],
+    gaps: Mapping[int, range],
 ) -> list[SitePlan]:
     """Shrink the model on `meta` as the driver would, biases included."""
     allocation = ALLOCATIONS[recipe.allocation]
@@ -332,15 +286,21 @@ def _shrink(
             "sizes and costs are estimates"
         )
         allocation = ALLOCATIONS["uniform"]
-    kept = allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to)
+    kept = (
+        allocation.widths(list(known.values()), recipe.sparsity, recipe.round_to) if known else []
+    )
     sites = []
     for (index, kind), units in zip(known, kept, strict=True):
         site = adapter.sites_of(model, index, (kind,))[0]
         before, columns, each = site.units, site.columns, site.columns_per_unit
         rows, outputs = producer_rows(site), site.weight().shape[0]
+        across = index in gaps and kind == adapter.sites[-1].kind
         site.shrink(torch.arange(units))
         sites.append(
-            SitePlan(*(index, kind, site.name, before, units, columns, units * each, outputs, rows))
+            SitePlan(
+                *(index, kind, site.name, before, units, columns, units * each, outputs, rows),
+                across=across,
+            )
         )
     for index in range(len(adapter.layer_list(model)[1])):
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):

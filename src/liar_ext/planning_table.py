@@ -26,6 +26,9 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     """A plan as rich tables."""
     about = "" if plan["exact"] else "about "
     result = _table("before", "after", "change")
+    if plan["depth"] is not None:
+        before, after = plan["depth"]["before"], plan["depth"]["after"]
+        result.add_row("layers", str(before), str(after), change(before, after))
     for label, key, show in (
         ("parameters", "parameters", parameters),
         ("weight files", "bytes", size),
@@ -52,6 +55,8 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
         )
     flops, seconds = plan["flops"], plan["seconds"]
     cost = _table("FLOPs", "time")
+    if flops["choice"]:
+        cost.add_row("choosing layers", count(flops["choice"]), duration(seconds["choice"]))
     cost.add_row("forward", count(flops["forward"]), duration(seconds["forward"]))
     if flops["gradients"]:
         cost.add_row("gradients", count(flops["gradients"]), duration(seconds["gradients"]))

@@ -23,7 +23,7 @@ from liar_ext.engine.level_store import Key
 from liar_ext.engine.loss import predicts
 from liar_ext.engine.oracle import together
 from liar_ext.engine.search import level_bytes, level_grid
-from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
+from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, shelved
 from liar_ext.models import linear
 from liar_ext.models.adapter import Adapter
 from liar_ext.ops.logits import CHUNK_LOGITS
@@ -163,17 +163,8 @@ def search_held_bytes(recipe: Recipe, windows: int, hidden: int, item: int) -> i
 
 def search_phases(sizes: Sizes, own: SearchSizes) -> list[Phase]:
     """Candidates on their way through a layer, and their comparison with the dense model."""
-    s, row = sizes, sizes.hidden * sizes.item
-    device: dict[str, int] = {}
-    host: dict[str, int] = {}
-    entering = own.batch * row
-    if s.place == "device":
-        device["candidate_states"] = own.states * row
-    else:
-        device["candidate_states"] = 2 * entering
-        if s.place == "host":
-            batches = -(-own.states // own.batch)
-            host["candidate_states"] = batches * power_of_two(entering)
+    s, entering = sizes, own.batch * sizes.hidden * sizes.item
+    device, host = shelved(s, "candidate_states", own.states, own.batch)
     through = device | {
         "layer": s.layer,
         "candidate_layer": s.layer,

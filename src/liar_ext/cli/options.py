@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from liar_ext.errors import InputError
@@ -153,6 +154,21 @@ def recipe_of(arguments: argparse.Namespace, instead: Mapping[str, Any] | None =
         under = fields_for(arguments.preset, arguments.source, seen, trace=trace)
         values = {**under, **values}
     return Recipe.from_json(values, "recipe") if arguments.recipe else Recipe(**values)
+
+
+def drops_alone(arguments: argparse.Namespace) -> bool:
+    """Whether nothing but `--drop-layers` is asked for of the model: a copy without them."""
+    own = [name for name in OPTIONS if name != "drop_layers"]
+    return arguments.drop_layers is not None and all(
+        getattr(arguments, name, None) in (None, False)
+        for name in (*own, "preset", "recipe", "resume", "trace", "moments")
+    )
+
+
+def planned_recipe(arguments: argparse.Namespace) -> Any:
+    """`recipe_of` for a plan: `--drop-layers` alone repairs nothing."""
+    recipe = recipe_of(arguments)
+    return replace(recipe, span_repair="none") if drops_alone(arguments) else recipe
 
 
 def values_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from liar_ext.cli.options import add_recipe_options, recipe_of
+from liar_ext.cli.options import add_recipe_options, planned_recipe
 from liar_ext.cli.prune import add_places, add_trace
 from liar_ext.errors import InputError
 
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder that is to be made; its disk is looked at"
     )
-    add_recipe_options(parser, without=("depth", "drop", "drop_layers", "span_repair"))
+    add_recipe_options(parser)
     group = parser.add_argument_group("execution")
     add_places(group)
     group.add_argument(
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     memory = arguments.device_memory
     return show(
         arguments.source,
-        recipe_of(arguments),
+        planned_recipe(arguments),
         execution,
         as_json=arguments.json,
         out=arguments.out,

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from liar_ext.cli.options import OPTIONS, add_recipe_options, recipe_of, refuse_torchrun
+from liar_ext.cli.options import (
+    add_recipe_options,
+    drops_alone,
+    planned_recipe,
+    recipe_of,
+    refuse_torchrun,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -99,9 +105,9 @@ def execution_of(arguments: argparse.Namespace) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    if arguments.drop_layers is not None and not _computes(arguments):
+    if drops_alone(arguments) and not arguments.dry_run:
         return _drop(arguments)
-    recipe, execution = recipe_of(arguments), execution_of(arguments)
+    execution = execution_of(arguments)
     if arguments.dry_run:
         from liar_ext.checkpoint.load import resolve
         from liar_ext.checkpoint.writer import check_output
@@ -111,7 +117,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         check_output(Path(arguments.out), source, overwrite=arguments.overwrite)
         return plan.show(
             arguments.source,
-            recipe,
+            planned_recipe(arguments),
             execution,
             as_json=arguments.json,
             out=Path(arguments.out),
@@ -123,6 +129,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from liar_ext.engine.progress import Silent
     from liar_ext.engine.ranks import Ranks
 
+    recipe = recipe_of(arguments)
     # so that memory is what `liar plan` says
     steady_allocator()
     with Ranks.from_environment(recipe.device) as ranks:
@@ -146,15 +153,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         print_table(summary(report))
         print(f"written: {arguments.out}")
     return {"out": arguments.out, **report.to_json()}
-
-
-def _computes(arguments: argparse.Namespace) -> bool:
-    """Whether anything but `--drop-layers` is asked for of the model."""
-    own = [name for name in OPTIONS if name != "drop_layers"]
-    return any(
-        getattr(arguments, name) not in (None, False)
-        for name in (*own, "preset", "recipe", "resume", "dry_run", "trace", "moments")
-    )
 
 
 def _drop(arguments: argparse.Namespace) -> dict[str, Any]:

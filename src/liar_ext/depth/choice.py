@@ -78,24 +78,47 @@ def choose(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch]) -> LayerC
             has not.
     """
     layers = len(runtime.layers)
-    first = 1 if recipe.spans else 0
-    if recipe.drop_layers is not None:
-        return _listed(recipe.drop_layers, layers, first)
-    name, drop = recipe.depth, recipe.drop
+    known = without_looking(recipe, layers)
+    if known is not None:
+        return known
+    name, drop, first = recipe.depth, recipe.drop, _first(recipe)
     assert name is not None, "see `Recipe.shortens`"
     assert drop is not None, "see `check_depth`"
     method = METHODS[name]
-    check_count(drop, layers, first)
-    if method.measure is None:
-        dropped = placed(name, layers - first, drop, recipe.seed)
-        return LayerChoice(layers, tuple(first + layer for layer in dropped))
     if method.repeated:
         return _greedy(runtime, _windows(recipe, batches), layers, drop, first)
     span = drop if method.window else 1
+    assert method.measure is not None, "see `without_looking`"
     values = measure(method.measure, runtime, recipe, batches, span)
     check_finite(method.measure, values)
     dropped = pick(values[first:], drop, method.window)
     return LayerChoice(layers, tuple(first + layer for layer in dropped), {method.measure: values})
+
+
+def without_looking(recipe: Recipe, layers: int) -> LayerChoice | None:
+    """The layers that go where nothing has to be measured for it: they are listed, or go by their
+    places. None where a method looks at the model.
+
+    Args:
+        layers: of the model.
+    Raises:
+        InputError: layers that are not there, or too many of them.
+    """
+    first = _first(recipe)
+    if recipe.drop_layers is not None:
+        return _listed(recipe.drop_layers, layers, first)
+    assert recipe.depth is not None, "see `Recipe.shortens`"
+    assert recipe.drop is not None, "see `check_depth`"
+    check_count(recipe.drop, layers, first)
+    if METHODS[recipe.depth].measure is not None:
+        return None
+    dropped = placed(recipe.depth, layers - first, recipe.drop, recipe.seed)
+    return LayerChoice(layers, tuple(first + layer for layer in dropped))
+
+
+def _first(recipe: Recipe) -> int:
+    """The first layer that can go."""
+    return 1 if recipe.spans else 0
 
 
 def measure(

@@ -206,16 +206,18 @@ def few_tokens(
     return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
 
 
-def check_model(store: LayerStore, recipe: Recipe) -> Driver:
+def check_model(store: LayerStore, recipe: Recipe, left_out: LeftOut | None = None) -> Driver:
     """Refuse what a recipe cannot do with a model, whatever the calibration; works on `meta`.
 
+    Args:
+        left_out: layers that are not in the model, whose effect is to be repaired.
     Returns:
         a driver without calibration tokens, to ask more of.
     Raises:
         InputError: as a compression would.
     """
     host = torch.device("cpu")
-    return Driver(Runtime(store, host, Clock(host)), (), recipe)
+    return Driver(Runtime(store, host, Clock(host)), (), recipe, left_out=left_out)
 
 
 def check_possible(

@@ -125,6 +125,8 @@ class Driver:
             sequential statistics for the scores of an allocation only.
         keeper: keeps what an interrupted run goes on from.
         judgements: of criteria, shared with other compressions of the same model.
+        targets: layers whose widths are pruned; beside: kinds of Sites, by layer, that keep all
+            their columns and are fitted as well.
         sites: reports in order, filled by `run`; facts: for the `run` field of the report.
     """
 
@@ -142,9 +144,9 @@ class Driver:
         runtime, recipe, model = self.runtime, self.recipe, self.runtime.model
         self.targets = targeted_layers(runtime.store, recipe)
         biased = layout.biased_kinds(model)
-        beside = self._beside()
+        self.beside = self._beside()
         kinds = dict.fromkeys(recipe.target if recipe.narrows else ())
-        kinds |= dict.fromkeys(kind for own in beside.values() for kind in own)
+        kinds |= dict.fromkeys(kind for own in self.beside.values() for kind in own)
         intercept = {kind: self._may_shift(kind in biased) for kind in kinds}
         self.added_biases = [k for k, shift in intercept.items() if shift and k not in biased]
         self._repairer = Repairer(recipe, intercept, runtime.ranks, runtime.clock, self.judgements)
@@ -156,7 +158,7 @@ class Driver:
             self._stream.left_out = self.left_out
             self.left_out.start(self.batches, least)
         self._measurer = paths.measurer(
-            runtime, recipe, self.targets, self._stream, self.library, beside
+            runtime, recipe, self.targets, self._stream, self.library, self.beside
         )
         self._prior: PriorPass | None = None
         prior = PASSES.get(CRITERIA[recipe.criterion].needs) if recipe.narrows else None
