@@ -19,6 +19,9 @@ from liar_ext import InputError, Recipe
 from liar_ext.checkpoint.store import CheckpointStore
 from liar_ext.cli import main
 from liar_ext.depth.surgery import layer_list
+from liar_ext.engine import compress
+from liar_ext.engine.driver import Driver
+from liar_ext.engine.execution import Execution
 from liar_ext.models import adapter_for
 from liar_ext.ops.drift import drift_reference
 from liar_ext.report.schema import calibration_of
@@ -322,6 +325,32 @@ def test_a_failure_leaves_the_model_whole(tmp_path):
             build("llama").model.layers[5].mlp.gate_proj.weight[0, 0]
         )
     assert torch.equal(outputs(model), before)
+
+
+def test_a_choice_is_kept_before_the_first_layer_is_done(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "dense")
+    fields = {"depth": "perplexity-greedy", "drop": 2, "sparsity": 0.3, "search_samples": 4}
+    recipe = recipe_of(tmp_path, **fields)
+    liar_ext.compress(tmp_path / "dense", tmp_path / "whole", recipe)
+    shrink = Driver._shrink_layer
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Driver, "_shrink_layer", broken)
+    with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
+        liar_ext.compress(
+            tmp_path / "dense", tmp_path / "out", recipe, execution=Execution(journal_seconds=0)
+        )
+    monkeypatch.setattr(Driver, "_shrink_layer", shrink)
+    monkeypatch.setattr(compress, "choose", broken)
+    again = Execution(resume=True)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "out", recipe, execution=again)
+    assert report.run["resumed_at"] == 0
+    # a layer is tried as often as before: none of them again
+    assert len(report.layers["steps"]) == 2
+    same = "model.safetensors"
+    assert (tmp_path / "out" / same).read_bytes() == (tmp_path / "whole" / same).read_bytes()
 
 
 def test_the_command_line(tmp_path, capsys):

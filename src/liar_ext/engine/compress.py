@@ -39,7 +39,7 @@ from liar_ext.engine.inputs import (
     load_calibration,
     resolve_device,
 )
-from liar_ext.engine.keeper import Keeper
+from liar_ext.engine.keeper import Keeper, beginning
 from liar_ext.engine.ledger import FILE as SEARCH_FILE
 from liar_ext.engine.paths import paths_for
 from liar_ext.engine.progress import Progress, Silent
@@ -126,6 +126,7 @@ def compress(
         place = choose_place(execution.hidden_states, held, device, ranks.local_size)
         clock, shelf = Clock(device), make_shelf(place, scratch, device)
         sizes = {"parameters_before": parameter_count(model), "bytes_before": reader.bytes()}
+        began = time.monotonic()
         choice: LayerChoice | None = None
         left_out: LeftOut | None = None
         if recipe.shortens:
@@ -150,7 +151,11 @@ def compress(
                 layers=len(adapter.layer_list(model)[1]),
                 ranks=ranks,
                 source=sums,
+                since=began,
             )
+            if choice is not None and run.keeper.resumed is None:
+                # models without layers may have been tried for hours
+                run.keeper.keep(beginning(recipe.seed), {})
             run.clock, run.shelf, run.left_out = clock, shelf, left_out
             run.layers = choice.to_json() if choice is not None else {}
             run.facts["backends"] = chosen_backends(device, dtype)

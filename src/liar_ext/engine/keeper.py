@@ -61,6 +61,11 @@ class Position:
     generator: Tensor | None = None
 
 
+def beginning(seed: int) -> Position:
+    """Where a compression begins."""
+    return Position("survey", generator=torch.Generator().manual_seed(seed).get_state())
+
+
 class Keeper:
     """Writes journal entries for one job, and reads the one there is.
 
@@ -68,6 +73,7 @@ class Keeper:
         store: what writes the layers: an entry waits until they are on disk.
         identity: see `journal`; the sums of the source's files are added when they are known.
         seconds: least time between two entries; 0 is an entry after every layer.
+        since: when the run began that the first entry is to be of, as `time.monotonic` has it.
         source: what is read.
     Attributes:
         resumed: layers that an earlier run had done, None if there was none.
@@ -83,12 +89,13 @@ class Keeper:
         layers: int,
         ranks: Ranks,
         source: SourceSums,
+        since: float | None = None,
     ) -> None:
         self._job, self._store, self._identity, self._ranks = job, store, identity, ranks
         self._source = source
         self._least = self._wait = seconds
         self._layers = layers
-        self._last = time.monotonic()
+        self._last = time.monotonic() if since is None else since
         self._entry = job.journal.read()
         self.resumed: int | None = None if self._entry is None else self._entry["layer"]
 

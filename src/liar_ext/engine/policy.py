@@ -21,7 +21,7 @@ from liar_ext.calibration.batches import Batch
 from liar_ext.criteria import CRITERIA, Evidence, unit_scores
 from liar_ext.engine.capture import layer_output
 from liar_ext.engine.gates import gated
-from liar_ext.engine.keeper import Position
+from liar_ext.engine.keeper import beginning
 from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.runtime import Runtime
@@ -170,9 +170,7 @@ class PolicyPass:
         """The steps that are left; `losses` of all masks of each grow with them."""
         done, steps = len(losses), self.recipe.policy_steps
         # a run that is killed in the pass begins again as this one did
-        start = Position(
-            "survey", generator=torch.Generator().manual_seed(self.recipe.seed).get_state()
-        )
+        start = beginning(self.recipe.seed)
         self.runtime.progress.begin(steps, "learning masks", done)
         for step in range(done, steps):
             masks = policy.draw(MASKS)
