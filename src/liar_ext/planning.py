@@ -125,7 +125,8 @@ def plan(
     store = InMemory(model)
     driver = check_model(store, recipe, left_out)
     costs = budgets(store, recipe, tokens.seq_len)
-    driver.check(costs, tokens.samples)
+    if (said := driver.check(costs, tokens.samples)) is not None:
+        notes.append(said)
     targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths = layout.read(model)
     by_layer = layer_flops(model, adapter, tokens.seq_len)

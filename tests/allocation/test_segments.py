@@ -131,6 +131,11 @@ def test_few_evaluations_thin_the_table_out() -> None:
     assert sum(share for _, share in oracle.asked) <= 4
     assert 6 <= len(table) < sum(len(own) - 1 for own in problem.levels)
     assert problem.price(found) <= problem.most
+    # and says so
+    said = check(problem)
+    assert said is not None
+    assert f"of up to {max(len(own) - 1 for own in problem.levels)} levels" in said
+    assert check(_problem(3, 400)[0]) is None
 
 
 def test_says_how_many_evaluations_it_takes() -> None:

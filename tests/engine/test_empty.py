@@ -273,6 +273,7 @@ def test_the_heads_that_tokens_are_counted_by_stay(folder: Path) -> None:
     report = liar_ext.compress(folder / "dense", folder / "out", recipe)
     first = next(site for site in report.sites if (site.layer, site.kind) == (0, "heads"))
     assert first.units_after >= 1
+    assert any("levels of each Site" in text for text in report.warnings)
     liar_ext.load(folder / "out")
     with pytest.raises(InputError, match="at most 0.9"):
         liar_ext.compress(folder / "dense", folder / "more", replace(recipe, sparsity=0.999))

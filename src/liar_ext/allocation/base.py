@@ -71,7 +71,8 @@ class Allocation:
     survey: name of what must be known of all Sites first (`survey`), None for nothing.
     equal: Sites of one kind and size must get the same width.
     search: tries whole models; what it finds takes the place of `wanted`. calls: what it asks;
-        check: raises InputError for a problem that it cannot solve, whatever the answers.
+        check: raises InputError for a problem that it cannot solve, whatever the answers; what
+            there is to say of how it goes about it, if anything.
     prices: `wanted` meets the budget in prices, whatever they are. The others count units, and are
         asked for the sparsity of theirs that meets it (`priced`).
     """
@@ -82,7 +83,7 @@ class Allocation:
     equal: bool
     search: Search | None = None
     calls: Calls | None = None
-    check: Callable[[Problem], None] | None = None
+    check: Callable[[Problem], str | None] | None = None
     prices: bool = False
 
     def widths(

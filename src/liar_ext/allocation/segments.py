@@ -241,11 +241,19 @@ def _table(layers: _Layers, evaluations: float) -> tuple[int, float]:
     )
 
 
-def check(problem: Problem) -> None:
-    """Raises InputError where the evaluations or the windows do not allow for the table."""
+def check(problem: Problem) -> str | None:
+    """Raises InputError where the evaluations or the windows do not allow for the table; says how
+    coarse it is where not every level is measured."""
     layers = _Layers.of(problem)
     # the first is of uniform widths
-    _table(layers, problem.evaluations - 1)
+    kept, _ = _table(layers, problem.evaluations - 1)
+    most = max(map(len, layers.space.levels)) - 1
+    if kept == most:
+        return None
+    return (
+        f"--allocation segments measures {kept} of up to {most} levels of each Site, and reads the "
+        "others off lines between them; more --search-evaluations or --search-samples measure more"
+    )
 
 
 def _segments(

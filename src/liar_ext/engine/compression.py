@@ -114,6 +114,7 @@ class Compression:
         self._reset_peak()
         driver.run()
         sizes = {counts: _sizes(driver.sites, own) for counts, own in costs.items()}
+        self._warnings += driver.warnings
         targeted, left = sizes[recipe.budget]
         achieved = (targeted - left) / targeted if recipe.narrows else 0.0
         if table is not None:

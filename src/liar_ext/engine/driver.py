@@ -127,7 +127,8 @@ class Driver:
         judgements: of criteria, shared with other compressions of the same model.
         targets: layers whose widths are pruned; beside: kinds of Sites, by layer, that keep all
             their columns and are fitted as well.
-        sites: reports in order, filled by `run`; facts: for the `run` field of the report.
+        sites: reports in order, filled by `run`; facts: for the `run` field of the report;
+            warnings: for the report, told when they were found.
     """
 
     runtime: Runtime
@@ -139,6 +140,7 @@ class Driver:
     judgements: Judgements | None = None
     sites: list[SiteReport] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         runtime, recipe, model = self.runtime, self.recipe, self.runtime.model
@@ -192,7 +194,9 @@ class Driver:
         if position.stage == "survey" and self.recipe.narrows:
             # before anything is computed that it would be for nothing
             known = self._budgets()
-            self.check(known, samples_of(self.batches))
+            if (said := self.check(known, samples_of(self.batches))) is not None:
+                self.warnings.append(said)
+                self.runtime.progress.warn(said)
             if self._searcher is not None:
                 self._searcher.check_room(known)
         if self._prior is not None:
@@ -280,20 +284,24 @@ class Driver:
             return True
         return has_bias and self.recipe.bias == "auto"
 
-    def check(self, known: Mapping[Key, Budget], samples: int) -> None:
+    def check(self, known: Mapping[Key, Budget], samples: int) -> str | None:
         """Refuse what the allocation cannot do, before anything is computed.
 
         Args:
             samples: of the calibration; a search compares models on the first of them.
+        Returns:
+            what there is to say of how it goes about it, if anything.
         Raises:
             InputError: as `check_reachable`, or as the check of the allocation.
         """
         recipe = self.recipe
         if not recipe.narrows:
-            return
+            return None
         check_reachable(list(known.values()), recipe.sparsity, recipe.round_to)
-        if (check := ALLOCATIONS[recipe.allocation].check) is not None:
-            check(problem_of(recipe, known, min(samples, recipe.search_samples)))
+        check = ALLOCATIONS[recipe.allocation].check
+        if check is None:
+            return None
+        return check(problem_of(recipe, known, min(samples, recipe.search_samples)))
 
     def _budgets(self) -> dict[tuple[int, str], Budget]:
         return budgets(self.runtime.store, self.recipe, longest(self.batches))
