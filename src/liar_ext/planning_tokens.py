@@ -31,10 +31,15 @@ def tokens_of(
 ) -> Tokens:
     """Counted from a local calibration file where there is one, else what the recipe allows; none
     where it needs none."""
+    adapter = adapter_for(model.config)
     if recipe.calibration is not None:
         refuse_missing_path(recipe.calibration)
-    counted = complete and recipe.reads_text
-    if counted and recipe.calibration is not None and Path(recipe.calibration).is_file():
+    counted = complete and recipe.reads_text and recipe.calibration is not None
+    # a folder is a data set, but for models that read images or sound
+    if counted and (
+        Path(str(recipe.calibration)).is_file()
+        or (adapter.features is not None and Path(str(recipe.calibration)).is_dir())
+    ):
         found = load_calibration(folder, model, recipe)
         shapes = [batch.input_ids.shape for batch in found.batches]
         return Tokens(
@@ -47,8 +52,7 @@ def tokens_of(
             counted=True,
             held_out=held_out_tokens(found.batches, recipe),
         )
-    adapter = adapter_for(model.config)
-    length = min(recipe.seq_len, adapter.max_positions(text_config(model.config)))
+    length = adapter.window(text_config(model.config), recipe.seq_len)
     if not recipe.reads_text:
         return Tokens(0, 0, 0, length, 1, 1, True)
     total = recipe.samples * length

@@ -36,7 +36,7 @@ from liar_ext.engine.source import with_trace
 from liar_ext.environment import device_name, environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
 from liar_ext.latency import MODES, VERSION, Workload, disturbances, shape_of
-from liar_ext.models import Site, adapter_for, layout, text_config
+from liar_ext.models import Site, adapter_for, check_reads_tokens, layout, text_config
 from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.planning import dense_config
 from liar_ext.recipe import KINDS, Recipe
@@ -98,6 +98,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.trace:
         data = with_trace(data, target or ())
     model = layout.empty_model(layout.config_object(data))
+    check_reads_tokens(model.config, "liar bench latency")
     device = resolve_device(wanted.device)
     length = arguments.seq_len
     if length is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +38,14 @@ class Batch:
         attention_mask: (b, t) bool, True for valid tokens.
         answers: (b, t) bool, True for tokens whose prediction counts in a loss; None where that of
             every token does.
+        features: what a model is given that reads no tokens, by the names of its forward, (b, ...)
+            each; `input_ids` are then zeros, one for each hidden state, all valid.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     answers: Tensor | None = None
+    features: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         ids, mask = self.input_ids, self.attention_mask
@@ -55,6 +58,33 @@ class Batch:
                 f"attention_mask is {tuple(mask.shape)} {mask.dtype}; give bool {tuple(ids.shape)}"
             )
 
+    @classmethod
+    def of_features(cls, features: Mapping[str, Tensor], length: int) -> Batch:
+        """Of a model that makes `length` hidden states of each sample."""
+        places = torch.zeros(len(next(iter(features.values()))), length, dtype=torch.int64)
+        return cls(places, torch.ones_like(places, dtype=torch.bool), features=features)
+
+    def given(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """What a model's forward is called with.
+
+        Args:
+            dtype: of features.
+        """
+        if self.features is not None:
+            return {name: value.to(device, dtype) for name, value in self.features.items()}
+        ids: Tensor | None = self.input_ids.to(device)
+        return {"input_ids": ids, "attention_mask": self.mask_on(device)}
+
+    def samples(self, which: slice) -> Batch:
+        """Some of its samples, as long as they are here."""
+        own = self.features
+        return Batch(
+            self.input_ids[which],
+            self.attention_mask[which],
+            None if self.answers is None else self.answers[which],
+            None if own is None else {name: value[which] for name, value in own.items()},
+        )
+
     def rows(self, rows: Sequence[int] | Tensor) -> Batch:
         """Some of its sequences, without the columns on the right that are padding for all of
         them."""
@@ -65,6 +95,9 @@ class Batch:
             self.input_ids[rows][:, :length],
             mask[:, :length],
             None if self.answers is None else self.answers[rows][:, :length],
+            None
+            if self.features is None
+            else {name: value[rows] for name, value in self.features.items()},
         )
 
     @property
@@ -190,12 +223,12 @@ def make_batches(
         raise InputError(f"{corpus.name}: text needs a tokenizer and the model has none; add one")
     elif packed:
         windows, total = _windows(corpus, tokenizer, samples, seq_len, seed)
-        ids = _draw(total, samples, seed)
+        ids = draw(total, samples, seed)
         chosen = windows[ids]
         batches = _cut(Batch(chosen, torch.ones_like(chosen, dtype=torch.bool)), batch_size)
     else:
         sentences = corpus.sentences()
-        ids = _draw(len(sentences), samples, seed)
+        ids = draw(len(sentences), samples, seed)
         batches = _padded([sentences[i] for i in ids], tokenizer, seq_len, batch_size)
     _check_vocabulary(corpus.name, batches, vocab_size)
     return Calibration(
@@ -216,7 +249,7 @@ def first_samples(batches: Sequence[Batch], samples: int) -> tuple[Batch, ...]:
     for batch in batches:
         if samples <= 0:
             break
-        found.append(Batch(batch.input_ids[:samples], batch.attention_mask[:samples]))
+        found.append(batch.samples(slice(samples)))
         samples -= len(batch.input_ids)
     return tuple(found)
 
@@ -226,16 +259,11 @@ def cut_to(batches: Sequence[Batch], least: int) -> tuple[Batch, ...]:
     if not batches or len(batches) >= least:
         return tuple(batches)
     pieces = -(-least // len(batches))
-    return tuple(
-        Batch(ids, mask)
-        for batch in batches
-        for ids, mask in zip(
-            batch.input_ids.tensor_split(pieces),
-            batch.attention_mask.tensor_split(pieces),
-            strict=True,
-        )
-        if len(ids)
-    )
+    found = []
+    for batch in batches:
+        places = torch.arange(len(batch.input_ids)).tensor_split(pieces)
+        found += [batch.samples(slice(int(p[0]), int(p[-1]) + 1)) for p in places if len(p)]
+    return tuple(found)
 
 
 def tokens_needed(width: int, tokens: int, held_out: int = 0) -> tuple[int, int]:
@@ -289,7 +317,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> l
     return list(encoded["input_ids"])
 
 
-def _draw(available: int, samples: int, seed: int) -> list[int]:
+def draw(available: int, samples: int, seed: int) -> list[int]:
     """`samples` indices below `available`, without replacement; a prefix of one permutation."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(available, generator=generator)[:samples].tolist()
@@ -300,7 +328,7 @@ def _windows(
 ) -> tuple[Tensor, int]:
     """The windows to choose from, (windows, seq_len) int64, and how many there are."""
     pieces = _pieces(corpus.documents)
-    order = _draw(len(pieces), len(pieces), seed)
+    order = draw(len(pieces), len(pieces), seed)
     ids: dict[int, list[int]] = {}
     needed = _POOL * samples * seq_len * _CHARACTERS_PER_TOKEN
     characters = 0
@@ -363,7 +391,7 @@ def _from_token_file(
     ids = tokens.input_ids
     if ids.dim() == 1:
         ids, _ = _cut_stream(corpus.name, ids, seq_len)
-    drawn = _draw(ids.shape[0], samples, seed)
+    drawn = draw(ids.shape[0], samples, seed)
     chosen = ids[drawn, :seq_len]
     mask = torch.ones_like(chosen, dtype=torch.bool)
     if tokens.attention_mask is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 
+from liar_ext.calibration.media import (
+    PREPROCESSOR,
+    SUFFIXES,
+    image_files,
+    image_processor,
+    pixels_of,
+)
 from liar_ext.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-PREPROCESSOR = "preprocessor_config.json"
 # images that are prepared at a time
 PIECE = 64
 
@@ -148,30 +152,20 @@ def _from_folder(path: Path, folder: Path, config: PretrainedConfig) -> Images:
             "give an .npz or .safetensors with images as it takes them"
         )
     classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = {c.name: _files(c) for c in classes}
+    files = {c.name: image_files(c) for c in classes}
     files = {name: found for name, found in files.items() if found}
     if not files:
         raise InputError(
             f"--images {path}: no folders of images ({', '.join(SUFFIXES)}), one for each class"
         )
     labels = _labels(list(files), path, config)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            processor = AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder / PREPROCESSOR}: not usable ({reason})") from error
+    processor = image_processor(folder)
     every = [(file, labels[name]) for name, found in files.items() for file in found]
     pieces = [
-        _prepared([file for file, _ in every[at : at + PIECE]], processor)
+        pixels_of([file for file, _ in every[at : at + PIECE]], processor, "--images")
         for at in range(0, len(every), PIECE)
     ]
     return Images(torch.cat(pieces), torch.tensor([label for _, label in every]))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
 
 
 def _labels(names: Sequence[str], path: Path, config: PretrainedConfig) -> dict[str, int]:
@@ -187,17 +181,3 @@ def _labels(names: Sequence[str], path: Path, config: PretrainedConfig) -> dict[
         f"({', '.join(list(known)[:5])}, ...), and there are {len(names)} folders for "
         f"{config.num_labels} labels"
     )
-
-
-def _prepared(files: Sequence[Path], processor: Any) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    opened = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                opened.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"--images {file}: cannot be read as an image ({error})") from error
-    pixels = processor(images=opened, return_tensors="pt")["pixel_values"]
-    return torch.as_tensor(pixels).float()

@@ -20,7 +20,7 @@ from liar_ext.engine.execution import HELD_SHARE, Execution, choose_place, free_
 from liar_ext.engine.inputs import compute_dtype, load_tokenizer, resolve_device
 from liar_ext.engine.source import with_trace
 from liar_ext.errors import InputError
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models import adapter_for, check_reads_tokens, layout, text_config
 from liar_ext.recipe import KINDS
 from liar_ext.report.text import size
 
@@ -81,6 +81,7 @@ def opened(
         reader.config = with_trace(config, KINDS)
     model = layout.empty(reader.config)
     adapter = adapter_for(model.config)
+    check_reads_tokens(model.config, "liar merge")
     left_over = reader.bind(model)
     path, layers = adapter.layer_list(model)
     schedule = settings.schedule(len(layers))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.features import check_features
 from liar_ext.checkpoint.reader import parameter_count, tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
 from liar_ext.checkpoint.writer import output_folder
@@ -27,7 +28,7 @@ from liar_ext.engine.spans import LeftOut
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
 from liar_ext.evaluation.mode import inference
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models import Adapter, adapter_for, layout, text_config
 from liar_ext.models.traced import KEY as TRACE
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
@@ -46,7 +47,9 @@ def prune(
     Args:
         model: a supported transformers model; it stays on its device and in its dtype.
         batches: calibration tokens: `Batch`, a mapping with `input_ids` and optionally
-            `attention_mask`, or a (b, t) tensor of ids.
+            `attention_mask`, or a (b, t) tensor of ids; of a model that reads something else, that:
+            a mapping with `pixel_values` (b, c, h, w) or `input_features` (b, mel, frames), or the
+            tensor.
         recipe: what to do; its calibration, device and dtype fields are not used. One that leaves
             out layers puts modules of its own in the place of the model's.
         trace: of a family without an adapter, find the Sites by running its layers.
@@ -61,9 +64,8 @@ def prune(
     if hasattr(model.config, layout.KEY):
         raise InputError("this model has shapes of its own already; prune the dense model instead")
     _adopt(model, recipe, trace)
-    adapter_for(model.config)
-    vocabulary = text_config(model.config).vocab_size
-    prepared = tuple(_batch(batch, vocabulary) for batch in batches)
+    adapter = adapter_for(model.config)
+    prepared = tuple(_batch(batch, adapter, text_config(model.config)) for batch in batches)
     if not prepared:
         raise InputError("no calibration batches; give at least one")
     prepared = fit_to(prepared, recipe)
@@ -132,20 +134,30 @@ def _adopt(model: PreTrainedModel, recipe: Recipe, trace: bool) -> None:
             setattr(model.config, TRACE, data[TRACE])
 
 
-def _batch(batch: Batch | Mapping[str, Tensor] | Tensor, vocabulary: int) -> Batch:
+def _batch(
+    batch: Batch | Mapping[str, Tensor] | Tensor, adapter: Adapter, config: PretrainedConfig
+) -> Batch:
+    features = adapter.features
+    name = "input_ids" if features is None else features.name
     if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
+        batch = {name: batch}
     if not isinstance(batch, Batch):
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        ids = batch.get(name) if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor):
             raise InputError(
-                f"a calibration batch is a {type(batch).__name__}; give a Batch, a tensor of token "
-                "ids, or a mapping with input_ids"
+                f"a calibration batch is a {type(batch).__name__}; give a Batch, a tensor of "
+                f"{name}, or a mapping with {name}"
             )
+        if features is not None:
+            check_features("a calibration batch", name, ids, features.shape(config))
+            return Batch.of_features({name: ids.cpu()}, features.length(config))
         mask = batch.get("attention_mask")
         ones = torch.ones(ids.shape, dtype=torch.bool)
         batch = Batch(ids.cpu(), ones if mask is None else mask.cpu().bool())
-    if batch.input_ids.numel() and not 0 <= int(batch.input_ids.max()) < vocabulary:
+    if name not in (batch.features or {"input_ids"}):
+        raise InputError(f"a Batch has no {name}, which {adapter.model_type} reads")
+    vocabulary = config.vocab_size if features is None else None
+    if vocabulary and batch.input_ids.numel() and not 0 <= int(batch.input_ids.max()) < vocabulary:
         raise InputError(
             f"token id {int(batch.input_ids.max())} is outside the model's vocabulary of "
             f"{vocabulary}; use the model's own tokenizer"

@@ -78,9 +78,8 @@ def record_calls(
             raise _Stop
         return _given_back(hidden, returns)
 
-    mask = batch.mask_on(device)
     with _replaced(layers, stub), suppress(_Stop):
-        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+        backbone(**given(backbone, batch, device), **options)
     return first[0], calls
 
 
@@ -106,10 +105,15 @@ def last_hidden(
         passed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return _given_back(final if calls == len(layers) else passed, returns)
 
-    mask = batch.mask_on(device)
     with _replaced(layers, stub):
-        found = backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+        found = backbone(**given(backbone, batch, device), **options)
     return found[0]
+
+
+def given(backbone: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
+    """What a model is called with for a batch; features in the dtype of what reads them, which is
+    the first that it has."""
+    return batch.given(device, next(backbone.parameters()).dtype)
 
 
 def _given_back(states: Tensor, returns: int) -> Any:

@@ -38,7 +38,7 @@ def identity_of(
     """Everything that the result depends on, as JSON data."""
     tokens = hashlib.sha256()
     for batch in calibration.batches:
-        for tensor in (batch.input_ids, batch.attention_mask):
+        for tensor in (batch.input_ids, batch.attention_mask, *(batch.features or {}).values()):
             tokens.update(json.dumps(list(tensor.shape)).encode())
             tokens.update(tensor.contiguous().numpy().tobytes())
     here = environment(device)

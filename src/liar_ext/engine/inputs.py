@@ -17,6 +17,7 @@ from liar_ext.calibration.batches import (
     cut_to,
     make_batches,
 )
+from liar_ext.calibration.features import feature_batches
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.engine.statistics import least_segments
@@ -40,9 +41,21 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
         raise InputError(
             f"--calibration is missing: give a .txt, .jsonl, .csv or token file{without}"
         )
-    corpus = read(recipe.calibration)
     text = text_config(model.config)
     adapter = adapter_for(model.config)
+    if adapter.features is not None:
+        found = feature_batches(
+            recipe.calibration,
+            folder,
+            adapter.features.name,
+            shape=adapter.features.shape(text),
+            length=adapter.features.length(text),
+            samples=recipe.samples,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+        )
+        return replace(found, batches=fit_to(found.batches, recipe))
+    corpus = read(recipe.calibration)
     tokenizer = None if corpus.tokens is not None else load_tokenizer(folder)
     found = make_batches(
         corpus,

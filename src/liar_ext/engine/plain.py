@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batches import Batch
+from liar_ext.engine.capture import given
 from liar_ext.models import adapter_for
 
 
@@ -18,7 +19,6 @@ def plain_forward(model: PreTrainedModel, batches: Sequence[Batch], device: torc
     backbone = adapter.backbone(model)[1]
     options = adapter.options
     for batch in batches:
-        mask = batch.mask_on(device)
-        backbone(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+        backbone(**given(backbone, batch, device), **options)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

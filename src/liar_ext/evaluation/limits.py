@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.errors import UnsupportedModelError
-from liar_ext.models import ADAPTERS, Adapter, layout, text_config
+from liar_ext.models import ADAPTERS, Adapter, check_reads_tokens, layout, text_config
 from liar_ext.models.traced import traced_family
 
 
@@ -41,6 +41,7 @@ def is_decoder(model: PreTrainedModel) -> bool:
 
     Raises:
         UnsupportedModelError: it is an encoder-decoder, whose text is not one sequence.
+        InputError: it reads no text.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -50,6 +51,7 @@ def is_decoder(model: PreTrainedModel) -> bool:
             f"model type {config.model_type!r} is an encoder-decoder and cannot be evaluated here; "
             "give a decoder or an encoder"
         )
+    check_reads_tokens(model.config, "liar eval")
     adapter = _adapter(model.config)
     if adapter is not None:
         return adapter.decoder

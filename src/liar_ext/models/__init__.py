@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from liar_ext.errors import UnsupportedModelError
+from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.models.bert import BERT
 from liar_ext.models.distilbert import DISTILBERT
@@ -21,10 +21,16 @@ from liar_ext.models.qwen3 import QWEN3
 from liar_ext.models.roberta import ROBERTA
 from liar_ext.models.site import Producer, Site, SiteSpec
 from liar_ext.models.traced import traced_family
+from liar_ext.models.vit import VIT
+from liar_ext.models.whisper import WHISPER
 
 ADAPTERS: dict[str, Adapter] = {
     adapter.model_type: adapter
-    for adapter in (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2, BERT, ROBERTA, DISTILBERT)
+    for adapter in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2, BERT, ROBERTA, DISTILBERT),
+        VIT,
+        WHISPER,
+    )
 }
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -55,18 +61,29 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     return adapter
 
 
+def check_reads_tokens(config: PretrainedConfig, what: str) -> None:
+    """Raises InputError for a model that reads something else; it begins with `what` runs text."""
+    adapter = ADAPTERS.get(text_config(config).model_type)
+    if adapter is not None and adapter.features is not None:
+        raise InputError(
+            f"{what} runs text through the model, and {adapter.model_type} reads "
+            f"{adapter.features.name}"
+        )
+
+
 def refusal(config: PretrainedConfig) -> str | None:
     """Why a model cannot be pruned, whatever its family, or None."""
     text = text_config(config)
+    own = ADAPTERS.get(text.model_type)
     for part in (config, text):
         if getattr(part, "quantization_config", None):
             return "its weights are quantised; prune the original first, then quantise"
-        if getattr(part, "is_encoder_decoder", False):
+        if getattr(part, "is_encoder_decoder", False) and (own is None or own.part is None):
             return "it is an encoder-decoder"
     # transformers raises where such a field is asked for
-    own = getattr(text, "per_layer_attributes", None) or ()
+    stated = getattr(text, "per_layer_attributes", None) or ()
     for name in (*EXPERT_FIELDS, "num_kv_shared_layers"):
-        if name in own:
+        if name in stated:
             return f"its layers have a {name} of their own (per_layer_config)"
     for name in EXPERT_FIELDS:
         if (getattr(text, name, None) or 0) > 1:
@@ -83,6 +100,7 @@ __all__ = [
     "Site",
     "SiteSpec",
     "adapter_for",
+    "check_reads_tokens",
     "refusal",
     "text_config",
 ]

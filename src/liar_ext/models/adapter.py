@@ -14,6 +14,21 @@ from liar_ext.errors import InputError
 from liar_ext.models.site import Site, SiteSpec
 
 
+@dataclass(frozen=True)
+class Features:
+    """What a model reads that reads no tokens.
+
+    Attributes:
+        name: of the argument of its forward.
+        shape: config -> of one sample.
+        length: config -> hidden states that it makes of one.
+    """
+
+    name: str
+    shape: Callable[[PretrainedConfig], tuple[int, ...]]
+    length: Callable[[PretrainedConfig], int]
+
+
 def plain_head_dim(config: PretrainedConfig) -> int:
     """`head_dim` where the config states it, else hidden size / heads."""
     stated = getattr(config, "head_dim", None)
@@ -41,6 +56,8 @@ class Adapter:
         takes: further arguments of a forward; None is the same for all decoders, see `options`.
         plain_head: logits are what the output embedding makes of the last hidden states.
         traced: its Sites were found by running layers, see `liar_ext.tracing`.
+        features: what the backbone reads that reads no tokens; None for those that do.
+        part: of an encoder-decoder the stack that this is, whose layers are pruned.
         alias: another model_type with the same modules and weight names, for head counts that
             this family's own config validation rejects.
     """
@@ -58,6 +75,8 @@ class Adapter:
     takes: Mapping[str, bool] | None = None
     plain_head: bool = True
     traced: bool = False
+    features: Features | None = None
+    part: str | None = None
     alias: str | None = None
 
     @property
@@ -66,6 +85,12 @@ class Adapter:
         if self.takes is not None:
             return dict(self.takes)
         return {"use_cache": False} if self.decoder else {}
+
+    def window(self, config: PretrainedConfig, asked: int) -> int:
+        """Hidden states of a calibration sample, where windows of `asked` tokens are wanted."""
+        if self.features is not None:
+            return self.features.length(config)
+        return min(asked, self.max_positions(config))
 
     def backbone(self, model: PreTrainedModel) -> tuple[str, nn.Module]:
         """The headless model inside `model` and its path ('' when it is `model` itself)."""

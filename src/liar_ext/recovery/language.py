@@ -15,7 +15,7 @@ from liar_ext.calibration.batches import Batch, Calibration, make_batches
 from liar_ext.calibration.sources import Corpus
 from liar_ext.engine.loss import NO_TARGET, next_tokens, predicts
 from liar_ext.errors import InputError, UnsupportedModelError
-from liar_ext.models import adapter_for, text_config
+from liar_ext.models import adapter_for, check_reads_tokens, text_config
 from liar_ext.ops.logits import chunks, logits
 from liar_ext.recovery.train import Loss
 
@@ -90,6 +90,7 @@ def next_token_loss(model: PreTrainedModel) -> Callable[[Batch], Loss]:
     Raises:
         InputError: the model has no head that predicts a next token.
     """
+    check_reads_tokens(model.config, "training on a text")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise InputError(
             f"{type(model).__name__} predicts no next token; only decoders with a language-model "
