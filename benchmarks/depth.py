@@ -218,7 +218,7 @@ def report() -> None:
     for layers, times in data["latency"].items():
         prefill, decode = (f"{times[k] * 1e3:.2f} ms" for k in ("prefill", "decode"))
         lines.append(f"| {layers} | {prefill} | {decode} |")
-    lines += larger()
+    lines += larger() + every_command()
     (DOCS / "depth.md").write_text("\n".join(lines) + "\n")
 
 
@@ -253,6 +253,43 @@ def larger() -> list[str]:
             times = (row[f"{k}_seconds"]["p50"] * 1e3 for k in ("prefill", "decode"))
             prefill, decode = (f"{t:.2f} ms" for t in times)
             lines.append(f"| {row['layers']} | {prefill} | {decode} |")
+    return lines
+
+
+def every_command() -> list[str]:
+    """What `benchmarks/depth_commands.py` has measured, if it has."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("depth-commands-*.json")):
+        data = json.loads(file.read_text())
+        env, shape, tokens, trained = (
+            data[key] for key in ("environment", "shape", "tokens", "trained")
+        )
+        rows = {(row["name"], row["layers"]): row for row in data["rows"]}
+        loading, one = rows["loading", 0], rows["one forward", 0]
+        forward = one["cpu_seconds"] - loading["cpu_seconds"]
+        names = dict.fromkeys(name for name, layers in rows if layers)
+        lines += ["", "## What every command takes at 1 to 3 layers", ""]
+        lines += [
+            f"A LLaMA of random weights, {shape['layers']} layers, {shape['hidden']} wide, FFN "
+            f"{shape['ffn']}, vocabulary {shape['vocabulary']:,}; {env['device']}, torch "
+            f"{env['torch']}, one thread, float32. Processes from disk to disk, their CPU seconds "
+            "without those of loading the model "
+            f"({loading['cpu_seconds']:.1f} s), in plain forwards of the "
+            f"{tokens['samples'] * tokens['seq_len']:,} calibration tokens ({forward:.1f} s); "
+            "peaks of the whole process at 3 layers, loading alone "
+            f"{loading['peak_bytes'] / 1e9:.2f} GB. "
+            f"Trainings are {trained['steps']} updates of {trained['batch_size']} windows of "
+            f"{trained['seq_len']} tokens: {trained['steps'] * trained['batch_size']} windows, 4 "
+            "times the calibration's. `grow` inserts as many layers; `recover` trains what is left "
+            f"without the last layers. Quality of random weights says nothing. `{file.name}`, made "
+            "by `python benchmarks/depth_commands.py`.",
+        ]
+        lines += ["", "| | 1 layer | 2 layers | 3 layers | memory |", "|---|---:|---:|---:|---:|"]
+        for name in names:
+            own = [rows[name, layers] for layers in (1, 2, 3)]
+            cells = [f"{(r['cpu_seconds'] - loading['cpu_seconds']) / forward:.1f}" for r in own]
+            peak = f"{own[-1]['peak_bytes'] / 1e9:.2f} GB"
+            lines.append(f"| `{name}` | {' | '.join(cells)} | {peak} |")
     return lines
 
 

@@ -74,7 +74,7 @@ def commands(model: Path, tokens: Path, out: Path) -> Iterator[tuple[str, int, l
         }.items():
             yield f"prune {name}", drop, [*liar, "prune", *source, *text, *kind, *own]
         merged = flags({"calibration": tokens, "texts": 16, "seq_len": 256})
-        yield f"merge --drop {drop}", drop, [*liar, "merge", *source, *merged, f"--drop={drop}"]
+        yield "merge", drop, [*liar, "merge", *source, *merged, f"--drop={drop}"]
         for loss in ("mse", "lm"):
             own = [*train, f"--drop={drop}", f"--loss={loss}", "--samples=16"]
             yield f"replace --loss {loss}", drop, [*liar, "replace", *source, *own]
