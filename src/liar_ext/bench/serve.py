@@ -23,7 +23,7 @@ from liar_ext.bench.measure import copy_rate, machine_state, matmul_rate, peak_b
 from liar_ext.bench.result import head
 from liar_ext.bench.serve_entries import compare, entry, measured, whole
 from liar_ext.bench.serve_lanes import MODES, Lane, compiling, lane, settled, why_not
-from liar_ext.bench.serve_models import Served, Source, serve, sources
+from liar_ext.bench.serve_models import Outline, Served, Source, outline, serve, sources
 from liar_ext.bench.serve_prompts import Work, drawn, workloads
 from liar_ext.bench.serve_table import print_result
 from liar_ext.bench.serve_work import Ceilings, sizes
@@ -31,6 +31,7 @@ from liar_ext.cli.output import Watcher
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.environment import environment
 from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
+from liar_ext.latency import disturbances
 from liar_ext.recipe import KINDS, Recipe
 
 VERSION = 1
@@ -150,11 +151,13 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
     """
     ask, before = asked(arguments), machine_state()
     with Watcher() as progress, torch.no_grad():
+        # all of them before any is loaded, which may take minutes
+        known = [outline(own, target=ask.target, round_to=ask.round_to) for own in ask.models]
+        works = workloads(known, ask.batches, ask.prompts, ask.new_tokens)
         models: list[Served] = []
-        for source in ask.models:
-            progress.tell(f"loading {source.name}")
-            models.append(_served(source, ask, models))
-        works = workloads(models, ask.batches, ask.prompts, ask.new_tokens)
+        for own in known:
+            progress.tell(f"loading {own.name}")
+            models.append(_served(own, ask, models))
         loading = [_loading(model, works, ask, progress) for model in models]
         versions = environment(ask.device)
         ceilings = Ceilings(matmul_rate(models[0].model.dtype, ask.device), copy_rate(ask.device))
@@ -162,6 +165,8 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
         problems: list[str] = []
 
         def found() -> dict[str, Any]:
+            times = [e[f"{p}_s"] for e in entries for p in ("prefill", "decode") if e[f"{p}_s"]]
+            quantiles = {name: [own[name] for own in times] for name in ("p20", "p80")}
             return {
                 **head("serve", ask.device, before, arguments.note),
                 "version": VERSION,
@@ -173,6 +178,7 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
                 "ceilings": {"flops": ceilings.flops, "copy_bytes": ceilings.bytes},
                 "models": [_facts(model, own) for model, own in zip(models, loading, strict=True)],
                 "entries": entries,
+                "doubts": disturbances([{"seconds": quantiles}], "times"),
                 "problems": problems,
             }
 
@@ -184,20 +190,22 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
             keep(found())
             progress.layer(at)
         result = found()
+        for text in result["doubts"]:
+            progress.warn(text)
     print_result(result)
     return result
 
 
-def _served(source: Source, ask: Asked, others: Sequence[Served]) -> Served:
+def _served(known: Outline, ask: Asked, others: Sequence[Served]) -> Served:
     # a pruned checkpoint may have been written in another dtype: like is compared with like
     dtype = others[0].model.dtype if others else ask.dtype
     try:
-        return serve(source, ask.device, dtype, target=ask.target, round_to=ask.round_to)
+        return serve(known, ask.device, dtype)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"out of memory with the weights of {source.name}, model {len(others) + 1} of "
+            f"out of memory with the weights of {known.name}, model {len(others) + 1} of "
             f"{len(ask.models)}; all are in memory at once: give fewer, or a smaller --dtype"
         ) from error
 
@@ -205,12 +213,12 @@ def _served(source: Source, ask: Asked, others: Sequence[Served]) -> Served:
 def _loading(
     served: Served, works: Sequence[Work], ask: Asked, progress: Watcher
 ) -> dict[str, Any]:
-    if ask.device.type == "cuda" and served.source.random:
+    if ask.device.type == "cuda" and served.outline.source.random:
         # no file to read, and torch tells what is allocated
         return {"peaks": []}
     progress.tell(f"{served.name} in a process of its own: loading, and memory")
     return serve_probe.measured(
-        served.source.to_json(),
+        served.outline.source.to_json(),
         [work.to_json() for work in works],
         device=ask.device.type,
         dtype=str(served.model.dtype).removeprefix("torch."),
@@ -222,12 +230,12 @@ def _loading(
 def _facts(served: Served, loading: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": served.name,
-        "path": served.source.given,
-        "random": served.source.random,
+        "path": served.outline.source.given,
+        "random": served.outline.source.random,
         "class": type(served.model).__name__,
         "parameters": served.parameters,
         "parts": sizes(served),
-        "widths": served.widths,
+        "widths": served.outline.widths,
         "file_bytes": served.file_bytes,
         **{name: own for name, own in loading.items() if name != "peaks"},
     }
@@ -275,7 +283,7 @@ class Bench:
 
     def run(self) -> list[dict[str, Any]]:
         """Rows, the dense model's first in each mode."""
-        vocabulary = min(model.vocabulary for model in self._models)
+        vocabulary = min(model.outline.vocabulary for model in self._models)
         ids = drawn(self._work.batch, self._work.prompt, vocabulary, self._ask.device)
         rows: list[dict[str, Any]] = []
         turns: list[Turn] = []
@@ -300,7 +308,7 @@ class Bench:
         """Compiled where that is asked for, and checked; None with a reason in the row."""
         held = self._held()
         try:
-            own = lane(served.model, served.kind, ids, self._work.new_tokens, row["mode"])
+            own = lane(served.model, served.outline.kind, ids, self._work.new_tokens, row["mode"])
             row["compile_s"] = own.compile_s
             with settled(row["mode"]):
                 row["check"] = own.check()

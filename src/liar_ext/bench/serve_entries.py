@@ -30,9 +30,9 @@ def entry(
     """What is known without a measurement; `reason` is why there is none."""
     return {
         "name": served.name,
-        "path": served.source.given,
-        "random": served.source.random,
-        "kind": served.kind,
+        "path": served.outline.source.given,
+        "random": served.outline.source.random,
+        "kind": served.outline.kind,
         "mode": mode,
         "dtype": str(served.model.dtype).removeprefix("torch."),
         **work.to_json(),

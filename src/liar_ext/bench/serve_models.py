@@ -111,22 +111,20 @@ def _name(word: str) -> str:
     return source_name(str(path.absolute().parent) if path.is_file() else word)
 
 
-@dataclass
-class Served:
-    """A model that can be run.
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model from its config.
 
     Attributes:
+        data: the `config.json` that it has, or would have.
         kind: `decoder`, which generates, or `encoder`, whose output is that of its one forward.
-        file_bytes: of the weight files; None where there are none.
         widths: units of every Site by layer, as `layout.read`; None without an adapter.
         positions: the longest sequence; None where the config says nothing. vocabulary: its ids.
     """
 
     source: Source
-    model: PreTrainedModel
+    data: dict[str, Any]
     kind: str
-    file_bytes: int | None
-    parameters: int
     widths: list[dict[str, int]] | None
     positions: int | None
     vocabulary: int
@@ -134,6 +132,68 @@ class Served:
     @property
     def name(self) -> str:
         return self.source.name
+
+
+def outline(
+    source: Source, *, target: tuple[str, ...] = ("ffn", "heads"), round_to: int = 1
+) -> Outline:
+    """Read the config of a model.
+
+    Args:
+        target, round_to: of the shape at `source.sparsity`.
+    Raises:
+        InputError: no such model or shape, or it neither generates nor encodes text.
+    """
+    folder = Path(source.folder)
+    data = read_json(folder / CONFIG)
+    if "model_type" not in data:
+        raise InputError(f"{folder / CONFIG}: no model_type; not a transformers model")
+    if source.sparsity is not None:
+        recipe = Recipe(sparsity=source.sparsity, target=target, round_to=round_to)
+        try:
+            data = pruned_config(dense_config(folder), recipe)
+        except InputError as error:
+            raise InputError(f"{source.given}: {error}") from error
+    model = layout.empty(data)
+    if getattr(text_config(model.config), "is_encoder_decoder", False):
+        raise InputError(f"{source.given}: {refusal(model.config)}; give a decoder or an encoder")
+    embedding = embedding_of(model) if model.main_input_name == "input_ids" else None
+    if not isinstance(embedding, nn.Embedding):
+        raise InputError(
+            f"{source.given}: a {type(model).__name__} takes {model.main_input_name}; liar bench "
+            "serve times decoders and encoders of text"
+        )
+    try:
+        adapter = adapter_for(model.config)
+    except UnsupportedModelError:
+        # it runs all the same; nobody knows which part of it could be pruned
+        widths, positions = None, positions_of(model)
+    else:
+        widths = layout.read(model)
+        positions = adapter.max_positions(text_config(model.config))
+    kind = "decoder" if model.can_generate() else "encoder"
+    return Outline(source, data, kind, widths, positions, embedding.num_embeddings)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that can be run.
+
+    Attributes:
+        file_bytes: of the weight files; None where there are none.
+    """
+
+    outline: Outline
+    model: PreTrainedModel
+    file_bytes: int | None
+
+    @property
+    def name(self) -> str:
+        return self.outline.name
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.model)
 
     @property
     def own_bytes(self) -> int:
@@ -143,85 +203,27 @@ class Served:
         return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 
-def serve(
-    source: Source,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    *,
-    target: tuple[str, ...] = ("ffn", "heads"),
-    round_to: int = 1,
-) -> Served:
+def serve(known: Outline, device: torch.device, dtype: torch.dtype | None) -> Served:
     """Load a model, or make it of random weights.
 
     Args:
         dtype: of the weights; None is the checkpoint's.
-        target, round_to: of the shape at `source.sparsity`.
     Raises:
-        InputError: no such checkpoint or shape, or the model neither generates nor encodes text.
+        InputError: no weights, or broken ones.
     """
-    folder, file_bytes = Path(source.folder), None
-    if source.random:
-        model = _random(source, device, dtype, target, round_to)
-    else:
-        try:
-            reader = CheckpointReader(folder)
-        except InputError as error:
-            if any((folder / name).exists() for name in (SINGLE, INDEX)):
-                raise
-            raise InputError(f"{error}; or time its shape with --random weights") from error
-        file_bytes = sum(own["size"] for own in reader.sizes().values())
-        model = load(folder, dtype=dtype, device=device)
-    kind = _kind(model, source)
-    embedding = embedding_of(model)
-    assert isinstance(embedding, nn.Embedding), "see _kind"
+    folder = Path(known.source.folder)
+    if known.source.random:
+        model = layout.empty(known.data)
+        torch.manual_seed(0)
+        materialise(model, device, dtype or stated_dtype(model.config))
+        if tied_names(model):
+            model.tie_weights()
+        return Served(known, model.eval(), None)
     try:
-        adapter = adapter_for(model.config)
-    except UnsupportedModelError:
-        # it runs all the same; nobody knows which part of it could be pruned
-        widths, positions = None, positions_of(model)
-    else:
-        widths = layout.read(model)
-        positions = adapter.max_positions(text_config(model.config))
-    return Served(
-        *(source, model, kind, file_bytes, parameter_count(model), widths, positions),
-        embedding.num_embeddings,
-    )
-
-
-def _random(
-    source: Source,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    target: tuple[str, ...],
-    round_to: int,
-) -> PreTrainedModel:
-    folder = Path(source.folder)
-    if source.sparsity is None:
-        data = read_json(folder / CONFIG)
-    else:
-        recipe = Recipe(sparsity=source.sparsity, target=target, round_to=round_to)
-        try:
-            data = pruned_config(dense_config(folder), recipe)
-        except InputError as error:
-            raise InputError(f"{source.given}: {error}") from error
-    if "model_type" not in data:
-        raise InputError(f"{folder / CONFIG}: no model_type; not a transformers model")
-    model = layout.empty(data)
-    torch.manual_seed(0)
-    materialise(model, device, dtype or stated_dtype(model.config))
-    if tied_names(model):
-        model.tie_weights()
-    return model.eval()
-
-
-def _kind(model: PreTrainedModel, source: Source) -> str:
-    """Raises InputError for what is neither."""
-    if getattr(text_config(model.config), "is_encoder_decoder", False):
-        raise InputError(f"{source.given}: {refusal(model.config)}; only one of both can be timed")
-    embedding = embedding_of(model) if model.main_input_name == "input_ids" else None
-    if not isinstance(embedding, nn.Embedding):
-        raise InputError(
-            f"{source.given}: a {type(model).__name__} takes {model.main_input_name}; liar bench "
-            "serve times decoders and encoders of text"
-        )
-    return "decoder" if model.can_generate() else "encoder"
+        reader = CheckpointReader(folder)
+    except InputError as error:
+        if any((folder / name).exists() for name in (SINGLE, INDEX)):
+            raise
+        raise InputError(f"{error}; or time its shape with --random weights") from error
+    size = sum(own["size"] for own in reader.sizes().values())
+    return Served(known, load(folder, dtype=dtype, device=device), size)

@@ -113,13 +113,12 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from liar_ext.bench.serve_lanes import lane
-    from liar_ext.bench.serve_models import Source, serve
+    from liar_ext.bench.serve_models import Source, outline, serve
     from liar_ext.bench.serve_prompts import drawn
-    from liar_ext.checkpoint.reader import CheckpointReader, read_json
+    from liar_ext.checkpoint.reader import CheckpointReader
     from liar_ext.comparison.subject import reset_peak
     from liar_ext.engine.allocator import steady_allocator
     from liar_ext.engine.compression import peak_host_bytes, resident_host_bytes
-    from liar_ext.models import layout
 
     steady_allocator()
     torch.set_num_threads(asked["threads"])
@@ -128,16 +127,14 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(source.folder)
     # a context of CUDA, the threads of a CPU and the code of the model's class are not the model's
     torch.ones(64, 64, device=device).mm(torch.ones(64, 64, device=device)).sum().item()
-    layout.empty(read_json(folder / "config.json"))
+    known = outline(source, target=tuple(asked["target"]), round_to=asked["round_to"])
     import_s, base = time.time() - asked["started"], resident_host_bytes()
     files = [] if source.random else [folder / name for name in CheckpointReader(folder).files()]
     page_cache = None if source.random else evict(files)
 
     def loaded() -> tuple[Any, float]:
         begun = time.perf_counter()
-        model = serve(
-            source, device, dtype, target=tuple(asked["target"]), round_to=asked["round_to"]
-        )
+        model = serve(known, device, dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return model, time.perf_counter() - begun
@@ -146,10 +143,10 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     peaks = []
     with torch.no_grad():
         for work in asked["workloads"] if device.type == "cpu" else ():
-            ids = drawn(work["batch"], work["prompt"], served.vocabulary, device)
+            ids = drawn(work["batch"], work["prompt"], known.vocabulary, device)
             gc.collect()
             reset_peak()
-            lane(served.model, served.kind, ids, work["new_tokens"], "eager").round()
+            lane(served.model, known.kind, ids, work["new_tokens"], "eager").round()
             peaks.append(peak_host_bytes())
     del served
     gc.collect()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from liar_ext.bench.serve_models import Served
+from liar_ext.bench.serve_models import Outline
 from liar_ext.errors import InputError
 
 DEFAULT_PROMPTS = (128, 512)
@@ -37,7 +37,7 @@ def drawn(batch: int, length: int, vocabulary: int, device: torch.device) -> Ten
 
 
 def workloads(
-    models: Sequence[Served],
+    models: Sequence[Outline],
     batches: Sequence[int],
     prompts: Sequence[int] | None,
     new_tokens: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from liar_ext.cli.output import print_table
@@ -27,7 +28,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 def models(result: Mapping[str, Any]) -> Table:
     """Sizes and loading, the dense model first."""
-    table = Table(title_justify="left")
+    table = Table(box=SIMPLE)
     table.add_column("model")
     for name in ("parameters", "of dense", "not in layers", "files", "loads cold", "warm"):
         table.add_column(name, justify="right")
@@ -56,18 +57,21 @@ def workload(entries: list[dict[str, Any]]) -> Table:
     decoder = first["kind"] == "decoder"
     what = "a prompt" if decoder else "a sentence"
     new = f", {first['new_tokens']} new" if decoder else ""
+    modes = {own["mode"] for own in entries}
+    mode = "" if len(modes) > 1 else f", {first['mode']}"
     table = Table(
-        title=f"batch {first['batch']}, {first['prompt']} tokens {what}{new}",
+        title=f"batch {first['batch']}, {first['prompt']} tokens {what}{new}{mode}",
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE,
     )
     table.add_column("model")
-    table.add_column("mode")
     rest = ("a token", "speed-up", "tokens/s") if decoder else ("sentences/s",)
     for name in ("prefill" if decoder else "forward", "speed-up", *rest, "memory"):
         table.add_column(name, justify="right")
     for own in entries:
-        table.add_row(own["name"], own["mode"], *cells(own), size(own["peak_memory_bytes"]))
+        name = f"{own['name']}\n{own['mode']}" if len(modes) > 1 else own["name"]
+        table.add_row(name, *cells(own), size(own["peak_memory_bytes"]))
     reasons = [f"{e['name']}, {e['mode']}: {e['reason']}" for e in entries if e["reason"]]
     table.caption = "\n".join(reasons) or None
     return table

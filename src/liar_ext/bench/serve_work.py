@@ -77,7 +77,7 @@ def work_of(
         tokens: of a prompt, or of a sentence; new_tokens: 0 for an encoder.
         cache_bytes: keys and values that a token reads on average, of all sequences.
     """
-    if served.widths is None:
+    if served.outline.widths is None:
         return None
     model = served.model
     adapter = adapter_for(model.config)
