@@ -47,7 +47,8 @@ log=$out/gpu.log
 records=()
 failed=0
 
-known=(pytest gram gram-other solve cosine methods depth prune-7b prune-70b-2-layers memcheck tune racecheck)
+known=(pytest gram gram-other solve cosine methods serve depth prune-7b prune-70b-2-layers memcheck tune
+  serve-compile racecheck)
 STEPS=$(tr ',\n\t' '   ' <<<"${STEPS:-}" | xargs)
 for name in $STEPS; do
   if [[ " ${known[*]} " != *" $name "* ]]; then
@@ -159,6 +160,22 @@ if wanted methods; then
     --sparsity 0.5 --repeats 1 --search-evaluations 32 --policy-steps 32 \
     --json "$out/methods-demo-gpu-$today.json"
 fi
+# how fast models with the shapes of LLaMA-7B and LLaMA-3-8B answer, and the same without 30 and 50 %
+# of their FFN and heads: random weights, for speed does not depend on them. About 90 s
+serve() { # NAME LIMIT SHAPE SPARSITIES OPTIONS...
+  local name=$1 limit=$2 shape=benchmarks/shapes/$3 models=() share
+  models=("$shape")
+  for share in $4; do models+=("$shape@$share"); done
+  step "$name" "$limit" "${liar[@]}" bench serve "${models[@]}" --random --device cuda \
+    --dtype bfloat16 --round-to auto "${@:5}" --json "$out/$name-gpu-$today.json"
+}
+if wanted serve; then
+  STEPS="${STEPS:+$STEPS align serve-llama-7b serve-llama-3-8b}"
+  step align 30 "${liar[@]}" bench align --device cuda --out "$out/align-gpu-$today.json"
+  for shape in llama-7b llama-3-8b; do
+    serve "serve-$shape" 75 "$shape" "0.3 0.5" --batch 1,32 --prompt 512 --new-tokens 16 --repeats 7
+  done
+fi
 # whole layers of a model with the shapes of LLaMA-7B's, half as deep: what each method takes, and
 # what it saves
 if wanted depth; then
@@ -210,6 +227,9 @@ sanitize() { # TOOL LIMIT
 }
 sanitize memcheck 120
 step tune 60 "${liar[@]}" bench tune --sizes 11008 --dtypes bfloat16 --out "$work/tuned.json"
+# compiling a model of 32 layers takes a minute, each of them and each batch
+serve serve-compile 240 llama-7b 0.5 --mode eager,compile --batch 1 --prompt 512 --new-tokens 16 \
+  --repeats 7
 # last, and it does not count: whether it knows copy engines, mbarriers and setmaxnreg is not known
 COUNTS=0 sanitize racecheck 60
 

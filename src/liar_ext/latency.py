@@ -103,8 +103,12 @@ class Workload:
         return 1 if self.mode == "decode" else self.seq_len
 
 
-def disturbances(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What speaks against the figures of a file, in words."""
+def disturbances(tables: Sequence[Mapping[str, Any]], what: str = "widths") -> list[str]:
+    """What speaks against the figures of a file, in words.
+
+    Args:
+        tables: each with lists `p20` and `p80` in `seconds`; what: of which there is a time each.
+    """
     spreads = [
         p80 / p20
         for table in tables
@@ -114,7 +118,7 @@ def disturbances(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     if not loud:
         return []
     return [
-        f"{len(loud)} of {len(spreads)} widths vary: p80 is up to {max(loud):.2f} times p20; "
+        f"{len(loud)} of {len(spreads)} {what} vary: p80 is up to {max(loud):.2f} times p20; "
         "measure again while nothing else runs"
     ]
 

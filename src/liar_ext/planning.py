@@ -212,6 +212,24 @@ def plan(
     }
 
 
+def pruned_config(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The `config.json` of what a recipe would make of a dense one, from shapes alone.
+
+    Args:
+        dense: see `dense_config`; recipe: with an allocation that needs to know nothing first.
+    Raises:
+        InputError: as `liar prune` would, before it computes anything.
+    """
+    model = layout.empty_model(layout.config_object(dense))
+    adapter, store = adapter_for(model.config), InMemory(model)
+    driver, before = check_model(store, recipe), layout.read(model)
+    costs = budgets(store, recipe, 1)
+    driver.check(costs, recipe.samples)
+    _shrink(model, adapter, recipe, driver, costs, [])
+    values = layout.equal_values(model, before)
+    return layout.describe(dense, adapter, layout.read(model), values, driver.added_biases)
+
+
 def _seconds(flops: Mapping[str, int], rates: Mapping[str, float] | None) -> dict[str, Any]:
     """Of one process; None without rates."""
     if rates is None:

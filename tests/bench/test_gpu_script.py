@@ -37,6 +37,7 @@ WRITTEN = [
     "depth-llama-7b-width-gpu.json",
     *("gram-gpu.json", "gram-other-gpu.json", "methods-demo-gpu.json"),
     *("prune-llama-70b-2-layers-gpu.json", "prune-llama-7b-gpu.json"),
+    *("serve-compile-gpu.json", "serve-llama-3-8b-gpu.json", "serve-llama-7b-gpu.json"),
     "solve-gpu.json",
 ]
 
@@ -89,6 +90,7 @@ def test_everything_runs_in_order_and_is_recorded(machine):
     assert done.returncode == 0, done.stdout
     assert list(steps) == [
         *("build", "environment", "pytest", "gram", "gram-other", "solve", "cosine", "methods"),
+        *("align", "serve-llama-7b", "serve-llama-3-8b"),
         *("model-depth", "depth", "depth-latency"),
         *(
             "model-7b",
@@ -97,6 +99,7 @@ def test_everything_runs_in_order_and_is_recorded(machine):
             "prune-70b-2-layers",
             "memcheck",
             "tune",
+            "serve-compile",
             "racecheck",
         ),
     ]
@@ -116,9 +119,27 @@ def test_everything_runs_in_order_and_is_recorded(machine):
     # children of a python inherit this, and not its -P
     assert "safe=1 -P -m pytest" in calls
     assert calls.count("--json") == len(WRITTEN) + 1  # liar env prints its own
+    shapes = "benchmarks/shapes/llama-3-8b"
+    assert f"bench serve {shapes} {shapes}@0.3 {shapes}@0.5 --random --device cuda --dtype" in calls
     written = [Path(word).name for word in calls.split() if word.startswith(str(machine.out))]
-    assert sorted(re.sub(r"-\d{4}-\d\d-\d\d", "", name) for name in written) == WRITTEN
-    assert sorted(path.name for path in machine.out.iterdir()) == ["gpu.log", "summary-gpu.json"]
+    assert sorted(map(undated, written)) == sorted(["align-gpu.json", *WRITTEN])
+    made = [undated(path.name) for path in machine.out.iterdir()]
+    # the pretended python writes what is asked for with --out
+    assert sorted(made) == ["align-gpu.json", "gpu.log", "summary-gpu.json"]
+
+
+def undated(name: str) -> str:
+    return re.sub(r"-\d{4}-\d\d-\d\d", "", name)
+
+
+def test_serving_can_be_asked_for(machine):
+    done, steps, _ = machine(STEPS="serve serve-compile")
+    assert done.returncode == 0
+    parts = ["align", "serve-llama-7b", "serve-llama-3-8b", "serve-compile"]
+    assert list(steps) == ["build", "environment", *parts]
+    calls = machine.calls.read_text().splitlines()
+    compiled = next(call for call in calls if "--mode eager,compile" in call)
+    assert compiled.count("@") == 1
 
 
 def test_single_steps_can_be_asked_for(machine):

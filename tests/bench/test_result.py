@@ -6,14 +6,15 @@ import json
 import os
 
 import pytest
+import torch
 
 from liar_ext.bench import BENCHMARKS
-from liar_ext.bench.result import check_file, write_result
+from liar_ext.bench.result import check_file, head, write_result
 from liar_ext.cli import main
 from liar_ext.demo import MODEL
 from liar_ext.errors import InputError
 
-WITH_SOURCE = ("latency", "prune", "methods")
+WITH_SOURCE = ("latency", "prune", "methods", "serve")
 
 
 def measures(*words, **more):
@@ -67,3 +68,12 @@ def test_pipes_devices_and_links_stay_what_they_are(tmp_path):
         os.close(reader)
     assert pipe.is_fifo() and link.is_symlink()
     assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_results_begin_alike():
+    before = {"load_1min": 1.0}
+    found = head("name", torch.device("cpu"), before)
+    assert list(found) == ["benchmark", "device", "date", "environment", "machine"]
+    assert found["machine"]["before"] == before
+    assert {"load_1min", "cores"} <= set(found["machine"]["after"])
+    assert head("name", torch.device("cpu"), before, "quiet")["note"] == "quiet"

@@ -54,6 +54,12 @@ BENCHMARKS = {
     "latency": Benchmark(
         "liar_ext.bench.latency", "a layer at many widths, for --budget latency", file="--out"
     ),
+    "serve": Benchmark(
+        "liar_ext.bench.serve", "how fast models answer, dense and pruned by turns", keeps=True
+    ),
+    "align": Benchmark(
+        "liar_ext.bench.align", "which multiples FFN widths should be, for --round-to", file="--out"
+    ),
     "prune": Benchmark("liar_ext.bench.prune", "a whole compression beside one plain forward"),
     "methods": Benchmark(
         "liar_ext.bench.methods", "every method's compression beside one plain forward", keeps=True

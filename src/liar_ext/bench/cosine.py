@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from liar_ext.bench.measure import (
     times_as_fast,
     variable,
 )
-from liar_ext.environment import environment
+from liar_ext.bench.result import head
 from liar_ext.ops import row_cosines, row_cosines_reference, self_test
 from liar_ext.ops.cosine import error_bound
 
@@ -91,12 +90,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         if "gbytes" in row:
             row["bandwidth"] = round(row["gbytes"] / ceiling, 4)
     result = {
-        "benchmark": "cosine",
-        "device": device.type,
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(device),
-        "machine": {"before": before, "after": machine_state()},
-        "note": args.note,
+        **head("cosine", device, before, args.note),
         "ceilings": {"copy_gbytes": ceiling},
         "absent": {name: absent for name, (_, absent) in plans.items()},
         "rows": rows,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,7 +32,7 @@ from liar_ext.bench.measure import (
     spread,
     times_as_fast,
 )
-from liar_ext.environment import environment
+from liar_ext.bench.result import head
 from liar_ext.errors import InputError
 from liar_ext.ops import Moments, _extension, _native_gram
 from liar_ext.ops.precision import full_precision
@@ -91,14 +90,9 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
             continue
         rows += with_share(found, ceilings["matmul_gflops"][name])
     result = {
-        "benchmark": "gram",
-        "device": device.type,
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(device),
+        **head("gram", device, before, args.note),
         "multiprocessors": _multiprocessors(device),
         "extension": _paths() if device.type == "cpu" else None,
-        "machine": {"before": before, "after": machine_state()},
-        "note": args.note,
         "ceilings": ceilings,
         "absent": {name: absent for name, (_, absent) in plans.items()},
         "rows": rows,

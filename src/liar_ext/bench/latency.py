@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liar_ext.bench.measure import machine_state, source_name
+from liar_ext.bench.measure import machine_state, quantiles, source_name
 from liar_ext.bench.stopwatch import Stopwatch
 from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged, with_cache
 from liar_ext.checkpoint.load import resolve
@@ -182,8 +182,7 @@ def measure(
                 seconds = _quantiles(samples)
                 key = tuple(shape.values())
                 tables.setdefault(key, {"shape": shape, "units": units, "seconds": seconds})
-            spread = {name: values[0] for name, values in _quantiles([whole]).items()}
-            layers.append({"layer": index, "seconds": spread})
+            layers.append({"layer": index, "seconds": quantiles(whole)})
             del variants
     return {
         "benchmark": "latency",
@@ -311,13 +310,9 @@ def _rounds(
 
 
 def _quantiles(samples: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """p20, p50 and p80 of each list, to four digits."""
-    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    rows = [torch.quantile(torch.tensor(own, dtype=torch.float64), shares) for own in samples]
-    return {
-        name: [float(f"{float(row[place]):.4g}") for row in rows]
-        for place, name in enumerate(("p20", "p50", "p80"))
-    }
+    """p20, p50 and p80 of each list."""
+    rows = [quantiles(own) for own in samples]
+    return {name: [row[name] for row in rows] for name in ("p20", "p50", "p80")}
 
 
 def shown(result: dict[str, Any]) -> Table:

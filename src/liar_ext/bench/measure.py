@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import comb
 from statistics import median
 from typing import Any
 
@@ -88,16 +89,41 @@ def _sample(call: Callable[[], Any], calls: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """`p20`, `p50` and `p80`, to four significant digits: microseconds stand beside seconds."""
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    found = torch.quantile(torch.tensor(values, dtype=torch.float64), shares)
+    names = ("p20", "p50", "p80")
+    return {name: float(f"{q:.4g}") for name, q in zip(names, found.tolist(), strict=True)}
+
+
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile, in milliseconds."""
-    values = torch.tensor(seconds, dtype=torch.float64) * 1e3
-    p20, p50, p80 = torch.quantile(values, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    # four significant digits: a solve of microseconds stands beside one of seconds
-    return {
-        "ms": float(f"{p50.item():.4g}"),
-        "p20_ms": float(f"{p20.item():.4g}"),
-        "p80_ms": float(f"{p80.item():.4g}"),
-    }
+    found = quantiles([1e3 * value for value in seconds])
+    return {"ms": found["p50"], "p20_ms": found["p20"], "p80_ms": found["p80"]}
+
+
+def rank_interval(values: Sequence[float], level: float = 0.95) -> dict[str, float]:
+    """An interval for the median of what independent `values` are drawn from, whatever their
+    distribution: from the k-th smallest to the k-th largest.
+
+    Each value is below the median as often as not, so the interval misses it with probability
+    `2 P(Binomial(n, 1/2) < k)`; k is the largest with which that is at most `1 - level`. Fewer than
+    six values give no 95 %: then it is from the least to the most, and `coverage` says how much
+    that is.
+
+    Returns:
+        `low`, `high`, `coverage`.
+    """
+    ordered, count = sorted(values), len(values)
+    missed, kept = 0.0, 0
+    for rank in range(1, (count + 1) // 2 + 1):
+        # P(Binomial < rank), both sides
+        chance = 2 * sum(comb(count, below) for below in range(rank)) / 2**count
+        if rank > 1 and chance > 1 - level:
+            break
+        missed, kept = chance, rank
+    return {"low": ordered[kept - 1], "high": ordered[-kept], "coverage": max(0.0, 1 - missed)}
 
 
 def times_as_fast(seconds: list[float], baseline: list[float]) -> float:

@@ -1,7 +1,9 @@
-"""The file of a benchmark's result: looked at before anything is measured, replaced whole."""
+"""What a benchmark's result begins with, and its file: looked at before anything is measured,
+replaced whole."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import stat
@@ -9,8 +11,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from liar_ext.bench.measure import machine_state
 from liar_ext.comparison.ledger import write_whole
+from liar_ext.environment import environment
 from liar_ext.errors import InputError
+
+
+def head(
+    benchmark: str, device: torch.device, before: Mapping[str, Any], note: str | None = None
+) -> dict[str, Any]:
+    """Of which benchmark, device and day a result is, the versions, and what else was going on.
+
+    Args:
+        before: `machine_state()` before anything was measured; this is called afterwards.
+        note: the user's remark, of benchmarks that take one.
+    """
+    return {
+        "benchmark": benchmark,
+        "device": device.type,
+        "date": datetime.date.today().isoformat(),
+        "environment": environment(device),
+        "machine": {"before": dict(before), "after": machine_state()},
+        **({} if note is None else {"note": note}),
+    }
 
 
 def check_file(option: str, file: str) -> None:

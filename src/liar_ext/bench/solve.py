@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +23,8 @@ from liar_ext.bench.measure import (
     times_as_fast,
     variable,
 )
+from liar_ext.bench.result import head
 from liar_ext.bench.solve_systems import Systems, conditioned, systems
-from liar_ext.environment import environment
 from liar_ext.errors import InputError, LiarError
 from liar_ext.ops import attempt, backends, solve
 from liar_ext.ops._native_solve import MAXIMUM
@@ -125,12 +124,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     except RuntimeError as failure:
         lost.append(f"accuracy failed: {' '.join(str(failure).split())[:300]}")
     result = {
-        "benchmark": "solve",
-        "device": device.type,
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(device),
-        "machine": {"before": before, "after": machine_state()},
-        "note": args.note,
+        **head("solve", device, before, args.note),
         "ceilings": {"matmul_gflops": rates},
         "absent": absent,
         "rows": rows,

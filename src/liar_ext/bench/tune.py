@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,8 +13,7 @@ import torch
 
 from liar_ext.bench.backends_of import DTYPES
 from liar_ext.bench.measure import machine_state
-from liar_ext.bench.result import check_file
-from liar_ext.environment import environment
+from liar_ext.bench.result import check_file, head
 from liar_ext.errors import InputError
 
 
@@ -62,11 +60,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         key = (row["kernel"], row["dtype"], row["columns"])
         groups[key] = groups.get(key, False) or row["best"]
     return {
-        "benchmark": "tune",
-        "device": device.type,
-        "date": datetime.date.today().isoformat(),
-        "environment": environment(device),
-        "machine": {"before": before, "after": machine_state()},
+        **head("tune", device, before),
         "rows": rows,
         "problems": [
             f"no right candidate for {kernel} {dtype} n={columns}"

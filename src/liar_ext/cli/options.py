@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,11 @@ def ridge(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number or auto") from None
+
+
+def round_to(text: str) -> int | str:
+    """A number, `auto`, or a file."""
+    return int(text) if text.lstrip("+-").isdecimal() else text
 
 
 def refuse_torchrun(why: str) -> None:
@@ -71,7 +77,12 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "output in the dense model) or stream (the residual stream behind it there)",
     ),
     "statistics": (str, "NAME", "sequential (inputs from the pruned path) or oneshot"),
-    "round_to": (int, "N", "FFN widths become multiples of N"),
+    "round_to": (
+        round_to,
+        "N",
+        "FFN widths become multiples of N; auto: of what such a device likes (less in narrow "
+        "models), or a file that `liar bench align` wrote",
+    ),
     "empty": (
         bool,
         "",
@@ -187,7 +198,22 @@ def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
         given = getattr(arguments, name, None)
         if given is not None:
             values[name] = _parsed(name, given)
+    if isinstance(values.get("round_to"), str):
+        values["round_to"] = _multiple(values, arguments)
     return values
+
+
+def _multiple(values: Mapping[str, Any], arguments: argparse.Namespace) -> int:
+    """What `--round-to auto`, or a file, is for the model at hand: a recipe has the number."""
+    from liar_ext.alignment import round_to_for
+
+    word, source = values["round_to"], getattr(arguments, "source", None)
+    if source is None:
+        raise InputError(f"--round-to {word}: jobs have models of their own; give a number")
+    trace = getattr(arguments, "trace", False)
+    found = round_to_for(word, source, values.get("device", "auto"), trace=trace)
+    print(f"--round-to {word}: multiples of {found}", file=sys.stderr)
+    return found
 
 
 def _parsed(name: str, value: Any) -> Any:
