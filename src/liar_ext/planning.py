@@ -225,7 +225,7 @@ def pruned_config(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     driver, before = check_model(store, recipe), layout.read(model)
     costs = budgets(store, recipe, 1)
     driver.check(costs, recipe.samples)
-    _shrink(model, adapter, recipe, driver, costs, [])
+    _shrink(model, adapter, recipe, driver, costs, [], {})
     values = layout.equal_values(model, before)
     return layout.describe(dense, adapter, layout.read(model), values, driver.added_biases)
 
