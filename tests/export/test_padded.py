@@ -132,7 +132,7 @@ def test_added_biases_stay_where_the_family_has_a_flag(tmp_path: Path):
 
 
 def test_many_small_files_and_all_dtypes_are_kept(tmp_path: Path, monkeypatch: Any):
-    monkeypatch.setattr("liar_ext.export.padded.PIECE_BYTES", 64)
+    monkeypatch.setattr("liar_ext.export.widened.PIECE_BYTES", 64)
     family = FAMILIES["llama-gqa-biases"]
     widths = [{"heads": 2, "ffn": 0}, {"heads": 0, "ffn": 20}]
     small = shrunk(family.build().to(torch.bfloat16), tmp_path / "small", widths)
@@ -203,7 +203,7 @@ def test_the_command_says_what_it_did_and_that_nothing_is_faster(tmp_path: Path,
 
 def test_a_tensor_that_is_no_sites_is_refused_by_name(tmp_path: Path, monkeypatch: Any):
     small = shrunk(FAMILIES["qwen2"].build(), tmp_path / "small", NARROW)
-    monkeypatch.setattr("liar_ext.export.padded.widenings", lambda model: {})
+    monkeypatch.setattr("liar_ext.export.widened.widenings", lambda model: {})
     with pytest.raises(InputError, match="q_proj.weight: would be .* zeros there would change"):
         export_padded(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()

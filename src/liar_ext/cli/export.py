@@ -10,7 +10,8 @@ from liar_ext.cli.options import refuse_torchrun
 from liar_ext.errors import InputError
 
 DESCRIPTION = """Write SRC for another engine: padded, one width in all layers by zero units, for
-whatever loads stock checkpoints. SRC is only read."""
+whatever loads stock checkpoints; onnx, a graph for ONNX Runtime; gguf, a file for llama.cpp. SRC is
+only read."""
 
 
 def add_parser(commands: Any) -> None:
@@ -36,6 +37,26 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         default=1,
         help="FFN widths and KV heads divide among N devices",
+    )
+    onnx = parser.add_argument_group("--format onnx (needs liar-ext[onnx])")
+    onnx.add_argument(
+        "--no-past",
+        action="store_true",
+        help="of a decoder, logits of whole sequences, without keys and values going in and out",
+    )
+    gguf = parser.add_argument_group("--format gguf (per-layer widths need liar-ext[gguf])")
+    gguf.add_argument(
+        "--converter",
+        metavar="PATH",
+        help="llama.cpp's convert_hf_to_gguf.py, or its folder (default: the one on PATH)",
+    )
+    gguf.add_argument(
+        "--outtype", metavar="TYPE", default="f16", help="f32, f16 or bf16 (default f16)"
+    )
+    gguf.add_argument(
+        "--pre-tokenizer",
+        metavar="NAME",
+        help="llama.cpp's name of it, where its list does not know the tokenizer",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -73,7 +94,40 @@ def _padded(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
 
-FORMATS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"padded": _padded}
+def _onnx(arguments: argparse.Namespace) -> dict[str, Any]:
+    from liar_ext.cli.output import Watcher
+    from liar_ext.export.onnx import export_onnx
+
+    with Watcher() as watcher:
+        return export_onnx(
+            arguments.source,
+            arguments.out,
+            past=not arguments.no_past,
+            overwrite=arguments.overwrite,
+            progress=watcher,
+        )
+
+
+def _gguf(arguments: argparse.Namespace) -> dict[str, Any]:
+    from liar_ext.cli.output import Watcher
+    from liar_ext.export.gguf import GgufOptions, export_gguf
+
+    options = GgufOptions(arguments.converter, arguments.outtype, arguments.pre_tokenizer)
+    with Watcher() as watcher:
+        return export_gguf(
+            arguments.source,
+            arguments.out,
+            options,
+            overwrite=arguments.overwrite,
+            progress=watcher,
+        )
+
+
+FORMATS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "padded": _padded,
+    "onnx": _onnx,
+    "gguf": _gguf,
+}
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
@@ -89,6 +143,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{size(totals['bytes_before'])} -> {size(totals['bytes_after'])}; loads with "
         f"{what['loads_with']}"
     )
+    if compared := what.get("compared"):
+        lines.append(
+            f"compared with transformers on {compared['tokens']} tokens: max abs "
+            f"{compared['max_abs']:.2g}, rms relative {compared['rms_relative']:.2g} "
+            f"(largest {compared['largest']:.3g})"
+        )
     if "note" in what:
         lines.append(what["note"])
     return lines

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import (
-    PIECE_BYTES,
-    CheckpointReader,
-    left_over_warnings,
-    parameter_count,
-)
-from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
+from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
+from liar_ext.checkpoint.shards import ShardWriter
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError
-from liar_ext.export.padding import Widening, absent_values, widenings
 from liar_ext.export.report import export_card, export_report
+from liar_ext.export.widened import Widened
 from liar_ext.export.widths import Widths, stock_config, uneven
-from liar_ext.models import adapter_for, layout
+from liar_ext.models import layout
 from liar_ext.report.schema import FILE
 
 NO_FASTER = (
@@ -81,9 +72,11 @@ def export_padded(
     folder, out = resolve(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
     plan = plan_padded(folder, widths)
-    specs = _specs(plan)
+    tensors = Widened(plan.reader, plan.narrow, plan.wide)
+    watcher = progress or Silent()
+    watcher.begin(len(plan.before), "pad")
     with output_folder(out, folder, overwrite=overwrite) as made:
-        write_padded(made, plan, specs, progress or Silent())
+        write_padded(made, tensors, watcher)
         copy_other_files(folder, made)
         write_json(made / "config.json", plan.config)
         report = export_report(
@@ -94,7 +87,7 @@ def export_padded(
                 "parameters_before": parameter_count(plan.narrow),
                 "parameters_after": parameter_count(plan.wide),
                 "bytes_before": plan.reader.bytes(),
-                "bytes_after": sum(spec.bytes for spec in specs),
+                "bytes_after": sum(spec.bytes for spec in tensors.specs),
             },
             config=plan.config,
             warnings=plan.warnings,
@@ -129,78 +122,23 @@ def plan_padded(folder: Path, widths: Widths) -> Padded:
     return Padded(reader, narrow, wide, config, before, after, warnings)
 
 
-def write_padded(made: Path, plan: Padded, specs: list[TensorSpec], progress: Progress) -> None:
+def write_padded(made: Path, tensors: Widened, progress: Progress) -> None:
     """Write the tensors of the wide model.
 
     Raises:
-        InputError: one that the narrow model has in another shape and that is no Site's.
+        InputError: as `Widened.pieces`.
     """
-    own = widenings(plan.wide)
-    absent = absent_values(plan.wide, plan.before)
-    layers_path, layers = adapter_for(plan.narrow.config).layer_list(plan.narrow)
-    narrow = layout.shapes_of(plan.narrow)
-    writer = ShardWriter(made, specs)
-    done = -1
-    progress.begin(len(layers), "pad")
+    writer = ShardWriter(made, tensors.specs)
+    last = -1
     try:
-        for spec in specs:
-            writer.write_pieces(spec.name, _pieces(plan.reader, spec, narrow, own, absent))
-            if spec.name.startswith(f"{layers_path}."):
-                at = int(spec.name.removeprefix(f"{layers_path}.").partition(".")[0])
-                for layer in range(done + 1, at):
-                    progress.layer(layer)
-                done = max(done, at - 1)
+        for spec in tensors.specs:
+            writer.write_pieces(spec.name, tensors.pieces(spec))
+            if (layer := tensors.layer_of(spec.name)) is not None and layer > last:
+                progress.layer(layer)
+                last = layer
         writer.finish()
     finally:
         writer.close()
-
-
-def _pieces(
-    reader: CheckpointReader,
-    spec: TensorSpec,
-    narrow: dict[str, tuple[int, ...]],
-    own: dict[str, Widening],
-    absent: dict[str, float],
-) -> Iterator[Tensor]:
-    """A tensor of the wide model, in pieces."""
-    if narrow.get(spec.name) == spec.shape:
-        yield from reader.pieces(spec.name)
-    elif spec.name in absent:
-        yield from _constant(spec, absent[spec.name])
-    elif spec.name in own and spec.name in reader:
-        yield own[spec.name](reader.get(spec.name), spec.shape)
-    else:
-        raise InputError(
-            f"{spec.name}: would be {spec.shape} and is {narrow.get(spec.name)}, and belongs to no "
-            "prunable structure: zeros there would change the function; load this folder with "
-            "liar_ext.load"
-        )
-
-
-def _constant(spec: TensorSpec, value: float) -> Iterator[Tensor]:
-    left, most = prod(spec.shape), PIECE_BYTES // spec.dtype.itemsize
-    while left > 0:
-        yield torch.full((min(left, most),), value, dtype=spec.dtype)
-        left -= most
-
-
-def _specs(plan: Padded) -> list[TensorSpec]:
-    """The tensors of the wide model, in its order; what the narrow one lacks is as in another of
-    its layers."""
-    path, layers = adapter_for(plan.narrow.config).layer_list(plan.narrow)
-    specs = []
-    for name, tensor in plan.wide.state_dict().items():
-        dtype = None
-        if name in plan.reader:
-            dtype = plan.reader.dtype(name)
-        elif name.startswith(f"{path}."):
-            rest = name.removeprefix(f"{path}.").partition(".")[2]
-            same = (f"{path}.{index}.{rest}" for index in range(len(layers)))
-            like = next((n for n in same if n in plan.reader), None)
-            dtype = plan.reader.main_dtype() if like is None else plan.reader.dtype(like)
-        if dtype is not None:
-            specs.append(TensorSpec(name, tuple(tensor.shape), dtype))
-    return specs
 
 
 def _what(plan: Padded, widths: Widths) -> dict[str, Any]:
