@@ -20,6 +20,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say which engines load SRC, and why the others do not; nothing is written",
+    )
     parser.add_argument("--format", metavar="NAME", help=f"{', '.join(FORMATS)}")
     padded = parser.add_argument_group("--format padded")
     padded.add_argument(
@@ -65,6 +70,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_torchrun("liar export is one process; run it without torchrun")
+    if arguments.check:
+        return _check(arguments)
     if arguments.format is None:
         raise InputError(f"--format: give one of {', '.join(FORMATS)}")
     if arguments.format not in FORMATS:
@@ -76,6 +83,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(report_lines(report)))
         print(f"written: {arguments.out}")
     return {"out": arguments.out, **report}
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    from liar_ext.export.servers import check
+
+    if arguments.out is not None or arguments.format is not None:
+        raise InputError("--check: writes nothing; leave out --out and --format")
+    found = check(arguments.source)
+    if not arguments.json:
+        print("\n".join(verdict_lines(found)))
+    return found
 
 
 def _padded(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,6 +146,26 @@ FORMATS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "onnx": _onnx,
     "gguf": _gguf,
 }
+
+
+def verdict_lines(found: dict[str, Any]) -> list[str]:
+    """What `--check` found, for people."""
+    lines = []
+    for row in found["engines"]:
+        lines.append(f"{row['engine']}: {row['loads']}, {row['reason']}")
+        if row["instead"]:
+            lines.append(f"    instead: {row['instead']}")
+        if row["tensor_parallel"]:
+            lines.append(f"    on {_listed(row['tensor_parallel'])}")
+        if row["source"]:
+            lines.append(f"    {row['source']}")
+    return lines
+
+
+def _listed(devices: list[int]) -> str:
+    if list(devices) == [1]:
+        return "1 device only: heads, KV heads or FFN divide among no others"
+    return f"{', '.join(map(str, devices))} devices (tensor parallel, up to 16)"
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def check_deci(reader: CheckpointReader) -> Layers:
     narrow = layout.empty(reader.config)
     reader.bind(narrow)
     config = narrow.config
-    if (reason := _obstacle(config)) is not None:
+    if (reason := obstacle(config)) is not None:
         raise InputError(
             f"{reader.folder}: llama.cpp's per-layer architecture ({ARCHITECTURE}) cannot be this "
             f"model: {reason}; use liar export --format padded first, then --format gguf of that"
@@ -144,7 +144,7 @@ def interleaved(rows: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape).contiguous()
 
 
-def _obstacle(config: PretrainedConfig) -> str | None:
+def obstacle(config: PretrainedConfig) -> str | None:
     """Why `deci` is another function, or None."""
     if config.model_type not in FAMILIES or hasattr(config, "liar_ext_trace"):
         return f"it is a {config.model_type}, and {ARCHITECTURE} is LLaMA with or without biases"
