@@ -113,12 +113,11 @@ def _text() -> str:
     return (DEMO / "heldout.txt").read_text()[:300]
 
 
-def _same(engine: Engine, model: PreTrainedModel, ids: list[int], tolerance: float) -> None:
+def _logits(engine: Engine, model: PreTrainedModel, ids: list[int]) -> tuple[Any, Any]:
     with torch.no_grad():
         expected = model.float()(torch.tensor([ids])).logits[0].numpy()
-    worst = float(np.abs(engine.logits(ids) - expected).max())
     assert float(expected.std()) > 1e-2, "outputs that do not vary show nothing"
-    assert worst <= tolerance * float(np.abs(expected).max())
+    return engine.logits(ids), expected
 
 
 @pytest.fixture
@@ -168,11 +167,13 @@ def test_computes_the_logits_of_transformers(
     small = _folder(name, tmp_path / "small", widths, biases)
     engine, report = exported(small)
     per_layer = len({tuple(layer.values()) for layer in widths}) > 1
-    assert (report["export"]["architecture"] == "deci") == per_layer
+    # llama.cpp's own architecture for Qwen2 has no room for fewer heads
+    assert (report["export"]["architecture"] == "deci") == (per_layer or name == "qwen2")
     model, tokenizer = liar_ext.load(small), AutoTokenizer.from_pretrained(DEMO / "model")
     ids = tokenizer(_text()).input_ids[:60]
     assert engine.tokens(_text())[:60] == ids
-    _same(engine, model, ids, TOLERANCE)
+    found, expected = _logits(engine, model, ids)
+    assert float(np.abs(found - expected).max()) <= TOLERANCE * float(np.abs(expected).max())
     made = model.generate(torch.tensor([ids[:20]]), max_new_tokens=20, do_sample=False)
     assert engine.greedy(ids[:20], made.shape[1] - 20) == made[0, 20:].tolist()
 
@@ -184,8 +185,12 @@ def test_half_precision_is_off_by_its_rounding(
     small = _folder("llama", tmp_path / "small", PER_LAYER)
     engine, _ = exported(small, outtype)
     ids = engine.tokens(_text())[:60]
-    # matrices and what they are multiplied with are rounded, each once, in 3 layers of 7 matrices
-    _same(engine, liar_ext.load(small), ids, (2 * 21) ** 0.5 * 2.0**-digits * 4)
+    # matrices and what they are multiplied with are rounded, to half a unit of the last place at
+    # most, in 3 layers of 7 matrices and the head; independent errors add up as squares do. A
+    # softmax magnifies what is off in q and k where scores are large, as random ones are: hence 2
+    found, expected = _logits(engine, liar_ext.load(small), ids)
+    off = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    assert 1e-5 < off <= 2 * (2 * 22) ** 0.5 * 2.0**-digits
 
 
 def test_a_tokenizer_that_is_in_no_list_is_named_with_the_way_out(tmp_path: Path):

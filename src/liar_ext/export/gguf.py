@@ -16,9 +16,9 @@ from liar_ext.checkpoint.writer import check_output, copy_other_files, output_fo
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError
 from liar_ext.export.converter import convert, find_converter
-from liar_ext.export.gguf_layers import ARCHITECTURE, check_deci, write_deci
+from liar_ext.export.gguf_layers import ARCHITECTURE, check_deci, needs_deci, write_deci
 from liar_ext.export.report import export_card, export_report
-from liar_ext.models import layout
+from liar_ext.models import layout, text_config
 from liar_ext.report.schema import FILE
 from liar_ext.report.text import short_name
 
@@ -73,11 +73,11 @@ def export_gguf(
     reader = CheckpointReader(folder)
     model = layout.empty(reader.config)
     warnings = left_over_warnings(reader.bind(model), model)
-    per_layer = layout.KEY in reader.config
+    listed = needs_deci(text_config(model.config), per_layer=layout.KEY in reader.config)
     file = f"model-{options.outtype}.gguf"
     # before anything is computed
-    layers = check_deci(reader) if per_layer else None
-    if per_layer and importlib.util.find_spec("gguf") is None:
+    layers = check_deci(reader) if listed else None
+    if listed and importlib.util.find_spec("gguf") is None:
         raise InputError("--format gguf: gguf is not installed; pip install 'liar-ext[gguf]'")
     with output_folder(out, folder, overwrite=overwrite) as made:
         if layers is None:
@@ -104,7 +104,7 @@ def export_gguf(
             export={
                 "file": file,
                 "outtype": options.outtype,
-                "architecture": ARCHITECTURE if per_layer else "the converter's",
+                "architecture": ARCHITECTURE if listed else "the converter's",
                 "pre_tokenizer": options.pre_tokenizer,
                 "loads_with": "llama.cpp",
             },
@@ -136,8 +136,8 @@ def _vocabulary(
 def _card(report: dict[str, Any]) -> str:
     what = report["export"]
     how = (
-        f"Its widths differ from layer to layer; it is of llama.cpp's architecture "
-        f"`{ARCHITECTURE}`, which has lists of them."
+        f"It is of llama.cpp's architecture `{ARCHITECTURE}`, which has lists of widths, one for "
+        "each layer."
         if what["architecture"] == ARCHITECTURE
         else "It was written by llama.cpp's `convert_hf_to_gguf.py`."
     )

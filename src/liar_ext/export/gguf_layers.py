@@ -36,6 +36,13 @@ ZERO_UNITS = {"heads": 1, "ffn": 32}
 ROPE = ("linear", "llama3")
 
 
+def needs_deci(config: PretrainedConfig, *, per_layer: bool) -> bool:
+    """Whether a model's own architecture in llama.cpp cannot have its widths: layers that differ,
+    or Qwen2's with fewer heads than the hidden size has room for (`src/models/qwen2.cpp`)."""
+    odd = config.num_attention_heads * plain_head_dim(config) != config.hidden_size
+    return per_layer or (config.model_type == "qwen2" and odd)
+
+
 @dataclass(frozen=True)
 class Layers:
     """A model that `deci` can be.
@@ -63,6 +70,8 @@ def check_deci(reader: CheckpointReader) -> Layers:
             f"{reader.folder}: llama.cpp's per-layer architecture ({ARCHITECTURE}) cannot be this "
             f"model: {reason}; use liar export --format padded first, then --format gguf of that"
         )
+    if layout.KEY not in reader.config:
+        return Layers(reader, narrow, narrow)
     data = copy.deepcopy(reader.config)
     own = data[layout.KEY]
     own["layers"] = [

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.load import load, resolve
-from liar_ext.checkpoint.reader import CheckpointReader, parameter_count
+from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError
@@ -67,6 +67,7 @@ def export_onnx(
     watcher.begin(4, "export")
     reader = CheckpointReader(folder)
     model = load(folder, dtype=torch.float32)
+    left_out = left_over_warnings(reader.bind(model), model)
     watcher.layer(0)
     decoder = adapter_for(model.config).decoder and model.get_output_embeddings() is not None
     with output_folder(out, folder, overwrite=overwrite) as made, _quiet():
@@ -99,7 +100,7 @@ def export_onnx(
                 "bytes_after": sum(p.stat().st_size for p in made.glob(f"{NAME}*")),
             },
             config=reader.config,
-            warnings=[],
+            warnings=left_out,
             seconds=time.perf_counter() - started,
             export={
                 "file": NAME,

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.errors import InputError
-from liar_ext.export.gguf_layers import obstacle
+from liar_ext.export.gguf_layers import needs_deci, obstacle
 from liar_ext.models import adapter_for, layout, text_config
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
@@ -227,6 +227,16 @@ def _llama_cpp(facts: Facts) -> Verdict:
     engine, run = "llama.cpp", "run: tests/export/test_llama_cpp.py"
     command = "liar export --format gguf"
     if not facts.per_layer:
+        if facts.model_type == "qwen3" and facts.biased:
+            return Verdict(
+                engine,
+                NO,
+                "its architecture qwen3 has no bias on o_proj",
+                "read: llama.cpp/src/models/qwen3.cpp",
+                "prune again with --bias never",
+            )
+        if needs_deci(facts.config, per_layer=False):
+            return Verdict(engine, YES, f"as its architecture deci: {command}", run)
         if facts.model_type in LLAMA_LIKE:
             return Verdict(engine, YES, f"by its own converter: {command}", run)
         return Verdict(
