@@ -4,16 +4,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # torch comes first and alone: with it in place, nothing else pulls in the CUDA wheels
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' requirements-dev.txt)
+ENGINES := $(CURDIR)/.engines
 NATIVE := $(shell find csrc -type f)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
-.PHONY: help venv demo test test-slow lint fmt bench docs clean
+.PHONY: help venv demo test test-slow engines lint fmt bench docs clean
 
 help:
 	@echo "make venv    create .venv: everything pinned, the extension built"
 	@echo "make demo    prune the model that ships with the package"
 	@echo "make test    run the tests (PYTEST_ARGS='-k gram' for some)"
 	@echo "make test-slow  run those that 'make test' skips for their time"
+	@echo "make engines    build llama.cpp into .engines and run tests/export with it"
 	@echo "make lint    check style and types; make fmt rewrites to style"
 	@echo "make bench   measure the kernels"
 	@echo "make docs    test the examples in documents and docstrings"
@@ -42,6 +44,22 @@ test: venv
 # minutes for each at widths of real models
 test-slow: venv
 	$(BIN)/pytest -n 2 --slow -m slow $(PYTEST_ARGS)
+
+# with what is in .engines: llama.cpp itself (its sources have the converter), torchao
+engines: $(ENGINES)/.installed
+	PYTHONPATH=$(ENGINES)/packages LIAR_LLAMA_CPP=$(ENGINES)/source/vendor/llama.cpp \
+	  $(BIN)/pytest --slow tests/export $(PYTEST_ARGS)
+
+# a wheel that is there already is taken: PIP_FIND_LINKS=FOLDER make engines
+$(ENGINES)/.installed: requirements-engines.txt $(VENV)/.installed
+	mkdir -p $(ENGINES)/source
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
+	  $(PIP) install --quiet --upgrade --no-deps --target $(ENGINES)/packages -r $<
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python \
+	  $$(grep llama-cpp-python== $<) -d $(ENGINES)
+	tar -xf $(ENGINES)/llama_cpp_python-*.tar.gz --strip-components=1 -C $(ENGINES)/source
+	rm $(ENGINES)/llama_cpp_python-*.tar.gz
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check .

@@ -7,8 +7,6 @@ it refuses the rest, and `liar_ext.load` loads everything.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from liar_families import (
     tree_hash,
     write_tokens,
 )
+from liar_stock import stock
 
 import liar_ext
 from liar_ext import Recipe
@@ -54,33 +53,6 @@ def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((actual - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
-class _Kept(logging.Handler):
-    """Records of warnings and worse."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-def _stock(family: Family, folder: Path) -> Any:
-    """As a user loads it; anything said about the weights is a failure."""
-    logger, kept = transformers.logging.get_logger("transformers"), _Kept()
-    # transformers does not propagate its records, so caplog never sees them
-    logger.addHandler(kept)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model, info = family.auto.from_pretrained(folder, output_loading_info=True)
-    finally:
-        logger.removeHandler(kept)
-    assert kept.lines == []
-    assert {name: keys for name, keys in info.items() if keys} == {}
-    return model.eval()
-
-
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,7 +73,7 @@ def test_prune_save_load_gives_the_same_function(name, target, allocation, tmp_p
     loaded = liar_ext.load(out)
     _close(outputs(loaded), expected)
     if report.layout.startswith("stock"):
-        _close(outputs(_stock(family, out)), expected)
+        _close(outputs(stock(family, out)), expected)
     else:
         with pytest.raises((ValueError, RuntimeError, KeyError)):
             family.auto.from_pretrained(out)
@@ -145,7 +117,7 @@ def test_saving_a_loaded_model_again_keeps_the_function(name, allocation, bias, 
         with pytest.raises((ValueError, RuntimeError)):
             family.auto.from_pretrained(tmp_path / "again")
     else:
-        _close(outputs(_stock(family, tmp_path / "again")), outputs(model))
+        _close(outputs(stock(family, tmp_path / "again")), outputs(model))
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-head-dim", "qwen3", "opt", "bert"])
@@ -190,7 +162,7 @@ def test_added_biases_reach_whoever_loads(name, loader, tmp_path):
     assert len(biases) == 4
     assert all(bool(b.any()) for b in biases)
     if loader == "stock":
-        _close(outputs(_stock(family, tmp_path / "small")), outputs(model))
+        _close(outputs(stock(family, tmp_path / "small")), outputs(model))
 
 
 def test_layers_outside_the_range_stay_dense_and_get_their_biases(tmp_path):
@@ -215,9 +187,9 @@ def test_a_head_count_that_llama_rejects_is_written_as_mistral(tmp_path):
     assert report.layout == "stock (as mistral)"
     model = family.build()
     liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
-    stock = _stock(family, tmp_path / "small")
-    assert type(stock).__name__ == "MistralForCausalLM"
-    _close(outputs(stock), outputs(model))
+    loaded = stock(family, tmp_path / "small")
+    assert type(loaded).__name__ == "MistralForCausalLM"
+    _close(outputs(loaded), outputs(model))
     _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
 
 
@@ -246,7 +218,7 @@ def test_the_mistral_alias_states_what_llama_left_to_its_defaults(tmp_path):
     recipe = _recipe(tmp_path, target=("heads",), sparsity=0.25)
     report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
     assert report.layout == "stock (as mistral)"
-    model = _stock(FAMILIES["llama-mha"], tmp_path / "small")
+    model = stock(FAMILIES["llama-mha"], tmp_path / "small")
     _close(outputs(model), outputs(liar_ext.load(tmp_path / "small")))
     assert model.config.max_position_embeddings == config.max_position_embeddings
     assert model.config.intermediate_size == config.intermediate_size
@@ -275,7 +247,7 @@ def test_the_head_of_a_model_does_not_matter(name, architecture, target, tmp_pat
     assert type(model).__name__ == architecture
     if report.layout == "stock":
         stock = Family(name, FAMILIES[name].build, type(model), False)
-        _close(outputs(_stock(stock, tmp_path / "small")), outputs(model))
+        _close(outputs(stock(stock, tmp_path / "small")), outputs(model))
 
 
 def test_bf16_checkpoints_stay_bf16(tmp_path):

@@ -17,6 +17,7 @@ from liar_ext.cli import (
     demo,
     env,
     evaluate,
+    export,
     fuse,
     grow,
     layers,
@@ -31,7 +32,7 @@ from liar_ext.cli import (
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
 COMMANDS = (
-    *(prune, merge, replace, grow, recover, fuse, batch, compare, evaluate, plan, layers),
+    *(prune, merge, replace, grow, recover, fuse, export, batch, compare, evaluate, plan, layers),
     *(trace, bench, demo, report, env),
 )
 USAGE, FAILURE = 2, 1

@@ -12,11 +12,12 @@ from liar_ext.errors import InputError
 
 FILE = "liar_report.json"
 # `kind` in the reports of folders that were not pruned, Site by Site
-LAYERS, CONVOLUTIONS, RECOVERED = "layers", "convolutions", "recovered"
+LAYERS, CONVOLUTIONS, RECOVERED, EXPORTED = "layers", "convolutions", "recovered", "exported"
 OTHERS = {
     LAYERS: "whole layers that were left out, merged or inserted",
     CONVOLUTIONS: "a convolutional network with fewer convolutions",
     RECOVERED: "a model that `liar recover` has trained",
+    EXPORTED: "a folder that `liar export` has written for another engine",
 }
 VERSION = 1
 
@@ -150,6 +151,6 @@ def calibration_of(folder: str | Path) -> dict[str, Any] | None:
     if not (Path(folder) / FILE).exists():
         return None
     data = read_data(folder)
-    if isinstance(data, dict) and data.get("kind") in (LAYERS, RECOVERED):
+    if isinstance(data, dict) and data.get("kind") in (LAYERS, RECOVERED, EXPORTED):
         return data.get("calibration")
     return Report.read(folder).calibration or None
