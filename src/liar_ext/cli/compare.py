@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from liar_ext.cli.options import add_recipe_options, recipe_of, refuse_torchrun
 from liar_ext.cli.prune import add_trace, add_waiting
 from liar_ext.errors import InputError, LiarError
-from liar_ext.evaluation.task import METRICS, Evaluation, known
+from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KIND=FILE",
-        help="; ".join(f"{kind}={m.file}: {m.help}" for kind, m in METRICS.items())
+        help="; ".join(f"{kind}={m.form}: {m.help}" for kind, m in METRICS.items())
         + "; may be given several times",
     )
     group.add_argument("--eval-seq-len", type=int, metavar="N", help="as --seq-len of `liar eval`")
@@ -148,22 +148,26 @@ def _instead(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 def evaluations_of(arguments: argparse.Namespace) -> list[Evaluation]:
     """What `--eval` and its options say."""
+    from liar_ext.calibration.sources import refuse_missing_path
+
     for name, least in (("eval_seq_len", 2), ("eval_windows", 1), ("eval_batch_size", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if not arguments.eval:
-        raise InputError(f"--eval is missing: give {known(form='{kind}={file}')}")
+        raise InputError(f"--eval is missing: give {known(form='{kind}={form}')}")
     found = []
     for text in arguments.eval:
         kind, equals, path = text.partition("=")
         if kind not in METRICS or not (equals and path):
-            raise InputError(f"--eval {text}: give {known(form='{kind}={file}')}")
-        if not Path(path).is_file():
-            raise InputError(f"--eval {text}: no such file")
+            raise InputError(f"--eval {text}: give {known(form='{kind}={form}')}")
+        try:
+            refuse_missing_path(METRICS[kind].source(path))
+        except InputError as error:
+            raise InputError(f"--eval {kind}={error}") from None
         if arguments.eval.count(text) > 1:
             raise InputError(f"--eval {text}: is given twice")
-        windows = arguments.eval_windows if kind == "text" else None
+        windows = arguments.eval_windows if kind in WINDOWED else None
         found.append(
             Evaluation(kind, path, arguments.eval_seq_len, arguments.eval_batch_size, windows)
         )
