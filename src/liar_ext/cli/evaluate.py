@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
     from liar_ext.calibration.sources import Corpus
+
+
+LEAST = {"seq_len": 1, "batch_size": 1, "windows": 1, "num_fewshot": 0, "limit": 1}
+HARNESS = {"num_fewshot": "shots", "limit": "limit", "include_path": "include_path"}
 
 
 def add_parser(commands: Any) -> None:
@@ -71,6 +76,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--windows", type=int, metavar="N", help="of a text the first N windows (default all)"
     )
+    add_harness(how)
     how.add_argument("--batch-size", type=int, default=8, metavar="N")
     how.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
     how.add_argument(
@@ -78,6 +84,25 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+
+
+def add_harness(group: Any, prefix: str = "") -> None:
+    """Options of tasks of the harness, as those of another command with a prefix."""
+    of = "of lm-eval: "
+    group.add_argument(
+        f"--{prefix}num-fewshot", type=int, metavar="N", help=of + "examples in front of a question"
+    )
+    group.add_argument(
+        f"--{prefix}limit", type=int, metavar="N", help=of + "documents of a task at most"
+    )
+    group.add_argument(
+        f"--{prefix}include-path", metavar="DIR", help=of + "folder of further tasks, as YAML"
+    )
+
+
+def harness_options(arguments: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """What `add_harness` has been given, as fields of an Evaluation."""
+    return {field: getattr(arguments, prefix + name) for name, field in HARNESS.items()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -88,10 +113,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--{name} {getattr(arguments, name)}: choose from {', '.join(CHOICES[name])}"
             )
-    for name in ("seq_len", "batch_size", "windows"):
+    for name, least in LEAST.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     evaluations = _evaluations(arguments)
     if arguments.stability is None and not evaluations:
         raise InputError(f"nothing to measure: give {known()} or --stability")
@@ -117,10 +142,17 @@ def _evaluations(arguments: argparse.Namespace) -> list[Evaluation]:
         for path in given:
             if given.count(path) > 1:
                 raise InputError(f"{metric.option} {path}: is given twice")
-            windows = arguments.windows if kind in WINDOWED else None
-            found.append(Evaluation(kind, path, arguments.seq_len, arguments.batch_size, windows))
+            one = Evaluation(kind, path, arguments.seq_len, arguments.batch_size)
+            if kind in WINDOWED:
+                one = replace(one, windows=arguments.windows)
+            if kind == "lm-eval":
+                one = replace(one, **harness_options(arguments))
+            found.append(one)
     if arguments.windows is not None and not arguments.text:
         raise InputError("--windows: is of --text only")
+    for name in HARNESS:
+        if getattr(arguments, name) is not None and not getattr(arguments, "lm-eval"):
+            raise InputError(f"--{name.replace('_', '-')}: is of --lm-eval only")
     if arguments.against is not None:
         if not arguments.text:
             raise InputError("--against: is of --text; give a text to compare on")

@@ -81,6 +81,10 @@ def facts(result: dict[str, Any]) -> str:
         parts.append(
             f"chance {result['chance']:.4f}; {result['items']} {result['format']} items{cut}"
         )
+    elif "tasks" in result:
+        tasks = result["tasks"].items()
+        asked = (f"{name} {one['samples']} at {one['num_fewshot']} shots" for name, one in tasks)
+        parts.append(f"lm-eval {result['lm_eval']}, " + ", ".join(asked))
     elif "pairs" in result:
         parts.append(f"{result['pairs']} pairs")
     method = result["interval_method"]

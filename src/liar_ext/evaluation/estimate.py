@@ -101,16 +101,16 @@ def perplexity(losses: ArrayLike) -> Estimate:
     return Estimate(value, units, error, interval, f"exp of {of_loss.method}")
 
 
-def share(correct: ArrayLike, unit: str = "questions") -> Estimate:
+def share(correct: ArrayLike, unit: str = "questions", scale: float = 100.0) -> Estimate:
     """The percentage of `correct` (n,) booleans, with Wilson's score interval, which neither leaves
-    0 to 100 nor shrinks to nothing where all are right."""
-    units = 100 * np.asarray(correct, dtype=np.float64)
+    0 to 100 nor shrinks to nothing where all are right. `scale` 1 is for a share of 1."""
+    units = scale * np.asarray(correct, dtype=np.float64)
     count, value = len(units), float(units.mean())
-    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
-    p, shrink = value / 100, 1 + z * z / count
+    z = normal_quantile()
+    p, shrink = value / scale, 1 + z * z / count
     middle = (p + z * z / (2 * count)) / shrink
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / shrink
-    interval = (100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0))
+    interval = (scale * max(middle - half, 0.0), scale * min(middle + half, 1.0))
     method = f"{_percent()} Wilson score over {unit}"
     return Estimate(value, units, _standard_error(units), interval, method)
 
@@ -130,6 +130,32 @@ def jackknife(value: float, without: ArrayLike, unit: str) -> Estimate:
     )
 
 
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of figures of different units, each figure weighing the same.
+
+    One of unit i of figure k is `θ + n / (K n_k) · (u_i − θ_k)`: their mean is that of the figures,
+    and their error that of independent figures.
+    """
+    value = sum(one.value for one in estimates) / len(estimates)
+    total = sum(len(one.units) for one in estimates)
+    parts = [
+        value + total / (len(estimates) * len(one.units)) * (one.units - one.units.mean())
+        for one in estimates
+    ]
+    units = np.concatenate(parts)
+    errors = [one.standard_error for one in estimates]
+    known = [error for error in errors if error is not None]
+    error = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
+    method = f"{_percent()} normal, of independent figures"
+    return Estimate(value, units, error, _normal(value, error), method)
+
+
+def stated(value: float, error: float | None, source: str) -> Estimate:
+    """A figure whose error is known and whose units are not: nothing can be paired with it."""
+    method = f"{_percent()} normal, with {source}"
+    return Estimate(value, np.empty(0), error, _normal(value, error), method)
+
+
 def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True) -> Difference:
     """`pruned − dense`.
 
@@ -139,13 +165,12 @@ def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True
         InputError: paired estimates of different numbers of units.
     """
     value = pruned.value - dense.value
-    if not paired:
+    if not (paired and len(dense.units) and len(pruned.units)):
         errors = (dense.standard_error, pruned.standard_error)
         known = [error for error in errors if error is not None]
         error = math.hypot(*known) if len(known) == 2 else None
-        least = min(len(dense.units), len(pruned.units)) - 1
-        interval = _student(value, error, least)
-        return Difference(value, error, interval, f"{_percent()} Student's t, unpaired", False)
+        interval = _normal(value, error)
+        return Difference(value, error, interval, f"{_percent()} normal, unpaired", False)
     if len(dense.units) != len(pruned.units):
         raise InputError(
             f"{len(dense.units)} and {len(pruned.units)} {unit} are no pairs; measure both models "
@@ -155,6 +180,11 @@ def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True
     interval = _student(value, error, len(dense.units) - 1)
     method = f"{_percent()} Student's t over pairs of {unit}"
     return Difference(value, error, interval, method, True)
+
+
+def normal_quantile() -> float:
+    """Half the width of an interval of `LEVEL`, in standard errors."""
+    return NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
 
 def student_quantile(probability: float, freedom: int) -> float:
@@ -189,6 +219,13 @@ def _standard_error(units: NDArray[np.float64]) -> float | None:
     if len(units) < 2:
         return None
     return float(units.std(ddof=1) / math.sqrt(len(units)))
+
+
+def _normal(value: float, error: float | None) -> tuple[float, float] | None:
+    if error is None:
+        return None
+    half = normal_quantile() * error
+    return value - half, value + half
 
 
 def _student(value: float, error: float | None, freedom: int) -> tuple[float, float] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.sources import Corpus, read
-from liar_ext.evaluation import agreement, estimate, perplexity
+from liar_ext.evaluation import agreement, estimate, lm_harness, perplexity
 from liar_ext.evaluation.choice_scores import result_of, score
 from liar_ext.evaluation.choice_tokens import encode
 from liar_ext.evaluation.choices import read_choices
 from liar_ext.evaluation.measured import Dense, Measure, Measured
 from liar_ext.evaluation.stsb import correlation
 from liar_ext.evaluation.task import Evaluation
-from liar_ext.evaluation.texts import Text, read_text, tokens_of
+from liar_ext.evaluation.texts import read_text, tokens_of
 
 
 class TextMeasure:
@@ -122,34 +121,18 @@ class ChoicesMeasure:
         return Measured(correct, "questions", {"dataset": self.evaluation.path, **details})
 
 
-def _stsb_corpus(path: str) -> Corpus:
-    return read(path)
-
-
-def _text_corpus(path: str) -> Corpus:
-    # a token file, or another form of calibration, is recognised by what it was read as
-    return _text(path).corpus()
-
-
-def _text(path: str) -> Text:
-    return read_text(path)
-
-
 PREPARE: dict[str, Callable[[Evaluation, Any], Measure]] = {
     "text": TextMeasure,
     "kl": DivergenceMeasure,
     "stsb": StsbMeasure,
     "choices": ChoicesMeasure,
+    "lm-eval": lm_harness.HarnessMeasure,
 }
 
-CORPUS: dict[str, Callable[[str], Corpus]] = {
-    "text": _text_corpus,
-    "kl": _text_corpus,
-    "stsb": _stsb_corpus,
-    "choices": lambda path: read_choices(path).corpus(),
+CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
+    "text": lambda evaluation: read_text(evaluation.path).corpus(),
+    "kl": lambda evaluation: read_text(evaluation.path).corpus(),
+    "stsb": lambda evaluation: read(evaluation.path),
+    "choices": lambda evaluation: read_choices(evaluation.path).corpus(),
+    "lm-eval": lm_harness.corpus,
 }
-
-
-def digest_of(data: Any) -> str:
-    """sha256 of JSON data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()

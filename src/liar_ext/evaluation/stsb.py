@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.sources import csv_rows, is_number
 from liar_ext.errors import InputError
-from liar_ext.evaluation.estimate import LEVEL, Estimate
+from liar_ext.evaluation.estimate import LEVEL, Estimate, normal_quantile
 from liar_ext.evaluation.mode import inference
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def _estimate(result: StsbResult, x: NDArray[Any], y: NDArray[Any]) -> Estimate:
     interval = None
     if n > 3 and abs(rho) < 1:
         middle = float(np.arctanh(rho))
-        half = NormalDist().inv_cdf(0.5 + LEVEL / 2) * float(np.sqrt((1 + rho**2 / 2) / (n - 3)))
+        half = normal_quantile() * float(np.sqrt((1 + rho**2 / 2) / (n - 3)))
         interval = (100 * float(np.tanh(middle - half)), 100 * float(np.tanh(middle + half)))
     without = 100 * leave_one_out(x, y)
     units = n * result.spearman - (n - 1) * without

@@ -53,13 +53,15 @@ class Evaluation:
     Attributes:
         kind: a key of `METRICS`: `text` (perplexity of a decoder), `kl` (its divergence from the
             dense one), `stsb` (Spearman × 100 of an encoder), `choices` (accuracy of a decoder on
-            multiple-choice questions, in percent).
+            multiple-choice questions, in percent), `lm-eval` (tasks of the harness, of a decoder).
         path: the source, in the metric's form.
         seq_len: tokens in a window, or of a sentence, or of a question with an answer, at most;
             None is the metric's own.
         batch_size: sequences in a forward.
         windows: of a text the first so many windows; None for all.
         length_from: where `length` is from, for people.
+        shots, limit, include_path: of `lm-eval`: examples in front of a question, documents of
+            a task at most, and a folder of further tasks.
     """
 
     kind: str
@@ -68,6 +70,9 @@ class Evaluation:
     batch_size: int = 8
     windows: int | None = None
     length_from: str = ""
+    shots: int | None = None
+    limit: int | None = None
+    include_path: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
@@ -114,6 +119,10 @@ class Evaluation:
         Raises:
             InputError: the source cannot be read.
         """
+        sizes: dict[str, Any] = {"seq_len": self.length, "batch_size": self.batch_size}
+        if self.kind == "lm-eval":
+            asked = {"shots": self.shots, "limit": self.limit}
+            return {"sha256": self.corpus().sha256, **sizes, **asked}
         source = self.metric.source(self.path)
         path = Path(source).expanduser()
         try:
@@ -124,14 +133,13 @@ class Evaluation:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from error
-        sizes = {"seq_len": self.length, "batch_size": self.batch_size, "windows": self.windows}
-        return {"sha256": found, **sizes}
+        return {"sha256": found, **sizes, "windows": self.windows}
 
     def corpus(self) -> Corpus:
         """The texts. Raises InputError where there are none to be read."""
         from liar_ext.evaluation.measures import CORPUS
 
-        return CORPUS[self.kind](self.path)
+        return CORPUS[self.kind](self)
 
     def on(self, tokenizer: Any) -> Measure:
         """A function that measures models. Tokens are made once.
@@ -200,6 +208,16 @@ METRICS = {
         form="FILE.jsonl",
         help="accuracy on multiple-choice questions, percent (decoders)",
         option="--choices",
+        seq_len=None,
+    ),
+    "lm-eval": Metric(
+        name="lm-eval",
+        higher=True,
+        model=DECODER,
+        form="TASK,TASK",
+        help="tasks, groups or tags of EleutherAI's lm-evaluation-harness, which has to be "
+        "installed (decoders)",
+        option="--lm-eval",
         seq_len=None,
     ),
 }
