@@ -110,7 +110,7 @@ def test_a_set_whose_texts_were_calibrated_on_is_warned_of(
     ("arguments", "says"),
     [
         (["{bert}", "--choices", "{file}"], "a bert model is evaluated with --stsb"),
-        (["{llama}", "--stsb", "{stsb}"], "is evaluated with --text or --choices"),
+        (["{llama}", "--stsb", "{stsb}"], "is evaluated with --text, --choices or"),
         (["{llama}", "--choices", "{stsb}"], "cannot read a .csv file; give .jsonl"),
         (["{llama}", "--choices", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
         (["{llama}", "--choices", "{file}", "--choices", "{file}"], "is given twice"),

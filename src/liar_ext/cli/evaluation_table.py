@@ -14,6 +14,9 @@ _LABELS = {
     "accuracy_norm": "accuracy by length, %",
     "accuracy_ppl": "accuracy by text loss, %",
     "spearman": "Spearman × 100",
+    "pearson": "Pearson × 100",
+    "matthews": "Matthews' correlation × 100",
+    "f1": "F1 × 100",
     "kl": "KL(dense ‖ this), nats a token",
     "top1_agreement": "top-1 agreement, %",
 }
@@ -85,6 +88,9 @@ def facts(result: dict[str, Any]) -> str:
         tasks = result["tasks"].items()
         asked = (f"{name} {one['samples']} at {one['num_fewshot']} shots" for name, one in tasks)
         parts.append(f"lm-eval {result['lm_eval']}, " + ", ".join(asked))
+    elif "examples" in result:
+        cut = f", {result['truncated']} of them cut to {result['seq_len']} tokens"
+        parts.append(f"{result['examples']} examples{cut if result['truncated'] else ''}")
     elif "pairs" in result:
         parts.append(f"{result['pairs']} pairs")
     method = result["interval_method"]

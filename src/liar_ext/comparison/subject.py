@@ -40,7 +40,7 @@ from liar_ext.engine.plain import plain_forward
 from liar_ext.engine.source import dense_checkpoint
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
-from liar_ext.evaluation.limits import Limits
+from liar_ext.evaluation.limits import limits_of_model
 from liar_ext.evaluation.measured import Measure
 from liar_ext.evaluation.mode import inference
 from liar_ext.evaluation.task import Evaluation
@@ -85,7 +85,7 @@ class Subject:
         targeted_layers(InMemory(empty), base)  # refuses layers that the model has not
         limit = self._adapter.max_positions(text_config(empty.config))
         self.evaluations = [e.fitted(limit) for e in evaluations]
-        limits = Limits(self._adapter.model_type, self._adapter.decoder, limit)
+        limits = limits_of_model(empty)
         for evaluation in evaluations:
             try:
                 evaluation.check(folder, limits, form="{kind}={form}")

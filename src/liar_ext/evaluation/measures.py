@@ -15,6 +15,7 @@ from liar_ext.evaluation import agreement, estimate, lm_harness, perplexity
 from liar_ext.evaluation.choice_scores import result_of, score
 from liar_ext.evaluation.choice_tokens import encode
 from liar_ext.evaluation.choices import read_choices
+from liar_ext.evaluation.glue import GlueMeasure, read_glue
 from liar_ext.evaluation.measured import Dense, Measure, Measured
 from liar_ext.evaluation.stsb import correlation
 from liar_ext.evaluation.task import Evaluation
@@ -127,6 +128,7 @@ PREPARE: dict[str, Callable[[Evaluation, Any], Measure]] = {
     "stsb": StsbMeasure,
     "choices": ChoicesMeasure,
     "lm-eval": lm_harness.HarnessMeasure,
+    "glue": GlueMeasure,
 }
 
 CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
@@ -135,4 +137,5 @@ CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
     "stsb": lambda evaluation: read(evaluation.path),
     "choices": lambda evaluation: read_choices(evaluation.path).corpus(),
     "lm-eval": lm_harness.corpus,
+    "glue": lambda evaluation: read_glue(evaluation.path).corpus(),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.errors import InputError
+from liar_ext.evaluation.glue_names import TASKS, glue_source
 from liar_ext.evaluation.text_names import protocol_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from liar_ext.evaluation.measured import Measure
 
 DECODER, ENCODER = "decoder", "encoder"
+# heads of encoders, as transformers names its classes
+CLASSIFIER, READER = "ForSequenceClassification", "ForQuestionAnswering"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Metric:
 
     Attributes:
         name: of the value; higher: whether that is better.
-        model: what is evaluated, `DECODER` or `ENCODER`.
+        model: what is evaluated, `DECODER` or `ENCODER`; head: and with which, or any.
         form: what is given, as a usage line has it; help: what is measured.
         option: of `liar eval`; None where another option's source is meant.
         source: what is given -> the file or data set in it.
@@ -42,6 +45,7 @@ class Metric:
     form: str
     help: str
     option: str | None
+    head: str | None = None
     source: Callable[[str], str] = str
     seq_len: int | None = 2048
 
@@ -53,7 +57,8 @@ class Evaluation:
     Attributes:
         kind: a key of `METRICS`: `text` (perplexity of a decoder), `kl` (its divergence from the
             dense one), `stsb` (Spearman × 100 of an encoder), `choices` (accuracy of a decoder on
-            multiple-choice questions, in percent), `lm-eval` (tasks of the harness, of a decoder).
+            multiple-choice questions, in percent), `lm-eval` (tasks of the harness, of a decoder),
+            `glue` (its metrics, of an encoder with a classification head).
         path: the source, in the metric's form.
         seq_len: tokens in a window, or of a sentence, or of a question with an answer, at most;
             None is the metric's own.
@@ -77,6 +82,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
             raise InputError(f"evaluation {self.kind!r}: choose from {', '.join(METRICS)}")
+        self.metric.source(self.path)  # refuses a form that it has not
         if not self.length_from:
             where = "the default" if self.seq_len is None else "as asked for"
             object.__setattr__(self, "length_from", where)
@@ -111,6 +117,11 @@ class Evaluation:
             raise InputError(
                 f"{folder}: a {limits.model_type} model is evaluated with "
                 f"{known(model=model, form=form)}"
+            )
+        if self.metric.head not in (None, limits.head):
+            raise InputError(
+                f"{folder}: {limits.architecture} has not the head that {self.kind} is about; give "
+                f"a fine-tuned model, of a class ...{self.metric.head}"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -209,6 +220,19 @@ METRICS = {
         help="accuracy on multiple-choice questions, percent (decoders)",
         option="--choices",
         seq_len=None,
+    ),
+    "glue": Metric(
+        name="glue",
+        higher=True,
+        model=ENCODER,
+        form="TASK=FILE",
+        help="a task of GLUE (encoders with a classification head): "
+        + ", ".join(TASKS)
+        + "; FILE is its .tsv, or .jsonl, .parquet with the hub's fields",
+        option="--glue",
+        head=CLASSIFIER,
+        source=glue_source,
+        seq_len=128,
     ),
     "lm-eval": Metric(
         name="lm-eval",
