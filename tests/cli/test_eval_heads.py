@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
+from liar_squad import articles, write_squad
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -91,6 +93,31 @@ def test_a_pruned_classifier_keeps_its_head_and_labels(inputs, tmp_path, capsys,
         assert (one(input_ids=ids).logits - other(input_ids=ids).logits).abs().max() > 0
 
 
+@pytest.mark.parametrize("version", ["1.1", "v2.0"])
+def test_a_pruned_reader_answers_with_its_head(inputs, tmp_path, capsys, version):
+    torch.manual_seed(0)
+    vocabulary = json.loads((inputs.bert / "config.json").read_text())["vocab_size"]
+    dense, out = tmp_path / "dense", tmp_path / "small"
+    BertForQuestionAnswering(BertConfig(vocab_size=vocabulary, **SIZES)).save_pretrained(dense)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(inputs.bert / file, dense / file)
+    place = ["--out", str(out), "--calibration", str(inputs.text), "--target", "ffn,heads"]
+    sizes = ["--samples", "32", "--seq-len", "32", "--sparsity", "0.5"]
+    assert main(["prune", str(dense), *place, *sizes]) == 0
+    capsys.readouterr()
+    one, other = load(dense), load(out)
+    assert type(other) is BertForQuestionAnswering
+    assert torch.equal(one.qa_outputs.weight, other.qa_outputs.weight)
+    file = write_squad(tmp_path / "dev.json", articles(version=version))
+    given = ["--squad", file, "--seq-len", "48", "--null-threshold", "0.1", "--dense", str(dense)]
+    result = evaluated(capsys, out, *given)
+    assert (result["metric"], result["questions"], result["stride"]) == ("f1", 12, 16)
+    assert set(result["difference"]) == {"f1", "exact_match"}
+    assert ("null_threshold" in result) is (version == "v2.0")
+    assert main(["eval", str(out), *given]) == 0
+    assert f"12 questions of version {result['squad_version']} in" in capsys.readouterr().out
+
+
 def test_a_grid_has_glue(inputs, tmp_path, capsys):
     dense = dense_of(inputs, tmp_path / "dense", "bert")
     name = f"glue={write_sst2(tmp_path / 'dev.tsv')}"
@@ -115,6 +142,12 @@ def test_a_classifier_in_the_table_is_beside_the_dense_one(inputs, tmp_path, cap
         (["{llama}", "--glue", "{glue}"], "a llama model is evaluated with --text"),
         (["{bert}", "--glue", "{glue}"], "BertModel has not the head that glue is about"),
         (["{bert}", "--glue", "sst9={tmp}/dev.tsv"], "'sst9' is no task of GLUE"),
+        (["{llama}", "--squad", "{tmp}/dev.tsv"], "a llama model is evaluated with --text"),
+        (["{bert}", "--squad", "{tmp}/dev.tsv"], "BertModel has not the head that squad is about"),
+        (
+            ["{bert}", "--glue", "{glue}", "--null-threshold", "1"],
+            "--null-threshold: is of --squad",
+        ),
         (["{bert}", "--text", "{text}"], "a bert model is evaluated with --stsb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -97,31 +97,15 @@ def classifier(labels, **names):
     return BertForSequenceClassification(config).eval()
 
 
-def plain_guesses(model, tokenizer, rows, pairs):
+def plain_guesses(model, pair_tokenizer, rows, pairs):
     """One call of the model an example, no padding."""
     found = []
     for texts, _ in rows:
         given = texts if pairs else texts[:1]
-        batch = tokenizer(*given, return_tensors="pt")
+        batch = pair_tokenizer(*given, return_tensors="pt")
         with torch.no_grad():
             found.append(model(**batch).logits[0].numpy())
     return np.array(found)
-
-
-@pytest.fixture
-def tokenizer(tokenizer):
-    """With a template for pairs."""
-    import copy
-
-    from tokenizers import processors
-
-    other = copy.deepcopy(tokenizer)
-    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return other
 
 
 def sklearn_of(name, labels, guessed):
@@ -142,10 +126,10 @@ def sklearn_of(name, labels, guessed):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_gets_what_its_reference_metrics_give(tmp_path, tokenizer, name):
+def test_every_task_gets_what_its_reference_metrics_give(tmp_path, pair_tokenizer, name):
     task, rows = TASKS[name], list(examples(name))
     model = classifier(max(1, len(task.names)))
-    logits = plain_guesses(model, tokenizer, rows, len(task.fields) == 2)
+    logits = plain_guesses(model, pair_tokenizer, rows, len(task.fields) == 2)
     # no label is guessed always
     shift = np.median(logits, 0)
     with torch.no_grad():
@@ -155,7 +139,7 @@ def test_every_task_gets_what_its_reference_metrics_give(tmp_path, tokenizer, na
     assert len(set(guessed.tolist())) > 1
     want = sklearn_of(name, [y for _, y in rows], guessed)
     spec = write_tsv(tmp_path / "dev.tsv", name, rows)
-    found = GlueMeasure(Evaluation("glue", spec, batch_size=7), tokenizer)(model)
+    found = GlueMeasure(Evaluation("glue", spec, batch_size=7), pair_tokenizer)(model)
     assert set(found.estimates) == set(want)
     assert found.metric == task.metrics[0]
     for metric, value in want.items():
@@ -233,13 +217,13 @@ def test_labels_are_in_the_order_that_the_config_names(names, order):
     assert label_order(TASKS["mnli"], config) == order
 
 
-def test_a_head_with_its_labels_the_other_way_round_is_read_by_name(tmp_path, tokenizer):
+def test_a_head_with_its_labels_the_other_way_round_is_read_by_name(tmp_path, pair_tokenizer):
     rows = list(examples("sst2"))
     spec = write_tsv(tmp_path / "dev.tsv", "sst2", rows)
-    plain = GlueMeasure(Evaluation("glue", spec), tokenizer)(classifier(2))
+    plain = GlueMeasure(Evaluation("glue", spec), pair_tokenizer)(classifier(2))
     names = {"positive": 0, "negative": 1}
     turned = classifier(2, id2label={0: "positive", 1: "negative"}, label2id=names)
-    found = GlueMeasure(Evaluation("glue", spec), tokenizer)(turned)
+    found = GlueMeasure(Evaluation("glue", spec), pair_tokenizer)(turned)
     assert found.estimates["accuracy"].value == pytest.approx(
         100 - plain.estimates["accuracy"].value
     )
@@ -272,14 +256,14 @@ def test_a_head_that_does_not_fit_is_refused(task, names, says):
         label_order(TASKS[task], config)
 
 
-def test_long_texts_are_cut_and_counted(tmp_path, tokenizer):
+def test_long_texts_are_cut_and_counted(tmp_path, pair_tokenizer):
     rows = [((" ".join(["w1"] * 40), "w2"), 0), (("w1", "w2"), 1)]
     spec = write_tsv(tmp_path / "dev.tsv", "rte", rows)
-    found = GlueMeasure(Evaluation("glue", spec, seq_len=16), tokenizer)
+    found = GlueMeasure(Evaluation("glue", spec, seq_len=16), pair_tokenizer)
     assert found.rows.truncated == 1
     assert [len(row["input_ids"]) for row in found.rows.ids] == [16, 5]
     with pytest.raises(InputError, match="--seq-len 4: the tokenizer adds 3 special tokens"):
-        GlueMeasure(Evaluation("glue", spec, seq_len=4), tokenizer)
+        GlueMeasure(Evaluation("glue", spec, seq_len=4), pair_tokenizer)
 
 
 @pytest.mark.parametrize(

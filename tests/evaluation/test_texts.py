@@ -59,6 +59,18 @@ def test_a_parquet_of_the_hub_gives_the_same(tmp_path):
     assert joined(one) == joined(other)
 
 
+def test_a_data_set_gives_the_same_as_its_file(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "wiki.txt").write_text(WIKITEXT)
+    rows = [line + "\n" if line.strip() else "" for line in WIKITEXT.split("\n")[:-1]]
+    split = datasets.Dataset.from_dict({"text": rows})
+    datasets.DatasetDict({"test": split}).save_to_disk(tmp_path / "wikitext")
+    one, other = (read_text(f"wikitext2={tmp_path}/{n}") for n in ("wiki.txt", "wikitext"))
+    assert joined(one) == joined(other)
+    with pytest.raises(InputError, match="no split 'validation'"):
+        read_text(f"wikitext2={tmp_path}/wikitext::validation")
+
+
 @pytest.mark.parametrize(("name", "join"), [("ptb", " "), ("ptb-lines", "\n\n")])
 def test_penn_treebank_lines_are_stripped_and_joined(tmp_path, name, join):
     (tmp_path / "ptb.test.txt").write_text(PTB)

@@ -76,6 +76,12 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--windows", type=int, metavar="N", help="of a text the first N windows (default all)"
     )
+    how.add_argument(
+        "--null-threshold",
+        type=float,
+        metavar="F",
+        help="of --squad: how much better than the best answer none has to be (default 0)",
+    )
     add_harness(how)
     how.add_argument("--batch-size", type=int, default=8, metavar="N")
     how.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
@@ -145,11 +151,15 @@ def _evaluations(arguments: argparse.Namespace) -> list[Evaluation]:
             one = Evaluation(kind, path, arguments.seq_len, arguments.batch_size)
             if kind in WINDOWED:
                 one = replace(one, windows=arguments.windows)
+            if kind == "squad" and arguments.null_threshold is not None:
+                one = replace(one, null_threshold=arguments.null_threshold)
             if kind == "lm-eval":
                 one = replace(one, **harness_options(arguments))
             found.append(one)
     if arguments.windows is not None and not arguments.text:
         raise InputError("--windows: is of --text only")
+    if arguments.null_threshold is not None and not arguments.squad:
+        raise InputError("--null-threshold: is of --squad only")
     for name in HARNESS:
         if getattr(arguments, name) is not None and not getattr(arguments, "lm-eval"):
             raise InputError(f"--{name.replace('_', '-')}: is of --lm-eval only")

@@ -17,6 +17,7 @@ _LABELS = {
     "pearson": "Pearson × 100",
     "matthews": "Matthews' correlation × 100",
     "f1": "F1 × 100",
+    "exact_match": "exact match, %",
     "kl": "KL(dense ‖ this), nats a token",
     "top1_agreement": "top-1 agreement, %",
 }
@@ -91,6 +92,12 @@ def facts(result: dict[str, Any]) -> str:
     elif "examples" in result:
         cut = f", {result['truncated']} of them cut to {result['seq_len']} tokens"
         parts.append(f"{result['examples']} examples{cut if result['truncated'] else ''}")
+    elif "squad_version" in result:
+        parts.append(
+            f"{result['questions']} questions of version {result['squad_version']} in "
+            f"{result['windows']} windows of {result['seq_len']} tokens at most, "
+            f"{result['stride']} shared"
+        )
     elif "pairs" in result:
         parts.append(f"{result['pairs']} pairs")
     method = result["interval_method"]

@@ -28,6 +28,11 @@ class Rows:
     truncated: int
 
 
+def inputs_in(encoded: Any) -> list[str]:
+    """The names of what a model may be given, of what a tokenizer has made."""
+    return [name for name in _INPUTS if name in encoded]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], seq_len: int
 ) -> Rows:
@@ -46,7 +51,7 @@ def encode(
         )
     found = tokenizer(first, second, truncation=True, max_length=seq_len, padding=False)
     whole = tokenizer(first, second, truncation=False, padding=False, verbose=False)["input_ids"]
-    names = [name for name in _INPUTS if name in found]
+    names = inputs_in(found)
     rows = tuple({name: found[name][i] for name in names} for i in range(len(texts)))
     return Rows(rows, sum(len(ids) > seq_len for ids in whole))
 

@@ -17,6 +17,8 @@ from liar_ext.evaluation.choice_tokens import encode
 from liar_ext.evaluation.choices import read_choices
 from liar_ext.evaluation.glue import GlueMeasure, read_glue
 from liar_ext.evaluation.measured import Dense, Measure, Measured
+from liar_ext.evaluation.squad import SquadMeasure
+from liar_ext.evaluation.squad_sets import read_squad
 from liar_ext.evaluation.stsb import correlation
 from liar_ext.evaluation.task import Evaluation
 from liar_ext.evaluation.texts import read_text, tokens_of
@@ -129,6 +131,7 @@ PREPARE: dict[str, Callable[[Evaluation, Any], Measure]] = {
     "choices": ChoicesMeasure,
     "lm-eval": lm_harness.HarnessMeasure,
     "glue": GlueMeasure,
+    "squad": SquadMeasure,
 }
 
 CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
@@ -138,4 +141,5 @@ CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
     "choices": lambda evaluation: read_choices(evaluation.path).corpus(),
     "lm-eval": lm_harness.corpus,
     "glue": lambda evaluation: read_glue(evaluation.path).corpus(),
+    "squad": lambda evaluation: read_squad(evaluation.path).corpus(),
 }

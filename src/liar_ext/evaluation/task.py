@@ -58,7 +58,8 @@ class Evaluation:
         kind: a key of `METRICS`: `text` (perplexity of a decoder), `kl` (its divergence from the
             dense one), `stsb` (Spearman × 100 of an encoder), `choices` (accuracy of a decoder on
             multiple-choice questions, in percent), `lm-eval` (tasks of the harness, of a decoder),
-            `glue` (its metrics, of an encoder with a classification head).
+            `glue` (its metrics, of an encoder with a classification head), `squad` (F1 of one
+            with a question-answering head).
         path: the source, in the metric's form.
         seq_len: tokens in a window, or of a sentence, or of a question with an answer, at most;
             None is the metric's own.
@@ -67,6 +68,7 @@ class Evaluation:
         length_from: where `length` is from, for people.
         shots, limit, include_path: of `lm-eval`: examples in front of a question, documents of
             a task at most, and a folder of further tasks.
+        null_threshold: of `squad`: "no answer" has to be better than the best span by more.
     """
 
     kind: str
@@ -78,6 +80,7 @@ class Evaluation:
     shots: int | None = None
     limit: int | None = None
     include_path: str | None = None
+    null_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
@@ -233,6 +236,17 @@ METRICS = {
         head=CLASSIFIER,
         source=glue_source,
         seq_len=128,
+    ),
+    "squad": Metric(
+        name="f1",
+        higher=True,
+        model=ENCODER,
+        form="FILE.json",
+        help="F1 and exact match on SQuAD, version 1.1 or 2.0 (encoders with a question-answering "
+        "head)",
+        option="--squad",
+        head=READER,
+        seq_len=384,
     ),
     "lm-eval": Metric(
         name="lm-eval",

@@ -79,9 +79,8 @@ class Text:
 
     def describe(self, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """The protocol as JSON data: all that says how the tokens `ids` came about."""
-        one = encode(self.documents[0][:100], tokenizer, special=False)
-        both = encode(self.documents[0][:100], tokenizer, special=True)
-        front = len(both) - len(one) if not one else _position(both, one)
+        one, both = (encode("a", tokenizer, special=special) for special in (False, True))
+        front = _position(both, one)
         return {
             "name": self.protocol.name,
             "join": self.protocol.join,
