@@ -87,9 +87,13 @@ def evaluate(
     known = [own.positions for own in limits if own.positions is not None]
     fitted = [evaluation.fitted(min(known, default=None)) for evaluation in evaluations]
     prepared = [_prepared(each, fitted) for each in folders]
-    if any(evaluation.kind == "kl" for evaluation in evaluations):
-        if dense is None:
-            raise InputError("a divergence is from another model; give it (--against)")
+    kinds = {evaluation.kind for evaluation in evaluations}
+    if "kl" in kinds:
+        if dense is None or len(kinds) > 1:
+            raise InputError(
+                "kl: a divergence is from a dense model, which has to be given, and is measured "
+                "apart from others"
+            )
         return _against(folder, dense, fitted, prepared, device, dtype, one_at_a_time, scratch)
     found: list[list[Measured]] = []
     # the dense one first, so that what is printed of a crash is of the one that matters

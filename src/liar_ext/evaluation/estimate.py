@@ -29,20 +29,18 @@ LEVEL = 0.95
 _LARGEST_LOSS = 700.0
 
 
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A figure with its uncertainty.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Figure:
+    """A number and how certain it is.
 
     Attributes:
         value: the figure.
-        units: (n,) float64, its pseudo-values, in the figure's own unit.
         standard_error: of `value`; None for a single unit.
         interval: two-sided, of `LEVEL`; None for a single unit.
         method: how the interval is made, for people.
     """
 
     value: float
-    units: NDArray[np.float64]
     standard_error: float | None
     interval: tuple[float, float] | None
     method: str
@@ -56,24 +54,21 @@ class Estimate:
         }
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One figure minus another. Attributes as of `Estimate`; `paired`: on the same units."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Estimate(Figure):
+    """A figure of one model. `units`: (n,) float64, its pseudo-values, in the figure's own unit."""
 
-    value: float
-    standard_error: float | None
-    interval: tuple[float, float] | None
-    method: str
+    units: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Difference(Figure):
+    """One figure minus another; `paired`: on the same units."""
+
     paired: bool
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "value": self.value,
-            "standard_error": self.standard_error,
-            "confidence_interval": None if self.interval is None else list(self.interval),
-            "interval_method": self.method,
-            "paired": self.paired,
-        }
+        return {**super().to_json(), "paired": self.paired}
 
 
 def mean(values: ArrayLike, unit: str) -> Estimate:
@@ -82,7 +77,7 @@ def mean(values: ArrayLike, unit: str) -> Estimate:
     value = float(units.mean())
     error = _standard_error(units)
     interval = _student(value, error, len(units) - 1)
-    return Estimate(value, units, error, interval, f"{_percent()} Student's t over {unit}")
+    return _estimate(value, units, error, interval, f"{_percent()} Student's t over {unit}")
 
 
 def perplexity(losses: ArrayLike) -> Estimate:
@@ -98,7 +93,7 @@ def perplexity(losses: ArrayLike) -> Estimate:
     interval = None
     if of_loss.interval is not None:
         interval = (_exp(of_loss.interval[0]), _exp(of_loss.interval[1]))
-    return Estimate(value, units, error, interval, f"exp of {of_loss.method}")
+    return _estimate(value, units, error, interval, f"exp of {of_loss.method}")
 
 
 def share(correct: ArrayLike, unit: str = "questions", scale: float = 100.0) -> Estimate:
@@ -112,7 +107,7 @@ def share(correct: ArrayLike, unit: str = "questions", scale: float = 100.0) -> 
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / shrink
     interval = (scale * max(middle - half, 0.0), scale * min(middle + half, 1.0))
     method = f"{_percent()} Wilson score over {unit}"
-    return Estimate(value, units, _standard_error(units), interval, method)
+    return _estimate(value, units, _standard_error(units), interval, method)
 
 
 def jackknife(value: float, without: ArrayLike, unit: str) -> Estimate:
@@ -125,7 +120,7 @@ def jackknife(value: float, without: ArrayLike, unit: str) -> Estimate:
     units = count * value - (count - 1) * left_out
     error = _standard_error(units)
     interval = _student(value, error, count - 1)
-    return Estimate(
+    return _estimate(
         value, units, error, interval, f"{_percent()} Student's t, jackknife over {unit}"
     )
 
@@ -147,13 +142,13 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
     method = f"{_percent()} normal, of independent figures"
-    return Estimate(value, units, error, _normal(value, error), method)
+    return _estimate(value, units, error, _normal(value, error), method)
 
 
 def stated(value: float, error: float | None, source: str) -> Estimate:
     """A figure whose error is known and whose units are not: nothing can be paired with it."""
     method = f"{_percent()} normal, with {source}"
-    return Estimate(value, np.empty(0), error, _normal(value, error), method)
+    return _estimate(value, np.empty(0), error, _normal(value, error), method)
 
 
 def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True) -> Difference:
@@ -170,7 +165,10 @@ def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True
         known = [error for error in errors if error is not None]
         error = math.hypot(*known) if len(known) == 2 else None
         interval = _normal(value, error)
-        return Difference(value, error, interval, f"{_percent()} normal, unpaired", False)
+        method = f"{_percent()} normal, unpaired"
+        return Difference(
+            value=value, standard_error=error, interval=interval, method=method, paired=False
+        )
     if len(dense.units) != len(pruned.units):
         raise InputError(
             f"{len(dense.units)} and {len(pruned.units)} {unit} are no pairs; measure both models "
@@ -179,7 +177,9 @@ def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True
     error = _standard_error(pruned.units - dense.units)
     interval = _student(value, error, len(dense.units) - 1)
     method = f"{_percent()} Student's t over pairs of {unit}"
-    return Difference(value, error, interval, method, True)
+    return Difference(
+        value=value, standard_error=error, interval=interval, method=method, paired=True
+    )
 
 
 def normal_quantile() -> float:
@@ -213,6 +213,18 @@ def student_quantile(probability: float, freedom: int) -> float:
             polynomial = polynomial * z * z + coefficient
         total += power * z * polynomial / denominator
     return total
+
+
+def _estimate(
+    value: float,
+    units: NDArray[np.float64],
+    error: float | None,
+    interval: tuple[float, float] | None,
+    method: str,
+) -> Estimate:
+    return Estimate(
+        value=value, standard_error=error, interval=interval, method=method, units=units
+    )
 
 
 def _standard_error(units: NDArray[np.float64]) -> float | None:

@@ -11,40 +11,31 @@ and the data set `nyu-mll/glue`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.records import (
-    DATA_FILES,
-    data_file_records,
-    dataset_parts,
-    dataset_records,
-    decode,
-    json_records,
-    read_bytes,
-)
+from liar_ext.calibration.records import json_records
 from liar_ext.calibration.sources import Corpus
 from liar_ext.errors import InputError
 from liar_ext.evaluation import heads
 from liar_ext.evaluation.glue_metrics import ESTIMATES
 from liar_ext.evaluation.glue_names import Task, task_of
 from liar_ext.evaluation.measured import Dense, Measured
+from liar_ext.evaluation.records import Records, open_records
 from liar_ext.evaluation.task import Evaluation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _TABLES = (".tsv", ".txt")
-_INSTEAD = "the .tsv file"
 _UNLABELLED = "; test splits have no labels: use the validation split (dev.tsv)"
 _UNNAMED = re.compile(r"label[ _-]?(\d+)|(\d+)")
 
@@ -84,28 +75,18 @@ def read_glue(spec: str) -> GlueSet:
             has other columns.
     """
     task, source = task_of(spec)
-    path = Path(source).expanduser()
+    readers = {suffix: partial(_rows, task) for suffix in _TABLES} | {".jsonl": json_records}
+    records, digest = open_records(source, readers, task.split, "the .tsv file")
     texts: list[tuple[str, ...]] = []
     labels: list[float] = []
-    digest = hashlib.sha256()
-    if path.is_file():
-        raw = read_bytes(source, path)
-        digest.update(raw)
-        records = _file_records(source, path, raw, task)
-    else:
-        name, config, split = dataset_parts(source, ("CONFIG", "SPLIT"))
-        found = dataset_records(source, name, config, split or task.split, instead=_INSTEAD)
-        records = _numbered(source, found)
     for where, record in records:
         own, label = _example(where, record, task)
         texts.append(own)
         labels.append(label)
-        if not path.is_file():
-            digest.update(repr((own, label)).encode())
     if not texts:
         raise InputError(f"{source}: no examples; give a file of {task.name}")
     kind = np.int64 if task.names else np.float64
-    return GlueSet(spec, task, tuple(texts), np.array(labels, dtype=kind), digest.hexdigest())
+    return GlueSet(spec, task, tuple(texts), np.array(labels, dtype=kind), digest())
 
 
 class GlueMeasure:
@@ -210,21 +191,7 @@ def _check(logits: Tensor, data: GlueSet) -> None:
         )
 
 
-def _file_records(
-    source: str, path: Path, raw: bytes, task: Task
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    suffix = path.suffix.lower()
-    if suffix in DATA_FILES:
-        return _numbered(source, data_file_records(source, path, instead=_INSTEAD))
-    if suffix == ".jsonl":
-        return json_records(source, decode(source, raw))
-    if suffix in _TABLES:
-        return _rows(source, decode(source, raw), task)
-    readable = ", ".join((*_TABLES, ".jsonl", *DATA_FILES))
-    raise InputError(f"{source}: cannot read a {suffix or 'suffixless'} file; give {readable}")
-
-
-def _rows(source: str, text: str, task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(task: Task, source: str, text: str) -> Records:
     """The rows of a distributed file, in the hub's fields. Quotes there mean nothing."""
     # str.splitlines also cuts at U+2028 and others, which sentences have
     lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -253,11 +220,6 @@ def _rows(source: str, text: str, task: Task) -> Iterator[tuple[str, Mapping[str
                 "or is not tab-separated"
             )
         yield f"{source}: line {number}", {field: row[place] for field, place in places.items()}
-
-
-def _numbered(source: str, records: Iterator[Any]) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(records, 1):
-        yield f"{source}: record {number}", record
 
 
 def _example(where: str, record: Any, task: Task) -> tuple[tuple[str, ...], float]:

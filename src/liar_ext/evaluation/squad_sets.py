@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from liar_ext.calibration.records import (
-    DATA_FILES,
-    data_file_records,
-    dataset_parts,
-    dataset_records,
-    decode,
-    json_records,
-    read_bytes,
-)
+from liar_ext.calibration.records import json_records
 from liar_ext.calibration.sources import Corpus
 from liar_ext.errors import InputError
-
-_INSTEAD = "SQuAD's .json file"
+from liar_ext.evaluation.records import Records, open_records
 
 
 @dataclass(frozen=True)
 class Question:
-    """Attributes: `id`, `text`, `context`; `answers`, references; `where`, for messages."""
+    """Attributes: `id`, `text`, `context`; `answers`, references; `where`, for messages; `version`
+    that its file states."""
 
     id: str
     text: str
     context: str
     answers: tuple[str, ...]
     where: str
+    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,41 +55,20 @@ def read_squad(spec: str) -> SquadSet:
         InputError: the source is missing, cut off, empty or has other fields; two questions have
             one id; version 1.1 has a question without an answer.
     """
-    path = Path(spec).expanduser()
-    stated = None
-    digest = hashlib.sha256()
-    if path.is_file():
-        raw = read_bytes(spec, path)
-        digest.update(raw)
-        suffix = path.suffix.lower()
-        if suffix == ".json":
-            stated, found = _official(spec, decode(spec, raw))
-        elif suffix == ".jsonl":
-            found = _records(json_records(spec, decode(spec, raw)))
-        elif suffix in DATA_FILES:
-            found = _records(_numbered(spec, data_file_records(spec, path, instead=_INSTEAD)))
-        else:
-            readable = ", ".join((".json", ".jsonl", *DATA_FILES))
-            raise InputError(
-                f"{spec}: cannot read a {suffix or 'suffixless'} file; give {readable}"
-            )
-    else:
-        name, config, split = dataset_parts(spec, ("CONFIG", "SPLIT"))
-        records = dataset_records(spec, name, config, split or "validation", instead=_INSTEAD)
-        found = _records(_numbered(spec, records))
-    questions = tuple(found)
-    if not path.is_file():
-        for question in questions:
-            digest.update(repr(question).encode())
+    readers = {".json": _official, ".jsonl": json_records}
+    records, digest = open_records(spec, readers, "validation", "SQuAD's .json file")
+    questions = tuple(_question(where, record) for where, record in records)
     if not questions:
         raise InputError(f"{spec}: no questions; give a file of SQuAD")
-    _check(questions, stated)
+    # only the official file says it
+    stated = {question.version for question in questions} - {None}
+    _check(questions)
     unanswered = any(not question.answers for question in questions)
-    version = 2 if unanswered or (stated or "").startswith("v2") else 1
-    return SquadSet(spec, version, digest.hexdigest(), questions)
+    version = 2 if unanswered or any(str(one).startswith("v2") for one in stated) else 1
+    return SquadSet(spec, version, digest(), questions)
 
 
-def _check(questions: tuple[Question, ...], stated: str | None) -> None:
+def _check(questions: tuple[Question, ...]) -> None:
     seen: dict[str, str] = {}
     for question in questions:
         if question.id in seen:
@@ -107,6 +77,7 @@ def _check(questions: tuple[Question, ...], stated: str | None) -> None:
                 "questions need ids of their own"
             )
         seen[question.id] = question.where
+        stated = question.version
         if not question.answers and stated is not None and not stated.startswith("v2"):
             raise InputError(
                 f"{question.where}: has no answer, and the file says version {stated}; test sets "
@@ -114,8 +85,8 @@ def _check(questions: tuple[Question, ...], stated: str | None) -> None:
             )
 
 
-def _official(spec: str, text: str) -> tuple[str | None, Iterator[Question]]:
-    """The version that the file states, and its questions."""
+def _official(spec: str, text: str) -> Records:
+    """The questions of SQuAD's own file, in the hub's fields, with the version that it states."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -128,49 +99,40 @@ def _official(spec: str, text: str) -> tuple[str | None, Iterator[Question]]:
     if not isinstance(data, dict) or not isinstance(data.get("data"), list):
         found = ", ".join(map(str, data))[:80] if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{spec}: no list 'data' of articles (found {found}); give SQuAD's .json")
-    version = data.get("version")
-    return None if version is None else str(version), _articles(spec, data["data"])
-
-
-def _articles(spec: str, articles: list[Any]) -> Iterator[Question]:
-    for number, article in enumerate(articles, 1):
+    version = None if data.get("version") is None else str(data["version"])
+    for number, article in enumerate(data["data"], 1):
         where = f"{spec}: article {number}"
         for place, paragraph in enumerate(_list(where, article, "paragraphs"), 1):
             inside = f"{where}, paragraph {place}"
             context = _text(inside, paragraph, "context")
             for asked in _list(inside, paragraph, "qas"):
-                own = f"{inside}, question {asked.get('id') if isinstance(asked, dict) else '?'}"
+                name = asked.get("id") if isinstance(asked, Mapping) else "?"
+                own = f"{inside}, question {name}"
                 answers = _list(own, asked, "answers")
                 # plausible answers of unanswerable questions are another field
-                references = () if asked.get("is_impossible") else answers
-                texts = tuple(_text(own, answer, "text") for answer in references)
-                yield Question(
-                    str(asked.get("id")), _text(own, asked, "question"), context, texts, own
-                )
+                references = [] if asked.get("is_impossible") else answers
+                texts = [_text(own, answer, "text") for answer in references]
+                record = {"id": str(name), "context": context, "answers": {"text": texts}}
+                yield own, {**record, "question": asked.get("question"), "version": version}
 
 
-def _records(records: Iterator[tuple[str, Any]]) -> Iterator[Question]:
-    for where, record in records:
-        answers = record.get("answers") if isinstance(record, Mapping) else None
-        texts = answers.get("text") if isinstance(answers, Mapping) else None
-        if texts is None or not all(isinstance(text, str) for text in texts):
-            found = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)
-            raise InputError(
-                f"{where}: no 'answers' with a list 'text' (found {found[:80]}); give the hub's "
-                "fields: id, question, context, answers"
-            )
-        yield Question(
-            _text(where, record, "id"),
-            _text(where, record, "question"),
-            _text(where, record, "context"),
-            tuple(texts),
-            where,
+def _question(where: str, record: Any) -> Question:
+    answers = record.get("answers") if isinstance(record, Mapping) else None
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        found = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)
+        raise InputError(
+            f"{where}: no 'answers' with a list 'text' (found {found[:80]}); give the hub's "
+            "fields: id, question, context, answers"
         )
-
-
-def _numbered(spec: str, records: Iterator[Any]) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(records, 1):
-        yield f"{spec}: record {number}", record
+    return Question(
+        id=_text(where, record, "id"),
+        text=_text(where, record, "question"),
+        context=_text(where, record, "context"),
+        answers=tuple(texts),
+        where=where,
+        version=record.get("version"),
+    )
 
 
 def _list(where: str, value: Any, field: str) -> list[Any]:

@@ -109,7 +109,13 @@ def _estimate(result: StsbResult, x: NDArray[Any], y: NDArray[Any]) -> Estimate:
     without = 100 * leave_one_out(x, y)
     units = n * result.spearman - (n - 1) * without
     method = f"{100 * LEVEL:g} % Fisher's z with the variance of Bonett and Wright"
-    return Estimate(result.spearman, units, result.standard_error, interval, method)
+    return Estimate(
+        value=result.spearman,
+        standard_error=result.standard_error,
+        interval=interval,
+        method=method,
+        units=units,
+    )
 
 
 def leave_one_out(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
