@@ -342,8 +342,8 @@ def test_what_a_model_cannot_is_skipped_before_anything_is_computed(
         (["--layers", "0:9"], "--layers 0:9: the model has 2 layers"),
         (["--eval", "text=nowhere.txt"], "--eval text=nowhere.txt: no such file"),
         (
-            ["--eval", "glue=x"],
-            "--eval glue=x: give text=FILE, stsb=FILE.csv or choices=",
+            ["--eval", "bleu=x"],
+            "--eval bleu=x: give text=FILE, kl=FILE, stsb=FILE.csv",
         ),
         (["--eval", "stsb={stsb}"], "is evaluated with text=FILE"),
         (["--eval-windows", "0"], "--eval-windows 0: must be at least 1"),

@@ -1,5 +1,7 @@
 """Tiny random models and a tokenizer built in the test: nothing is downloaded."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -33,6 +35,19 @@ def tokenizer():
         eos_token="[SEP]",
         model_max_length=8,
     )
+
+
+@pytest.fixture(scope="session")
+def pair_tokenizer(tokenizer):
+    """The same for two texts, with their types, as BERT's has them."""
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    other.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return other
 
 
 @pytest.fixture

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from liar_ext.errors import InputError
-from liar_ext.evaluation.stsb import embed, rank_correlation, read_pairs, spearman
+from liar_ext.evaluation.stsb import (
+    embed,
+    leave_one_out,
+    rank_correlation,
+    read_pairs,
+    spearman,
+)
 
 DEV = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "stsb" / "dev.csv"
 
@@ -137,3 +143,12 @@ def test_all_minilm_l6_v2_scores_its_published_number():
     result = spearman(model, tokenizer, DEV)
     assert result.pairs == 1500
     assert result.spearman == pytest.approx(86.7, abs=0.05)
+
+
+@pytest.mark.parametrize("levels", [7, 1000], ids=["ties", "few ties"])
+def test_leaving_out_a_pair_is_correlating_without_it(levels):
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, levels, 40), generator.integers(0, levels, 40)
+    want = [stats.spearmanr(np.delete(x, i), np.delete(y, i)).statistic for i in range(40)]
+    np.testing.assert_allclose(leave_one_out(x, y), want, atol=1e-12)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liar_ext.cli.evaluate import LEAST, add_harness, harness_options
 from liar_ext.cli.options import add_recipe_options, recipe_of, refuse_torchrun
 from liar_ext.cli.prune import add_trace, add_waiting
 from liar_ext.errors import InputError, LiarError
-from liar_ext.evaluation.task import METRICS, Evaluation, known
+from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +56,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KIND=FILE",
-        help="; ".join(f"{kind}={m.file}: {m.help}" for kind, m in METRICS.items())
+        help="; ".join(f"{kind}={m.form}: {m.help}" for kind, m in METRICS.items())
         + "; may be given several times",
     )
     group.add_argument("--eval-seq-len", type=int, metavar="N", help="as --seq-len of `liar eval`")
@@ -62,6 +64,7 @@ def add_parser(commands: Any) -> None:
         "--eval-windows", type=int, metavar="N", help="of a text the first N windows (default all)"
     )
     group.add_argument("--eval-batch-size", type=int, default=8, metavar="N", help="default 8")
+    add_harness(group, "eval-")
     add_recipe_options(parser, without=(*VARIED, *LAYERS))
     group = parser.add_argument_group("execution")
     add_waiting(group)
@@ -148,25 +151,33 @@ def _instead(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 def evaluations_of(arguments: argparse.Namespace) -> list[Evaluation]:
     """What `--eval` and its options say."""
-    for name, least in (("eval_seq_len", 2), ("eval_windows", 1), ("eval_batch_size", 1)):
+    from liar_ext.calibration.sources import refuse_missing_path
+
+    for name, least in (*LEAST.items(), ("seq_len", 2)):
+        name = f"eval_{name}"
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if not arguments.eval:
-        raise InputError(f"--eval is missing: give {known(form='{kind}={file}')}")
+        raise InputError(f"--eval is missing: give {known(form='{kind}={form}')}")
     found = []
     for text in arguments.eval:
         kind, equals, path = text.partition("=")
         if kind not in METRICS or not (equals and path):
-            raise InputError(f"--eval {text}: give {known(form='{kind}={file}')}")
-        if not Path(path).is_file():
-            raise InputError(f"--eval {text}: no such file")
+            raise InputError(f"--eval {text}: give {known(form='{kind}={form}')}")
+        try:
+            if kind != "lm-eval":
+                refuse_missing_path(METRICS[kind].source(path))
+        except InputError as error:
+            raise InputError(f"--eval {kind}={error}") from None
         if arguments.eval.count(text) > 1:
             raise InputError(f"--eval {text}: is given twice")
-        windows = arguments.eval_windows if kind == "text" else None
-        found.append(
-            Evaluation(kind, path, arguments.eval_seq_len, arguments.eval_batch_size, windows)
-        )
+        one = Evaluation(kind, path, arguments.eval_seq_len, arguments.eval_batch_size)
+        if kind in WINDOWED:
+            one = replace(one, windows=arguments.eval_windows)
+        if kind == "lm-eval":
+            one = replace(one, **harness_options(arguments, "eval_"))
+        found.append(one)
     return found
 
 

@@ -1,33 +1,44 @@
-"""`liar eval SRC`: perplexity and multiple choice of decoders, STS-B correlation of encoders, the
-stability of pruned decoders."""
+"""`liar eval SRC`: what a dense or pruned model is worth, alone or beside the dense one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.errors import InputError
-from liar_ext.evaluation.task import METRICS, Evaluation, known
+from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from liar_ext.calibration.sources import Corpus
+
+
+LEAST = {"seq_len": 1, "batch_size": 1, "windows": 1, "num_fewshot": 0, "limit": 1}
+HARNESS = {"num_fewshot": "shots", "limit": "limit", "include_path": "include_path"}
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
-        help="perplexity, STS-B, multiple choice or stability of a dense or pruned folder",
-        description="Measure quality. Works on every folder `liar prune` writes and on dense ones.",
+        help="quality of a dense or pruned folder, alone or beside the dense one",
+        description="Measure quality. Works on every folder `liar prune` writes and on dense ones. "
+        "Options of what is measured may be given several times, and together.",
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("what is measured")
     for kind, metric in METRICS.items():
-        what.add_argument(f"--{kind}", metavar=metric.file, help=metric.help)
+        if metric.option is not None:
+            what.add_argument(
+                metric.option,
+                dest=kind,
+                action="append",
+                default=[],
+                metavar=metric.form,
+                help=metric.help,
+            )
     what.add_argument(
         "--stability",
         nargs="+",
@@ -35,24 +46,69 @@ def add_parser(commands: Any) -> None:
         help="share of multiple-choice questions that SRC and --dense both answer right or both "
         "wrong, weighted by how decided --dense is, percent; the mean of several files",
     )
-    parser.add_argument("--dense", metavar="SRC", help="of --stability: what SRC was pruned from")
-    parser.add_argument(
+    beside = parser.add_argument_group("beside the dense model")
+    beside.add_argument(
+        "--dense", metavar="SRC", help="what SRC was pruned from: measured too, with differences"
+    )
+    beside.add_argument(
+        "--against",
+        metavar="SRC",
+        help="of --text: divergence from this model's next-token distributions, top-1 agreement "
+        "with it, and both perplexities",
+    )
+    beside.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="of --against: one model in memory, hidden states of the other on disk (by itself "
+        "where both do not fit)",
+    )
+    beside.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for them (default: the system's)"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
         "--seq-len",
         type=int,
         metavar="N",
         help="window of a text (default 2048 at most), tokens of a question with an answer "
         "(default: what the model takes)",
     )
-    parser.add_argument(
+    how.add_argument(
         "--windows", type=int, metavar="N", help="of a text the first N windows (default all)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
-    parser.add_argument(
+    how.add_argument(
+        "--null-threshold",
+        type=float,
+        metavar="F",
+        help="of --squad: how much better than the best answer none has to be (default 0)",
+    )
+    add_harness(how)
+    how.add_argument("--batch-size", type=int, default=8, metavar="N")
+    how.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda")
+    how.add_argument(
         "--dtype", default="auto", metavar="NAME", help="auto, float32, bfloat16, float16"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+
+
+def add_harness(group: Any, prefix: str = "") -> None:
+    """Options of tasks of the harness, as those of another command with a prefix."""
+    of = "of lm-eval: "
+    group.add_argument(
+        f"--{prefix}num-fewshot", type=int, metavar="N", help=of + "examples in front of a question"
+    )
+    group.add_argument(
+        f"--{prefix}limit", type=int, metavar="N", help=of + "documents of a task at most"
+    )
+    group.add_argument(
+        f"--{prefix}include-path", metavar="DIR", help=of + "folder of further tasks, as YAML"
+    )
+
+
+def harness_options(arguments: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """What `add_harness` has been given, as fields of an Evaluation."""
+    return {field: getattr(arguments, prefix + name) for name, field in HARNESS.items()}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -63,59 +119,95 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--{name} {getattr(arguments, name)}: choose from {', '.join(CHOICES[name])}"
             )
-    if arguments.windows is not None and arguments.text is None:
-        raise InputError("--windows: is of --text only")
-    for name in ("seq_len", "batch_size", "windows"):
+    for name, least in LEAST.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if (arguments.stability is None) != (arguments.dense is None):
-        raise InputError("--stability and --dense go together: what to ask, and whom to agree with")
-    return _measure(arguments) if arguments.stability is None else _compare(arguments)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    evaluations = _evaluations(arguments)
+    if arguments.stability is None and not evaluations:
+        raise InputError(f"nothing to measure: give {known()} or --stability")
+    if arguments.stability is not None:
+        if evaluations or arguments.against:
+            raise InputError("--stability: is not allowed with other measurements; run it alone")
+        if arguments.dense is None:
+            raise InputError(
+                "--stability and --dense go together: what to ask, and whom to agree with"
+            )
+        return _stability(arguments)
+    return _measure(arguments, evaluations)
 
 
-def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One metric of one model."""
-    from liar_ext.checkpoint.load import load, resolve
-    from liar_ext.engine.inputs import compute_dtype, load_tokenizer, resolve_device
+def _evaluations(arguments: argparse.Namespace) -> list[Evaluation]:
+    """What is asked for, in the order of the metrics."""
+    found = []
+    for kind, metric in METRICS.items():
+        # texts are read for a divergence where there is a model to diverge from
+        given = getattr(arguments, kind, []) if metric.option is not None else []
+        if kind == "text" and arguments.against is not None:
+            kind = "kl"
+        for path in given:
+            if given.count(path) > 1:
+                raise InputError(f"{metric.option} {path}: is given twice")
+            one = Evaluation(kind, path, arguments.seq_len, arguments.batch_size)
+            if kind in WINDOWED:
+                one = replace(one, windows=arguments.windows)
+            if kind == "squad" and arguments.null_threshold is not None:
+                one = replace(one, null_threshold=arguments.null_threshold)
+            if kind == "lm-eval":
+                one = replace(one, **harness_options(arguments))
+            found.append(one)
+    if arguments.windows is not None and not arguments.text:
+        raise InputError("--windows: is of --text only")
+    if arguments.null_threshold is not None and not arguments.squad:
+        raise InputError("--null-threshold: is of --squad only")
+    for name in HARNESS:
+        if getattr(arguments, name) is not None and not getattr(arguments, "lm-eval"):
+            raise InputError(f"--{name.replace('_', '-')}: is of --lm-eval only")
+    if arguments.against is not None:
+        if not arguments.text:
+            raise InputError("--against: is of --text; give a text to compare on")
+        if arguments.dense is not None:
+            raise InputError("--against and --dense: both name the dense model; give one of them")
+        if len(found) > len(arguments.text):
+            raise InputError("--against: is not allowed with other measurements than --text")
+    elif arguments.one_at_a_time or arguments.scratch is not None:
+        raise InputError("--one-at-a-time and --scratch: are of --against only")
+    return found
+
+
+def _measure(arguments: argparse.Namespace, evaluations: list[Evaluation]) -> dict[str, Any]:
+    from liar_ext.checkpoint.load import resolve
+    from liar_ext.cli.evaluation_table import show
+    from liar_ext.engine.inputs import compute_dtype, resolve_device
     from liar_ext.environment import environment
-    from liar_ext.evaluation.limits import limits_of
+    from liar_ext.evaluation.beside import evaluate
 
-    kind = next(kind for kind in METRICS if getattr(arguments, kind) is not None)
-    path = getattr(arguments, kind)
-    evaluation = Evaluation(kind, path, arguments.seq_len, arguments.batch_size, arguments.windows)
-    if not (evaluation.metric.data_sets or Path(path).is_file()):
-        raise InputError(f"{path}: no such file")
     device = resolve_device(arguments.device)
     folder = resolve(arguments.source)
-    limits = limits_of(folder)
-    if limits.decoder != evaluation.metric.decoder:
-        raise InputError(
-            f"{folder}: a {limits.model_type} model is evaluated with "
-            f"{known(decoder=limits.decoder)}"
-        )
-    evaluation = evaluation.fitted(limits.positions)
-    # what is wrong with the file is found before the weights are read
-    measure = evaluation.on(load_tokenizer(folder))
-    model = load(folder, dtype=compute_dtype(arguments.dtype, device), device=device)
-    result = {
-        "source": str(arguments.source),
-        **measure(model),
-        "environment": environment(device),
-    }
-    _warn_of_overlap(folder, [evaluation.corpus])
+    dense = arguments.dense or arguments.against
+    results = evaluate(
+        folder,
+        evaluations,
+        dense=None if dense is None else resolve(dense),
+        device=device,
+        dtype=compute_dtype(arguments.dtype, device),
+        one_at_a_time=True if arguments.one_at_a_time else None,
+        scratch=arguments.scratch,
+    )
+    found = [result.to_json(arguments.source, dense) for result in results]
+    _warn_of_overlap(folder, [evaluation.corpus for evaluation in evaluations])
     if not arguments.json:
-        error = result["standard_error"]
-        spread = "" if error is None else f" ± {error:.4g}"
-        print(f"{result['metric']} {result['value']:.4f}{spread}  ({result['dataset']})")
-        if kind == "choices":
-            print(_choices_line(result))
-    return result
+        show(found)
+    about = {"environment": environment(device)}
+    if len(found) == 1:
+        return {**found[0], **about}
+    return {"source": str(arguments.source), "evaluations": found, **about}
 
 
-def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+def _stability(arguments: argparse.Namespace) -> dict[str, Any]:
     """Stability of one model against another."""
     from liar_ext.checkpoint.load import resolve
+    from liar_ext.cli.evaluation_table import stability_table
     from liar_ext.cli.output import print_table
     from liar_ext.engine.inputs import compute_dtype, resolve_device
     from liar_ext.environment import environment
@@ -150,45 +242,8 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     _warn_of_overlap(pruned, [each.corpus for each in sets])
     if not arguments.json:
-        print_table(_stability_table(result))
+        print_table(stability_table(result))
     return result
-
-
-def _choices_line(result: dict[str, Any]) -> str:
-    """The other two accuracies and what to hold all three against."""
-    parts = []
-    for name, label in (("norm", "by length"), ("ppl", "by text loss")):
-        error = result[f"standard_error_{name}"]
-        spread = "" if error is None else f" ± {error:.4g}"
-        parts.append(f"{label} {result[f'accuracy_{name}']:.4f}{spread}")
-    cut = f", {result['truncated']} of them cut to fit" if result["truncated"] else ""
-    parts.append(f"chance {result['chance']:.4f}; {result['items']} {result['format']} items{cut}")
-    return ", ".join(parts)
-
-
-def _stability_table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    sets = len(result["sets"])
-    of = f"{result['items']} items" + (f", mean of {sets} sets" if sets > 1 else "")
-    table = Table(title=f"{result['source']} against {result['dense']['source']}: {of}")
-    table.title_justify = "left"
-    for name in ("percent", "dense", "pruned"):
-        table.add_column(name, justify="left" if name == "percent" else "right")
-    for name, label in (
-        ("accuracy_ppl", "accuracy by text loss"),
-        ("accuracy", "accuracy"),
-        ("accuracy_norm", "accuracy by length"),
-    ):
-        table.add_row(label, *(f"{result[who][name]:.2f}" for who in ("dense", "pruned")))
-    table.add_section()
-    table.add_row("both right or both wrong", "", f"{result['agreement']:.2f}")
-    for label, weighted in (("loss", result), ("perplexity", result["by_perplexity"])):
-        table.add_section()
-        table.add_row(f"stability by spread of {label}", "", f"{weighted['stability']:.2f}")
-        table.add_row("  first items (legacy)", "", f"{weighted['legacy']:.2f}")
-        table.add_row("  effective items", "", f"{weighted['effective_sample_size']:.1f}")
-    return table
 
 
 def _warn_of_overlap(folder: Path, evaluated: Iterable[Callable[[], Corpus]]) -> None:

@@ -68,6 +68,12 @@ class Watcher:
         self._console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
+def console() -> Console:
+    """Standard output; what is no terminal has room for any table."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=240)
+
+
 def print_table(table: Table) -> None:
     Console(highlight=False).print(table)
 

@@ -69,7 +69,7 @@ def compare(
     say = say or _to_stderr
     out = Path(os.path.abspath(out))
     if not evaluations:
-        raise InputError(f"--eval is missing: give {known(form='{kind}={file}')}")
+        raise InputError(f"--eval is missing: give {known(form='{kind}={form}')}")
     folder = resolve(source)
     check_folder(out, folder, resume=resume, overwrite=overwrite)
     for evaluation in evaluations:

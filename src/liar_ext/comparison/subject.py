@@ -40,8 +40,10 @@ from liar_ext.engine.plain import plain_forward
 from liar_ext.engine.source import dense_checkpoint
 from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError
+from liar_ext.evaluation.limits import limits_of_model
+from liar_ext.evaluation.measured import Measure
 from liar_ext.evaluation.mode import inference
-from liar_ext.evaluation.task import Evaluation, known
+from liar_ext.evaluation.task import Evaluation
 from liar_ext.models import adapter_for, text_config
 from liar_ext.models.traced import KEY as TRACE
 from liar_ext.models.twin import twin
@@ -83,13 +85,12 @@ class Subject:
         targeted_layers(InMemory(empty), base)  # refuses layers that the model has not
         limit = self._adapter.max_positions(text_config(empty.config))
         self.evaluations = [e.fitted(limit) for e in evaluations]
+        limits = limits_of_model(empty)
         for evaluation in evaluations:
-            if evaluation.metric.decoder != self._adapter.decoder:
-                needed = known(decoder=self._adapter.decoder, form="{kind}={file}")
-                raise InputError(
-                    f"--eval {evaluation.name}: {folder} is a {self._adapter.model_type} model, "
-                    f"which is evaluated with {needed}"
-                )
+            try:
+                evaluation.check(folder, limits, form="{kind}={form}")
+            except InputError as error:
+                raise InputError(f"--eval {evaluation.name}: {error}") from None
         # hashing has the source to itself while the text is read
         self._reader.start_hashing(threads=max(1, (os.cpu_count() or 1) // 4))
         # as it is without held-out tokens; each cell cuts it as it needs (`fit_to`)
@@ -129,13 +130,18 @@ class Subject:
         return model
 
     @cached_property
-    def _measures(self) -> dict[str, Any]:
+    def _measures(self) -> dict[str, Measure]:
         tokenizer = load_tokenizer(self.folder)
         return {evaluation.name: evaluation.on(tokenizer) for evaluation in self.evaluations}
 
+    def _measured(self, model: PreTrainedModel) -> dict[str, Any]:
+        return {
+            name: measure(model, self.model).to_json() for name, measure in self._measures.items()
+        }
+
     def dense(self) -> dict[str, Any]:
         """The dense model's figures, and the seconds of one plain forward of the calibration."""
-        metrics = {name: measure(self.model) for name, measure in self._measures.items()}
+        metrics = self._measured(self.model)
         # the first pass pays for threads and libraries; a batch is enough for that
         plain_forward(self.model, self.calibration.batches[:1], self.device)
         start = time.perf_counter()
@@ -158,7 +164,7 @@ class Subject:
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=scratch) as temporary:
             model, report = self._pruned(cell.recipe, library, Path(temporary))
         start = time.perf_counter()
-        metrics = {name: measure(model) for name, measure in self._measures.items()}
+        metrics = self._measured(model)
         evaluation = time.perf_counter() - start
         residuals = [site.relative_residual for site in report.sites]
         before, after = report.totals["parameters_before"], report.totals["parameters_after"]

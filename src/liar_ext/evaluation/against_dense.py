@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import Tensor
 from liar_ext.checkpoint.load import load
 from liar_ext.engine.inputs import load_tokenizer
 from liar_ext.errors import InputError
+from liar_ext.evaluation.beside import forget
 from liar_ext.evaluation.choice_scores import ChoiceScores, ChoicesResult, result_of, score
 from liar_ext.evaluation.choice_tokens import EncodedSet, encode
 from liar_ext.evaluation.choices import ChoiceSet
 from liar_ext.evaluation.limits import limits_of
 from liar_ext.evaluation.stability import effective_sample_size, item_weights, stability
-from liar_ext.evaluation.task import known
+from liar_ext.evaluation.task import ENCODER, known
 
 _ACCURACIES = ("accuracy", "accuracy_norm", "accuracy_ppl")
 
@@ -112,7 +112,7 @@ def _positions(folder: Path) -> int | None:
     if not limits.decoder:
         raise InputError(
             f"{folder}: a {limits.model_type} model has no stability, which compares what decoders "
-            f"answer; it is evaluated with {known(decoder=False)}"
+            f"answer; it is evaluated with {known(model=ENCODER)}"
         )
     return limits.positions
 
@@ -147,11 +147,8 @@ def _scores(
     try:
         return [score(model, one, batch_size) for one in encoded]
     finally:
-        # modules refer to one another in circles
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        forget()
 
 
 def _one(encoded: EncodedSet, dense: ChoiceScores, pruned: ChoiceScores) -> SetStability:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from liar_ext.calibration.records import (
-    DATA_FILES,
-    data_file_records,
-    dataset_parts,
-    dataset_records,
-    decode,
-    json_records,
-    read_bytes,
-)
+from liar_ext.calibration.records import json_records
 from liar_ext.calibration.sources import Corpus
 from liar_ext.errors import InputError
 from liar_ext.evaluation.choice_formats import Format, Item, Record, format_of
-
-READABLE = (".jsonl", *DATA_FILES)
-_INSTEAD = "a .jsonl file"
+from liar_ext.evaluation.records import open_records
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ def read_choices(spec: str) -> ChoiceSet:
     """
     found: list[tuple[Format, Item]] = []
     documents: list[str] = []
-    records, digest = _records(spec)
+    records, digest = open_records(spec, {".jsonl": json_records}, "validation", "a .jsonl file")
     for where, data in records:
         record = Record(where, data)
         form = format_of(record)
@@ -83,41 +69,6 @@ def read_choices(spec: str) -> ChoiceSet:
         raise InputError(f"{spec}: no records; give one multiple-choice question a line")
     items = tuple(item for _, item in found)
     return ChoiceSet(spec, found[0][0].name, digest(), items, tuple(documents))
-
-
-def _records(spec: str) -> tuple[Iterable[tuple[str, Any]], Callable[[], str]]:
-    """The records with where they stand, and what gives their digest once they are read."""
-    path = Path(spec).expanduser()
-    if spec and path.is_file():
-        suffix = path.suffix.lower()
-        if suffix not in READABLE:
-            raise InputError(
-                f"{spec}: cannot read a {suffix or 'suffixless'} file; give {', '.join(READABLE)}"
-            )
-        raw = read_bytes(spec, path)
-        digest = hashlib.sha256(raw)
-        if suffix == ".jsonl":
-            return json_records(spec, decode(spec, raw)), digest.hexdigest
-        found = data_file_records(spec, path, instead=_INSTEAD)
-        return _numbered(spec, found), digest.hexdigest
-    name, config, split = dataset_parts(spec, ("CONFIG", "SPLIT"))
-    digest = hashlib.sha256()
-    records = dataset_records(spec, name, config, split or "validation", instead=_INSTEAD)
-    return _hashed(_numbered(spec, records), digest.update), digest.hexdigest
-
-
-def _numbered(spec: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    for number, data in enumerate(records, 1):
-        yield f"{spec}: record {number}", data
-
-
-def _hashed(
-    records: Iterable[tuple[str, Any]], update: Callable[[bytes], None]
-) -> Iterator[tuple[str, Any]]:
-    for where, data in records:
-        # a newline separates: JSON has none inside
-        update(json.dumps(data, sort_keys=True, default=str).encode() + b"\n")
-        yield where, data
 
 
 def texts_of(value: Any) -> list[str]:

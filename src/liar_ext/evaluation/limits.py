@@ -9,17 +9,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.errors import UnsupportedModelError
+from liar_ext.evaluation.task import CLASSIFIER, READER
 from liar_ext.models import ADAPTERS, Adapter, check_reads_tokens, layout, text_config
 from liar_ext.models.traced import traced_family
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes: `model_type`; `decoder`, see `is_decoder`; `positions`, see `max_positions`."""
+    """Attributes: `model_type`; `decoder`, see `is_decoder`; `positions`, see `max_positions`;
+    `architecture`: its class; `head`, see `head_of`."""
 
     model_type: str
     decoder: bool
     positions: int | None
+    architecture: str
+    head: str | None
 
 
 def limits_of(folder: Path) -> Limits:
@@ -28,9 +32,27 @@ def limits_of(folder: Path) -> Limits:
     Raises:
         InputError: the config is not usable, or the model cannot be evaluated.
     """
-    empty = layout.empty(read_json(folder / "config.json"))
-    model_type = text_config(empty.config).model_type
-    return Limits(model_type, is_decoder(empty), max_positions(empty))
+    return limits_of_model(layout.empty(read_json(folder / "config.json")))
+
+
+def limits_of_model(model: PreTrainedModel) -> Limits:
+    """The same of a model, with or without weights."""
+    name = type(model).__name__
+    model_type = text_config(model.config).model_type
+    return Limits(model_type, is_decoder(model), max_positions(model), name, head_of(name))
+
+
+def head_of(architecture: str) -> str | None:
+    """`CLASSIFIER` or `READER` where a class of transformers is one, by its name."""
+    from transformers.models.auto import modeling_auto as auto
+
+    for head, names in (
+        (CLASSIFIER, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (READER, auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ):
+        if architecture in names.values():
+            return head
+    return None
 
 
 def is_decoder(model: PreTrainedModel) -> bool:

@@ -1,7 +1,7 @@
-"""Evaluation: one metric on one file, for any number of models. `liar eval` and `liar compare`.
+"""Evaluation: one metric on one source, for any number of models. `liar eval` and `liar compare`.
 
-A further metric is one entry of `METRICS` and the function that it names. Importing this imports
-neither torch nor transformers: the command line builds its options from it.
+A further metric is one entry of `METRICS`, and one each of `measures.PREPARE` and `CORPUS`.
+Importing this imports neither torch nor transformers: the command line builds its options from it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.errors import InputError
+from liar_ext.evaluation.glue_names import TASKS, glue_source
+from liar_ext.evaluation.text_names import protocol_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from liar_ext.calibration.sources import Corpus
+    from liar_ext.evaluation.limits import Limits
+    from liar_ext.evaluation.measured import Measure
 
-    Measure = Callable[[nn.Module], dict[str, Any]]
+DECODER, ENCODER = "decoder", "encoder"
+# heads of encoders, as transformers names its classes
+CLASSIFIER, READER = "ForSequenceClassification", "ForQuestionAnswering"
 
 
 @dataclass(frozen=True)
@@ -28,23 +32,22 @@ class Metric:
 
     Attributes:
         name: of the value; higher: whether that is better.
-        decoder: of which models.
-        file: what is given, as a usage line has it; help: what is measured.
-        prepare: Evaluation, tokenizer -> a function on models.
-        corpus: the texts of a file, to be held against those of a calibration.
+        model: what is evaluated, `DECODER` or `ENCODER`; head: and with which, or any.
+        form: what is given, as a usage line has it; help: what is measured.
+        option: of `liar eval`; None where another option's source is meant.
+        source: what is given -> the file or data set in it.
         seq_len: tokens of an input where none are asked for; None is what the model takes.
-        data_sets: whether the name of a data set will do for a file.
     """
 
     name: str
     higher: bool
-    decoder: bool
-    file: str
+    model: str
+    form: str
     help: str
-    prepare: Callable[[Evaluation, Any], Measure]
-    corpus: Callable[[str], Corpus]
+    option: str | None
+    head: str | None = None
+    source: Callable[[str], str] = str
     seq_len: int | None = 2048
-    data_sets: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ class Evaluation:
     """What is measured, and on what.
 
     Attributes:
-        kind: a key of `METRICS`: `text` (perplexity of a decoder), `stsb` (Spearman × 100 of an
-            encoder), `choices` (accuracy of a decoder on multiple-choice questions, in percent).
-        path: the file.
+        kind: a key of `METRICS`: `text` (perplexity of a decoder), `kl` (its divergence from the
+            dense one), `stsb` (Spearman × 100 of an encoder), `choices` (accuracy of a decoder on
+            multiple-choice questions, in percent), `lm-eval` (tasks of the harness, of a decoder),
+            `glue` (its metrics, of an encoder with a classification head), `squad` (F1 of one
+            with a question-answering head).
+        path: the source, in the metric's form.
         seq_len: tokens in a window, or of a sentence, or of a question with an answer, at most;
             None is the metric's own.
         batch_size: sequences in a forward.
-        windows: perplexity of the first so many windows; None for all.
+        windows: of a text the first so many windows; None for all.
+        length_from: where `length` is from, for people.
+        shots, limit, include_path: of `lm-eval`: examples in front of a question, documents of
+            a task at most, and a folder of further tasks.
+        null_threshold: of `squad`: "no answer" has to be better than the best span by more.
     """
 
     kind: str
@@ -66,10 +76,19 @@ class Evaluation:
     seq_len: int | None = None
     batch_size: int = 8
     windows: int | None = None
+    length_from: str = ""
+    shots: int | None = None
+    limit: int | None = None
+    include_path: str | None = None
+    null_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
             raise InputError(f"evaluation {self.kind!r}: choose from {', '.join(METRICS)}")
+        self.metric.source(self.path)  # refuses a form that it has not
+        if not self.length_from:
+            where = "the default" if self.seq_len is None else "as asked for"
+            object.__setattr__(self, "length_from", where)
 
     @property
     def name(self) -> str:
@@ -86,159 +105,159 @@ class Evaluation:
 
     def fitted(self, limit: int | None) -> Evaluation:
         """With inputs that a model of so many positions takes."""
-        lengths = [length for length in (self.length, limit) if length is not None]
-        return replace(self, seq_len=min(lengths, default=None))
+        if limit is None or (self.length is not None and self.length <= limit):
+            return replace(self, seq_len=self.length)
+        return replace(self, seq_len=limit, length_from="the model's limit")
+
+    def check(self, folder: Path, limits: Limits, form: str) -> None:
+        """Before any weight is read: raises InputError where a model is not evaluated so.
+
+        Args:
+            form: of other kinds in the message, see `known`.
+        """
+        model = DECODER if limits.decoder else ENCODER
+        if self.metric.model != model:
+            raise InputError(
+                f"{folder}: a {limits.model_type} model is evaluated with "
+                f"{known(model=model, form=form)}"
+            )
+        if self.metric.head not in (None, limits.head):
+            raise InputError(
+                f"{folder}: {limits.architecture} has not the head that {self.kind} is about; give "
+                f"a fine-tuned model, of a class ...{self.metric.head}"
+            )
 
     def identity(self) -> dict[str, Any]:
         """All that its figures depend on beside the model, as JSON data.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: the source cannot be read.
         """
+        sizes: dict[str, Any] = {"seq_len": self.length, "batch_size": self.batch_size}
+        if self.kind == "lm-eval":
+            asked = {"shots": self.shots, "limit": self.limit}
+            return {"sha256": self.corpus().sha256, **sizes, **asked}
+        source = self.metric.source(self.path)
+        path = Path(source).expanduser()
         try:
-            with open(self.path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if path.is_dir() or not path.exists():
+                found = self.corpus().sha256
+            else:
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
-        sizes = {"seq_len": self.length, "batch_size": self.batch_size, "windows": self.windows}
-        return {"sha256": found, **sizes}
+            raise InputError(f"{source}: cannot be read ({error.strerror})") from error
+        return {"sha256": found, **sizes, "windows": self.windows}
 
     def corpus(self) -> Corpus:
         """The texts. Raises InputError where there are none to be read."""
-        return self.metric.corpus(self.path)
+        from liar_ext.evaluation.measures import CORPUS
+
+        return CORPUS[self.kind](self)
 
     def on(self, tokenizer: Any) -> Measure:
-        """A function that measures models: `metric`, `value`, `standard_error`, `dataset`, and the
-        fields of `PerplexityResult`, `StsbResult` or `ChoicesResult`. Tokens are made once.
+        """A function that measures models. Tokens are made once.
 
         Raises:
-            InputError: the file cannot be read. The function raises it where a model, or the
-                file's contents, cannot be evaluated.
+            InputError: the source cannot be read. The function raises it where a model, or what
+                was read, cannot be evaluated.
         """
-        return self.metric.prepare(self, tokenizer)
+        from liar_ext.evaluation.measures import PREPARE
+
+        return PREPARE[self.kind](self, tokenizer)
 
 
-def known(*, decoder: bool | None = None, form: str = "--{kind}") -> str:
+def known(*, model: str | None = None, form: str = "{option}") -> str:
     """The kinds there are for decoders, for encoders, or for both, as a message names them.
 
     Args:
-        form: of one, with fields `kind` and `file`.
+        form: of one, with fields `kind`, `option` and `form`; kinds without an option of their own
+            are left out where `option` is a field.
     """
     names = [
-        form.format(kind=kind, file=metric.file)
+        form.format(kind=kind, option=metric.option, form=metric.form)
         for kind, metric in METRICS.items()
-        if decoder in (None, metric.decoder)
+        if model in (None, metric.model) and (metric.option or "{option}" not in form)
     ]
     return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _perplexity(evaluation: Evaluation, tokenizer: Any) -> Measure:
-    from liar_ext.evaluation.perplexity import perplexity, tokenize
-
-    length = evaluation.length
-    assert length is not None, "the metric has one of its own"
-    ids = tokenize(_read_text(Path(evaluation.path)), tokenizer)
-    if evaluation.windows is not None:
-        ids = ids[: evaluation.windows * length]
-
-    def measure(model: nn.Module) -> dict[str, Any]:
-        result = perplexity(model, ids, length, batch_size=evaluation.batch_size).to_json()
-        # the loss is the mean of the windows; its error carries to the perplexity as a factor
-        error = result["standard_error"]
-        return {
-            "metric": evaluation.metric.name,
-            "value": result["perplexity"],
-            "dataset": evaluation.path,
-            **result,
-            "standard_error": None if error is None else error * result["perplexity"],
-            "loss_standard_error": error,
-        }
-
-    return measure
-
-
-def _spearman(evaluation: Evaluation, tokenizer: Any) -> Measure:
-    from liar_ext.evaluation.stsb import spearman
-
-    length = evaluation.length
-    assert length is not None, "the metric has one of its own"
-
-    def measure(model: nn.Module) -> dict[str, Any]:
-        result = spearman(
-            model,
-            tokenizer,
-            evaluation.path,
-            batch_size=evaluation.batch_size,
-            max_length=min(length, 256),
-        ).to_json()
-        metric = {"metric": evaluation.metric.name, "value": result["spearman"]}
-        return {**metric, "dataset": evaluation.path, **result}
-
-    return measure
-
-
-def _accuracy(evaluation: Evaluation, tokenizer: Any) -> Measure:
-    from liar_ext.evaluation.choice_scores import result_of, score
-    from liar_ext.evaluation.choice_tokens import encode
-    from liar_ext.evaluation.choices import read_choices
-
-    encoded = encode(read_choices(evaluation.path), tokenizer, evaluation.length)
-
-    def measure(model: nn.Module) -> dict[str, Any]:
-        result = result_of(encoded, score(model, encoded, evaluation.batch_size)).to_json()
-        metric = {"metric": evaluation.metric.name, "value": result["accuracy"]}
-        return {**metric, "dataset": evaluation.path, **result}
-
-    return measure
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-
-
-def _text_corpus(path: str) -> Corpus:
-    from liar_ext.calibration.sources import read
-
-    return read(path)
-
-
-def _choices_corpus(path: str) -> Corpus:
-    from liar_ext.evaluation.choices import read_choices
-
-    return read_choices(path).corpus()
+def _text_source(path: str) -> str:
+    return protocol_of(path)[1]
 
 
 METRICS = {
     "text": Metric(
         name="perplexity",
         higher=False,
-        decoder=True,
-        file="FILE",
-        help="perplexity on this text (decoders)",
-        prepare=_perplexity,
-        corpus=_text_corpus,
+        model=DECODER,
+        form="FILE",
+        help="perplexity on this text (decoders): FILE, or PROTOCOL=FILE with wikitext2, ptb, c4, "
+        "whose pieces are joined as the field does it",
+        option="--text",
+        source=_text_source,
+    ),
+    "kl": Metric(
+        name="kl",
+        higher=False,
+        model=DECODER,
+        form="FILE",
+        help="divergence from the dense model's next-token distributions on this text, nats a "
+        "token (decoders)",
+        option=None,
+        source=_text_source,
     ),
     "stsb": Metric(
         name="spearman",
         higher=True,
-        decoder=False,
-        file="FILE.csv",
+        model=ENCODER,
+        form="FILE.csv",
         help="Spearman x 100 (encoders)",
-        prepare=_spearman,
-        corpus=_text_corpus,
+        option="--stsb",
     ),
     "choices": Metric(
         name="accuracy",
         higher=True,
-        decoder=True,
-        file="FILE.jsonl",
+        model=DECODER,
+        form="FILE.jsonl",
         help="accuracy on multiple-choice questions, percent (decoders)",
-        prepare=_accuracy,
-        corpus=_choices_corpus,
+        option="--choices",
         seq_len=None,
-        data_sets=True,
+    ),
+    "glue": Metric(
+        name="glue",
+        higher=True,
+        model=ENCODER,
+        form="TASK=FILE",
+        help="a task of GLUE (encoders with a classification head): "
+        + ", ".join(TASKS)
+        + "; FILE is its .tsv, or .jsonl, .parquet with the hub's fields",
+        option="--glue",
+        head=CLASSIFIER,
+        source=glue_source,
+        seq_len=128,
+    ),
+    "squad": Metric(
+        name="f1",
+        higher=True,
+        model=ENCODER,
+        form="FILE.json",
+        help="F1 and exact match on SQuAD, version 1.1 or 2.0 (encoders with a question-answering "
+        "head)",
+        option="--squad",
+        head=READER,
+        seq_len=384,
+    ),
+    "lm-eval": Metric(
+        name="lm-eval",
+        higher=True,
+        model=DECODER,
+        form="TASK,TASK",
+        help="tasks, groups or tags of EleutherAI's lm-evaluation-harness, which has to be "
+        "installed (decoders)",
+        option="--lm-eval",
+        seq_len=None,
     ),
 }
+# kinds of which the first windows can be asked for
+WINDOWED = ("text", "kl")

@@ -34,7 +34,7 @@ from liar_ext.report.text import (
 )
 
 FILE = "report.html"
-LOWER_IS_BETTER = ("perplexity", "loss")
+LOWER_IS_BETTER = ("perplexity", "loss", "kl")
 # lists that identify samples are for machines; the page says how long they are
 LONGEST_VALUE = 200
 
