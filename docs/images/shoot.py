@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
-from liar_chromium import chromium  # noqa: E402
+from liar_chromium import chromium
 
 page, out, width, height, scheme, top = [*sys.argv[1:], *["light", "0"][len(sys.argv) - 5 :]]
 with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as browser:

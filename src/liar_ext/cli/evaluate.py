@@ -4,12 +4,11 @@ stability of pruned decoders."""
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.evaluation.task import METRICS, Evaluation, known
 
 if TYPE_CHECKING:
@@ -60,9 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     for name in ("device", "dtype"):
         if getattr(arguments, name) not in CHOICES[name]:
-            raise InputError(
-                f"--{name} {getattr(arguments, name)}: choose from {', '.join(CHOICES[name])}"
-            )
+            raise unknown_choice(f"--{name}", getattr(arguments, name), CHOICES[name])
     if arguments.windows is not None and arguments.text is None:
         raise InputError("--windows: is of --text only")
     for name in ("seq_len", "batch_size", "windows"):
@@ -103,7 +100,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **measure(model),
         "environment": environment(device),
     }
-    _warn_of_overlap(folder, [evaluation.corpus])
+    _warn_of_overlap(arguments, folder, [evaluation.corpus])
     if not arguments.json:
         error = result["standard_error"]
         spread = "" if error is None else f" ± {error:.4g}"
@@ -148,7 +145,7 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
         **found,
         "environment": environment(device),
     }
-    _warn_of_overlap(pruned, [each.corpus for each in sets])
+    _warn_of_overlap(arguments, pruned, [each.corpus for each in sets])
     if not arguments.json:
         print_table(_stability_table(result))
     return result
@@ -191,9 +188,12 @@ def _stability_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _warn_of_overlap(folder: Path, evaluated: Iterable[Callable[[], Corpus]]) -> None:
+def _warn_of_overlap(
+    arguments: argparse.Namespace, folder: Path, evaluated: Iterable[Callable[[], Corpus]]
+) -> None:
     """Say so when a pruned model is evaluated on the text it was calibrated on."""
     from liar_ext.calibration.overlap import warning
+    from liar_ext.cli.output import warn
     from liar_ext.report.schema import calibration_of
 
     calibration = calibration_of(folder)
@@ -202,4 +202,4 @@ def _warn_of_overlap(folder: Path, evaluated: Iterable[Callable[[], Corpus]]) ->
     for corpus in evaluated:
         message = warning(calibration, corpus())
         if message is not None:
-            print(f"warning: {message}", file=sys.stderr)
+            warn(arguments, message)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 
 DESCRIPTION = """Make one HTML page from folders that liar-ext wrote: what was done to each layer,
 and what was measured of the result. It loads nothing and needs no network, so it can be sent to
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from liar_ext.report.outputs import read
 
     if arguments.device not in CHOICES["device"]:
-        raise InputError(f"--device {arguments.device}: choose from {', '.join(CHOICES['device'])}")
+        raise unknown_choice("--device", arguments.device, CHOICES["device"])
     # what can be refused is, before a model is read
     outputs = read(arguments.folders)
     material = Material(
