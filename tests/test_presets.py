@@ -60,7 +60,7 @@ def test_a_traced_family_has_presets_too(tmp_path):
 
 
 def test_an_unknown_preset_is_noticed_before_the_source_is_looked_for():
-    with pytest.raises(InputError, match="--preset better: unknown"):
+    with pytest.raises(InputError, match="--preset better: choose from"):
         liar_ext.preset("better", "nobody/has-this")
 
 

@@ -6,9 +6,11 @@ out=$(realpath "$1"); here=$(dirname "$(realpath "$0")"); work=$(mktemp -d)
 trap 'tmux kill-session -t liar-shot 2>/dev/null || true; rm -rf "$work"' EXIT
 cp -r "$(python -c 'import liar_ext.demo as d; print(d.MODEL.parent)')" "$work/demo"
 cd "$work"; mv demo/model llama; mv demo/calibration.txt wiki.txt
-printf "PS1='$ '\n" > rc
+# the prompt comes back when the command is done
+printf "PS1='$ '; PROMPT_COMMAND='[ -e small ] && touch done; touch ready'\n" > rc
 tmux new-session -d -s liar-shot -x 100 -y 40 "TERM=xterm-256color bash --rcfile rc -i"
-tmux send-keys -t liar-shot "liar prune llama --out small --sparsity 0.3 --target ffn,heads --calibration wiki.txt --seq-len 256; touch done" Enter
+until [ -e ready ]; do sleep 0.2; done; sleep 0.5
+tmux send-keys -t liar-shot "liar prune llama --out small --target ffn,heads --calibration wiki.txt --seq-len 256" Enter
 until [ -e done ]; do sleep 0.5; done; sleep 0.5
 tmux capture-pane -t liar-shot -e -p > screen.ansi
 python - <<'P'
@@ -17,8 +19,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 lines = open("screen.ansi", encoding="utf-8").read().rstrip().splitlines()
-# the prompt that waits for the next command, and what tells this script that it is done
-lines = [line.replace("; touch done", "") for line in lines]
+# without the prompt that waits for the next command
 console = Console(record=True, width=100, file=open("/dev/null", "w"), force_terminal=True)
 console.print(Text.from_ansi("\n".join(lines[:-1] if lines[-1].strip() == "$" else lines)))
 svg = console.export_svg(title="liar prune", theme=MONOKAI)

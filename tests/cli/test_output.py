@@ -113,7 +113,7 @@ def test_verbose_does_not_mute_libraries(monkeypatch, capsys):
         assert os.environ.get("TRANSFORMERS_VERBOSITY") == said
 
 
-def test_a_terminal_gets_a_bar_with_the_time_left_and_a_frame(prune):
+def test_a_terminal_gets_a_bar_with_the_time_left_and_a_rule(prune):
     text = _on_a_terminal(prune)
     assert "\x1b[" in text and "──" in text
     assert re.search(r"pruning.*\d/2", text)

@@ -276,7 +276,7 @@ def test_nan_is_named_and_not_sorted():
         ({"drop_layers": (1,), "layers": (0, 2)}, "--layers 0:2 with layers that are left out"),
         ({"sparsity": 0}, "--sparsity 0: must be a number above 0"),
         ({"drop_layers": (1,), "sparsity": 1}, "or 0 to leave widths as they are"),
-        ({"drop_layers": (1,), "span_repair": "x"}, "--span-repair x: unknown"),
+        ({"drop_layers": (1,), "span_repair": "x"}, "--span-repair x: choose from"),
     ],
 )
 def test_recipes_that_say_nothing_or_too_much(fields, message):
