@@ -4,6 +4,12 @@ The command line prints an `InputError` as one line beginning `error:` and exits
 other exception exits with 1.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
 
 class LiarError(Exception):
     """Base of every error raised on purpose."""
@@ -31,6 +37,20 @@ class OutOfMemory(LiarError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a signal, after something was kept that `--resume` goes on from; says how much."""
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """`; did you mean wanda?`, or nothing where no name is like it."""
+    close = difflib.get_close_matches(str(value).lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def unknown_choice(option: str, value: Any, known: Iterable[str]) -> InputError:
+    """The error of an option whose value is none of a list, with the one that may be meant."""
+    names = list(known)
+    return InputError(
+        f"{option} {value}: choose from {', '.join(names)}{did_you_mean(value, names)}"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from liar_ext.allocation import ALLOCATIONS
 from liar_ext.models import layout
 from liar_ext.models.adapter import Adapter
 from liar_ext.recipe import Recipe
-from liar_ext.report.card import auto_class
+from liar_ext.report.loading import auto_class
 
 
 def loader_of(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import unknown_choice
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,7 +78,7 @@ def preset_fields(
 
 def _known(name: str) -> Preset:
     if name not in PRESETS:
-        raise InputError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
+        raise unknown_choice("--preset", name, PRESETS)
     return PRESETS[name]
 
 

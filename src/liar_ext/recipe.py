@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, did_you_mean, unknown_choice
 
 VERSION = 1
 # what `--ridge auto` chooses from
@@ -134,9 +134,10 @@ class Recipe:
         object.__setattr__(self, "target", tuple(kinds))
         unknown = [kind for kind in self.target if kind not in KINDS]
         if unknown or not self.target or len(set(self.target)) != len(self.target):
+            near = "".join(did_you_mean(kind, KINDS) for kind in unknown[:1])
             raise InputError(
                 f"--target {','.join(self.target) or '(empty)'}: choose from {', '.join(KINDS)}, "
-                "each once, separated by commas"
+                f"each once, separated by commas{near}"
             )
         for name, registry in (
             ("criterion", CRITERIA),
@@ -301,4 +302,4 @@ def _flag(name: str) -> str:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError(f"--{_flag(name)} {value}: unknown; choose from {', '.join(choices)}")
+        raise unknown_choice(f"--{_flag(name)}", value, choices)

@@ -327,7 +327,7 @@ def test_the_command_writes_a_table_that_pruning_takes(tmp_path, capsys):
         (["--batch", "0"], "--batch 0: must be at least 1"),
         (["--points", "1"], "--points 1: must be at least 2"),
         (["--target", "mlp"], "--target mlp: choose from ffn, heads"),
-        (["--dtype", "int8"], "--dtype int8: unknown"),
+        (["--dtype", "int8"], "--dtype int8: choose from"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, says, tmp_path, capsys):

@@ -335,7 +335,7 @@ def test_what_a_model_cannot_is_skipped_before_anything_is_computed(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--criteria", "wanda,magic"], "--criteria magic: unknown; choose from magnitude, "),
+        (["--criteria", "wanda,magic"], "--criteria magic: choose from magnitude, "),
         (["--sparsities", "0.3,1.5"], "--sparsities 1.5: "),
         (["--targets", "ffn;ffn"], "--targets ffn: is given twice"),
         (["--ridge", "-1"], "--ridge -1.0"),

@@ -35,10 +35,10 @@ def test_targets_are_separated_by_semicolons_and_numbers_are_numbers():
 @pytest.mark.parametrize(
     ("axis", "text", "says"),
     [
-        ("criteria", "wanda,magic", "--criteria magic: unknown; choose from magnitude"),
-        ("allocations", "even", "--allocations even: unknown; choose from uniform"),
-        ("reconstructions", "none,glue", "--reconstructions glue: unknown; choose from none"),
-        ("target_signals", "far", "--target-signals far: unknown; choose from local"),
+        ("criteria", "wanda,magic", "--criteria magic: choose from magnitude"),
+        ("allocations", "even", "--allocations even: choose from uniform"),
+        ("reconstructions", "none,glue", "--reconstructions glue: choose from none"),
+        ("target_signals", "far", "--target-signals far: choose from local"),
         ("targets", "ffn;tails", "--targets tails: choose from ffn, heads"),
         ("targets", "ffn,heads;heads,ffn", "--targets heads,ffn: is given twice"),
         ("sparsities", "0.1,1", "--sparsities 1.0: must be a number above 0 and below 1"),

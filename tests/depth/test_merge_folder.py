@@ -297,7 +297,7 @@ def test_a_plan_counts_what_a_search_runs_that_accepts_nothing(tmp_path, tokens)
         (["--drop", "2", "--threshold", "0.999"], "--drop 2: 0 go, no other merge is above"),
         (["--drop", "5", "--lowest", "4", "--highest", "6"], "with every merge accepted 1 layers"),
         (["--drop", "6"], "--drop 6: of 6 layers at least one stays"),
-        (["--rule", "sum"], "--rule sum: unknown; choose from rdsc, telescope, mean"),
+        (["--rule", "sum"], "--rule sum: choose from rdsc, telescope, mean"),
         (["--weights", "gpu"], "--weights gpu: choose from auto, memory, disk"),
         (["--hidden-states", "host"], "--hidden-states host: is memory beside a GPU"),
         (["--hidden-states", "attic"], "--hidden-states attic: choose from"),

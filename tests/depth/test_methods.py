@@ -267,7 +267,7 @@ def test_nan_is_named_and_not_sorted():
     [
         ({"depth": "shortgpt"}, "--depth needs --drop N"),
         ({"drop": 2}, "--drop needs --depth METHOD"),
-        ({"depth": "nonsense", "drop": 1}, "--depth nonsense: unknown; choose from reverse"),
+        ({"depth": "nonsense", "drop": 1}, "--depth nonsense: choose from reverse"),
         ({"depth": "reverse", "drop": 0}, "--drop 0: must be a whole number of at least 1"),
         ({"drop_layers": (1,), "depth": "reverse", "drop": 1}, "both say which layers go"),
         ({"drop_layers": ()}, r"--drop-layers \(empty\)"),
@@ -276,7 +276,7 @@ def test_nan_is_named_and_not_sorted():
         ({"drop_layers": (1,), "layers": (0, 2)}, "--layers 0:2 with layers that are left out"),
         ({"sparsity": 0}, "--sparsity 0: must be a number above 0"),
         ({"drop_layers": (1,), "sparsity": 1}, "or 0 to leave widths as they are"),
-        ({"drop_layers": (1,), "span_repair": "x"}, "--span-repair x: unknown"),
+        ({"drop_layers": (1,), "span_repair": "x"}, "--span-repair x: choose from"),
     ],
 )
 def test_recipes_that_say_nothing_or_too_much(fields, message):

@@ -366,7 +366,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main([*asked, "shortgpt", "--overwrite", "--sparsity", "0.5"]) == 0
     assert "layers" in capsys.readouterr().out
     assert main([*asked, "shortest", "--overwrite"]) == 2
-    assert "--depth shortest: unknown" in capsys.readouterr().err
+    assert "--depth shortest: choose from" in capsys.readouterr().err
     listed = [*asked[:-3], "--drop-layers", "2-3", "--overwrite"]
     assert main(listed) == 0, "with a text to repair by"
     assert json.loads((out / "liar_report.json").read_text())["sites"][0]["across"] == [2, 3]

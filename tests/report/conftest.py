@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report, SiteReport
@@ -92,3 +95,27 @@ def _site(layer: int, kind: str) -> SiteReport:
         precision="float64",
         seconds={"gram": 0.5, "solve": 0.25},
     )
+
+
+@pytest.fixture(scope="session")
+def inputs_of_encoder(tmp_path_factory):
+    """A tiny BERT with a tokenizer, and a file of sentences."""
+    root = tmp_path_factory.mktemp("encoder")
+    words = [f"word{i}" for i in range(40)]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator([words], trainers.WordLevelTrainer(special_tokens=special))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(root / "bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer.get_vocab()), **sizes)).save_pretrained(
+        root / "bert"
+    )
+    picks = torch.randint(40, (60, 8), generator=torch.Generator().manual_seed(1))
+    lines = [" ".join(words[i] for i in row) for row in picks.tolist()]
+    (root / "sentences.txt").write_text("\n".join(lines))
+    return root / "bert", root / "sentences.txt"

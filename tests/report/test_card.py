@@ -8,7 +8,8 @@ import pytest
 import transformers
 import yaml
 
-from liar_ext.report.card import auto_class, model_card
+from liar_ext.report.card import model_card
+from liar_ext.report.loading import auto_class
 
 
 def front_matter(card: str) -> dict:

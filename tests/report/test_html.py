@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
+from liar_page import Page
 
 from liar_ext.errors import InputError
 from liar_ext.report import html, plots
+from liar_ext.report.examples import Example, Examples
+from liar_ext.report.material import Material
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 BEFORE = {
     "source": "meta-llama/Llama-2-7b-hf",
     "metric": "perplexity",
@@ -22,46 +23,19 @@ BEFORE = {
 AFTER = {**BEFORE, "source": "out/pruned", "value": 12.5}
 
 
-class Page(HTMLParser):
-    """Collects tags, ids and text; fails on a tag that is not closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> without a start"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
-
-
 @pytest.fixture(scope="module", params=["stock", "liar_ext"])
 def page_text(request, make_report):
-    return html.render(make_report(layout=request.param, warnings=["watch out"]), [BEFORE, AFTER])
+    return html.render(
+        make_report(layout=request.param, warnings=["watch out"]),
+        Material(evaluations=[BEFORE, AFTER]),
+    )
 
 
 def test_tags_are_balanced_and_every_plot_is_there(page_text):
     page = Page(page_text)
     assert page.count("svg") == 5
-    assert page.count("table") == 5
+    # evaluations, phases, Sites, recipe, calibration, environment
+    assert page.count("table") == 6
     assert "watch out" in page.text
 
 
@@ -106,14 +80,23 @@ def test_what_comes_from_outside_is_escaped(make_report):
     report.calibration["source"] = evil
     report.environment["device"] = evil
     report.recipe["calibration"] = evil
-    text = html.render(report, [{**BEFORE, "source": evil, "metric": "$" + evil, "dataset": evil}])
+    text = html.render(
+        report,
+        Material(
+            evaluations=[{**BEFORE, "source": evil, "metric": "$" + evil, "dataset": evil}],
+            serves=[
+                {"device": evil, "entries": [{"name": evil, "dtype": evil, "tokens_per_s": 1}]}
+            ],
+            examples=Examples([Example(evil, {"dense": evil, evil: "$1" + evil})], evil),
+        ),
+    )
     assert "<script" not in text
     assert Page(text).count("script") == 0
 
 
 def test_evaluations_are_compared_with_the_dense_model(make_report):
     # given the wrong way round
-    text = html.render(make_report(), [AFTER, BEFORE])
+    text = html.render(make_report(), Material(evaluations=[AFTER, BEFORE]))
     page = Page(text)
     rows = [t for t in page.text if t in ("pruned", "meta-llama/Llama-2-7b-hf (dense)")]
     assert rows[0].endswith("(dense)")
@@ -142,13 +125,15 @@ def test_evaluations_are_compared_with_the_dense_model(make_report):
 )
 def test_what_was_measured_of_a_layer_is_in_its_row(make_report, fields, rows):
     report = make_report(layers={"before": 3, "after": 1, "dropped": [1, 2], **fields})
-    table = html.render(report).partition("<h2>Layers</h2>")[2].partition("</table>")[0]
+    table = html.render(report).partition("<h3>Layers</h3>")[2].partition("</table>")[0]
     lines = table.partition("<tbody>")[2].split("<tr>")[1:]
     assert [re.findall(r">([^<\n]+)<", line) for line in lines] == rows
 
 
 def test_without_evaluations_the_page_says_that_nothing_was_measured(make_report):
-    assert "Not measured here" in html.render(make_report())
+    text = html.render(make_report())
+    assert "Quality of this model was not measured" in text
+    assert "liar eval out --text FILE.txt --json" in text
 
 
 @pytest.mark.parametrize(
@@ -163,7 +148,7 @@ def test_without_evaluations_the_page_says_that_nothing_was_measured(make_report
 )
 def test_a_malformed_evaluation_is_an_input_error(make_report, broken, message):
     with pytest.raises(InputError, match=message):
-        html.render(make_report(), [broken])
+        html.render(make_report(), Material(evaluations=[broken]))
 
 
 def test_sites_without_residual_or_solve_draw_fewer_plots(make_report):

@@ -105,7 +105,7 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
         limit = adapter_for(model.config).max_positions(text_config(model.config))
         length = min(512, limit - (arguments.mode == "decode"))
     work = Workload(arguments.mode, arguments.batch, length)
-    with Watcher() as progress:
+    with Watcher.of(arguments) as progress:
         try:
             found = measure(
                 model,

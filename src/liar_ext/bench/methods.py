@@ -30,7 +30,7 @@ from liar_ext.engine.compression import peak_host_bytes, resident_host_bytes
 from liar_ext.engine.inputs import compute_dtype, load_calibration, resolve_device
 from liar_ext.engine.plain import plain_forward
 from liar_ext.environment import environment
-from liar_ext.errors import InputError, LiarError
+from liar_ext.errors import InputError, LiarError, unknown_choice
 from liar_ext.models.twin import twin
 from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
@@ -120,7 +120,7 @@ def execute(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     fields = list(own) if arguments.vary is None else arguments.vary.split(",")
     fields = [part.strip() for part in fields]
     if unknown := [name for name in fields if name not in METHODS]:
-        raise InputError(f"--vary {unknown[0]}: unknown; choose from {', '.join(METHODS)}")
+        raise unknown_choice("--vary", unknown[0], METHODS)
     if arguments.repeats < 1:
         raise InputError(f"--repeats {arguments.repeats}: must be at least 1")
     # so that what one method frees is not what the next one is said not to need

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
-from typing import NoReturn
+import time
+from typing import Any, NoReturn
 
 from liar_ext._version import __version__
 from liar_ext.cli import (
     batch,
     bench,
     compare,
+    completion,
     demo,
     env,
     evaluate,
@@ -29,32 +30,37 @@ from liar_ext.cli import (
     report,
     trace,
 )
+from liar_ext.cli.parser import USAGE, Commands, Root, add_output_options
 from liar_ext.errors import InputError, LiarError, is_out_of_memory
 
-COMMANDS = (
-    *(prune, merge, replace, grow, recover, fuse, export, batch, compare, evaluate, plan, layers),
-    *(trace, bench, demo, report, env),
-)
-USAGE, FAILURE = 2, 1
+# what `liar --help` shows, and in what order; a command is a module with `add_parser`
+GROUPS: dict[str, tuple[Any, ...]] = {
+    "make a model smaller": (prune, merge, fuse, batch),
+    "train a little": (recover, replace, grow),
+    "look before": (plan, layers, trace, compare),
+    "measure, show and serve": (evaluate, bench, report, export),
+    "about this program": (demo, env, completion),
+}
+FAILURE = 1
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line beginning `error:`, with exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
-
-
-def build_parser(arguments: list[str]) -> Parser:
-    parser = Parser(prog="liar", description="Shrink transformers without retraining.")
+def build_parser(arguments: list[str]) -> Root:
+    """All commands; those of `bench` with their options only if `arguments` are about it."""
+    parser = Root(
+        "Shrink Hugging Face transformers without retraining: whole neurons, heads or layers are "
+        "removed, and the damage is repaired in closed form."
+    )
     parser.add_argument("--version", action="version", version=f"liar-ext {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        if command is bench:
-            bench.add_parser(commands, wanted="bench" in arguments)
-        else:
-            command.add_parser(commands)
+    commands = Commands(parser)
+    for title, modules in GROUPS.items():
+        commands.group(title)
+        for command in modules:
+            if command is bench:
+                bench.add_parser(commands, wanted="bench" in arguments)
+            else:
+                command.add_parser(commands)
+    add_output_options(parser)
     return parser
 
 
@@ -66,20 +72,29 @@ def main(argv: list[str] | None = None) -> int:
         else.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if (words := completion.asked_about()) is not None:
+        completion.answer(build_parser(words))
     arguments = build_parser(argv).parse_args(argv)
-    _quiet_libraries()
+    if not arguments.verbose:
+        _quiet_libraries()
+    started = time.perf_counter()
     # a closed terminal and SIGTERM clean up as Ctrl-C does: temporary folders are removed
     before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         result = arguments.run(arguments)
+        sys.stdout.flush()
     except InputError as error:
         return _fail(USAGE, str(error))
     except KeyboardInterrupt as error:
         return _fail(USAGE, str(error) or "interrupted; nothing was written")
     except LiarError as error:
         return _fail(FAILURE, str(error))
+    except BrokenPipeError:
+        # whoever read the output has enough, as `head` does; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
     except (MemoryError, RuntimeError) as error:
         if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
             # while libraries were imported, which may wrap what they do not expect
@@ -91,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         for number, handler in before.items():
             if signal.getsignal(number) is _interrupt:
                 signal.signal(number, handler)
+    if arguments.verbose:
+        print(f"took {time.perf_counter() - started:.2f} s", file=sys.stderr, flush=True)
     if result is not None and getattr(arguments, "json", False):
         sys.stdout.flush()
         print(json.dumps(result, allow_nan=False), flush=True)

@@ -49,10 +49,11 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _options(execution: Execution) -> list[str]:
+def _options(execution: Execution, arguments: argparse.Namespace) -> list[str]:
     """Of every job's `liar prune`."""
     options = ["--hidden-states", execution.hidden_states]
     options += ["--journal-seconds", str(execution.journal_seconds)]
+    options += [f"--{name}" for name in ("quiet", "verbose") if getattr(arguments, name)]
     return options if execution.scratch is None else [*options, "--scratch", str(execution.scratch)]
 
 
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         InputError: lines that cannot be used, or the batch was interrupted.
         LiarError: some jobs failed. The summary is printed before.
     """
-    from liar_ext.cli.output import print_table
+    from liar_ext.cli.output import Watcher, print_table
     from liar_ext.engine.execution import Execution
     from liar_ext.job_queue import Queue
     from liar_ext.job_sources import Sources
@@ -101,7 +102,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         keep_moments=arguments.keep_moments,
         resume=arguments.resume,
         stop_on_error=arguments.stop_on_error,
-        options=_options(execution),
+        options=_options(execution, arguments),
+        say=Watcher.of(arguments).tell,
     )
     outcomes = queue.run()
     counts = Counter(outcome.status for outcome in outcomes)

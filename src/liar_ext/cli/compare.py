@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         LiarError: some cells failed. The result is written and printed before.
     """
     from liar_ext.calibration.sources import refuse_missing_path
-    from liar_ext.cli.output import print_table
+    from liar_ext.cli.output import Watcher, print_table
     from liar_ext.comparison.grid import make_grid, parse_axis
     from liar_ext.comparison.run import compare
     from liar_ext.engine.execution import Execution
@@ -113,6 +113,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         keep_moments=arguments.keep_moments,
         execution=Execution(hidden_states=arguments.hidden_states, scratch=arguments.scratch),
         trace=arguments.trace,
+        say=Watcher.of(arguments).tell,
     )
     if not arguments.json:
         print_table(summary(result))

@@ -21,4 +21,5 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.demo.run import demo
 
-    return demo(None if arguments.out is None else Path(arguments.out), quiet=arguments.json)
+    out = None if arguments.out is None else Path(arguments.out)
+    return demo(out, silent=arguments.json, progress=not arguments.quiet)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
@@ -116,9 +115,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     for name in ("device", "dtype"):
         if getattr(arguments, name) not in CHOICES[name]:
-            raise InputError(
-                f"--{name} {getattr(arguments, name)}: choose from {', '.join(CHOICES[name])}"
-            )
+            raise unknown_choice(f"--{name}", getattr(arguments, name), CHOICES[name])
     for name, least in LEAST.items():
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -195,7 +192,7 @@ def _measure(arguments: argparse.Namespace, evaluations: list[Evaluation]) -> di
         scratch=arguments.scratch,
     )
     found = [result.to_json(arguments.source, dense) for result in results]
-    _warn_of_overlap(folder, [evaluation.corpus for evaluation in evaluations])
+    _warn_of_overlap(arguments, folder, [evaluation.corpus for evaluation in evaluations])
     if not arguments.json:
         show(found)
     about = {"environment": environment(device)}
@@ -240,15 +237,18 @@ def _stability(arguments: argparse.Namespace) -> dict[str, Any]:
         **found,
         "environment": environment(device),
     }
-    _warn_of_overlap(pruned, [each.corpus for each in sets])
+    _warn_of_overlap(arguments, pruned, [each.corpus for each in sets])
     if not arguments.json:
         print_table(stability_table(result))
     return result
 
 
-def _warn_of_overlap(folder: Path, evaluated: Iterable[Callable[[], Corpus]]) -> None:
+def _warn_of_overlap(
+    arguments: argparse.Namespace, folder: Path, evaluated: Iterable[Callable[[], Corpus]]
+) -> None:
     """Say so when a pruned model is evaluated on the text it was calibrated on."""
     from liar_ext.calibration.overlap import warning
+    from liar_ext.cli.output import warn
     from liar_ext.report.schema import calibration_of
 
     calibration = calibration_of(folder)
@@ -257,4 +257,4 @@ def _warn_of_overlap(folder: Path, evaluated: Iterable[Callable[[], Corpus]]) ->
     for corpus in evaluated:
         message = warning(calibration, corpus())
         if message is not None:
-            print(f"warning: {message}", file=sys.stderr)
+            warn(arguments, message)

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [name for *_, name in OPTIONS.values()]
     given = {name: getattr(arguments, name) for name in names}
     settings = FuseSettings(**{name: value for name, value in given.items() if value is not None})
-    with Watcher() as progress:
+    with Watcher.of(arguments) as progress:
         report = fuse(
             arguments.source,
             arguments.out,

@@ -7,7 +7,7 @@ from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
 from liar_ext.cli.training import TEXT, add_training, carried_out, trained_line, training_of
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 
 
 def add_parser(commands: Any) -> None:
@@ -87,7 +87,7 @@ def growth_of(arguments: argparse.Namespace) -> Any:
     from liar_ext.recipe import CHOICES
 
     if arguments.device not in CHOICES["device"]:
-        raise InputError(f"--device {arguments.device}: choose from {', '.join(CHOICES['device'])}")
+        raise unknown_choice("--device", arguments.device, CHOICES["device"])
     for name in ("hyper_parameters", "epochs"):
         if getattr(arguments, name) is not None and arguments.predictor != "mlp":
             raise InputError(
@@ -95,7 +95,7 @@ def growth_of(arguments: argparse.Namespace) -> Any:
             )
     chosen = arguments.hyper_parameters or "paper"
     if chosen not in HYPER_PARAMETERS:
-        raise InputError(f"--hyper-parameters {chosen}: choose from {', '.join(HYPER_PARAMETERS)}")
+        raise unknown_choice("--hyper-parameters", chosen, HYPER_PARAMETERS)
     options = HYPER_PARAMETERS[chosen]
     if arguments.epochs is not None:
         options = replace(options, epochs=arguments.epochs)

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     spans = [part.strip() for part in arguments.spans.split(",")]
     if not all(part.isdecimal() for part in spans):
         raise InputError(f"--spans {arguments.spans}: must be whole numbers, e.g. 1,2,4")
-    with Watcher() as watcher:
+    with Watcher.of(arguments) as watcher:
         found = layer_survey(
             arguments.source,
             recipe_of(arguments),

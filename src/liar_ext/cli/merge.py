@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
@@ -84,7 +83,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from liar_ext.cli.output import Watcher
+    from liar_ext.cli.output import Watcher, warn
     from liar_ext.depth.merge_folder import merge_layers, merge_plan
     from liar_ext.depth.merge_settings import MergeSettings
     from liar_ext.engine.execution import Execution
@@ -103,11 +102,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.dry_run:
         plan = merge_plan(*where, **how)
         for text in plan["warnings"]:
-            print(f"warning: {text}", file=sys.stderr)
+            warn(arguments, text)
         if not arguments.json:
             print("\n".join(plan_lines(plan)))
         return plan
-    with Watcher() as watcher:
+    with Watcher.of(arguments) as watcher:
         report = merge_layers(*where, progress=watcher, **how)
     if not arguments.json:
         print("\n".join(report_lines(report)))

@@ -31,6 +31,44 @@ def refuse_torchrun(why: str) -> None:
         raise InputError(f"WORLD_SIZE is {size}: {why}")
 
 
+# what an option may be, by its field of the Recipe; said in help and offered by completion. the
+# registries themselves import torch, which help should not: tests hold the two together
+NAMES: dict[str, tuple[str, ...]] = {
+    "budget": ("parameters", "flops", "latency"),
+    "target": ("ffn", "heads"),
+    "criterion": (
+        *("magnitude", "magnitude-l1", "magnitude-producer", "magnitude-producer-l1"),
+        *("magnitude-both", "magnitude-both-l1", "wanda", "flap", "flap-ifv", "flap-wifn", "rcpu"),
+        *("leverage", "obs", "obs-swap", "snip", "michel", "fisher", "fisher-rearranged"),
+        *("taylor-vector", "taylor-first", "taylor-second", "taylor-mixed", "policy", "random"),
+    ),
+    "allocation": (
+        *("uniform", "global", "ranked", "alpha", "influence", "levels", "besa", "kwon"),
+        *("spdy", "level-swaps", "evolution", "rl-pruner", "segments"),
+    ),
+    "reconstruct": (
+        *("none", "bias", "mask-tuning", "rotation", "rotation-scaled", "admm", "liar"),
+    ),
+    "bias": ("auto", "always", "never"),
+    "target_signal": ("local", "dense", "stream"),
+    "statistics": ("sequential", "oneshot"),
+    "depth": (
+        *("reverse", "shortgpt", "streamline", "angular", "perplexity", "perplexity-greedy"),
+        *("taylor", "magnitude-l1", "magnitude-l2", "random"),
+    ),
+    "span_repair": ("liar", "none"),
+    "refit": ("pruned", "all"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "preset": ("best", "fast"),
+    "hidden_states": ("auto", "device", "host", "disk"),
+}
+
+
+def _named(field: str) -> str:
+    return ", ".join(NAMES[field])
+
+
 # option -> (type, metavar, help); the option's name is the Recipe field's
 OPTIONS: dict[str, tuple[Any, str, str]] = {
     "sparsity": (
@@ -38,16 +76,13 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "F",
         "fraction of the targeted budget to remove (default 0.3, and 0 where layers are left out)",
     ),
-    "budget": (str, "WHAT", "what --sparsity counts: parameters, flops, latency"),
+    "budget": (str, "WHAT", f"what --sparsity counts: {_named('budget')}"),
     "latency": (str, "FILE", "for --budget latency: what `liar bench latency` measured"),
     "target": (str, "KINDS", "ffn, heads, or ffn,heads"),
     "criterion": (
         str,
         "NAME",
-        "what to keep: magnitude, magnitude-l1, magnitude-producer, magnitude-producer-l1, "
-        "magnitude-both, magnitude-both-l1, wanda, flap, flap-ifv, flap-wifn, rcpu, leverage, obs, "
-        "obs-swap, snip, michel, fisher, fisher-rearranged, taylor-vector, taylor-first, "
-        "taylor-second, taylor-mixed, policy, random",
+        f"what to keep: {_named('criterion')}",
     ),
     "allocation": (
         str,
@@ -58,7 +93,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "reconstruct": (
         str,
         "NAME",
-        "how to repair: none, bias, mask-tuning, rotation, rotation-scaled, admm, liar",
+        f"how to repair: {_named('reconstruct')}",
     ),
     "calibration": (str, "TEXT", ".txt, .jsonl, .csv, tokens (.npy, .safetensors), datasets name"),
     "samples": (int, "N", "windows (decoders) or sentences (encoders)"),
@@ -69,7 +104,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "search_samples": (int, "N", "windows that searching allocations compare models on"),
     "search_evaluations": (int, "N", "models that they try"),
     "ridge": (ridge, "F", "λ relative to the mean variance of a Site's columns, or auto"),
-    "bias": (str, "WHEN", "may the repair add biases: auto, always, never"),
+    "bias": (str, "WHEN", f"may the repair add biases: {_named('bias')}"),
     "target_signal": (
         str,
         "NAME",
@@ -92,8 +127,7 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
     "depth": (
         str,
         "NAME",
-        "how layers are chosen that are left out: reverse, shortgpt, streamline, angular, "
-        "perplexity, perplexity-greedy, taylor, magnitude-l1, magnitude-l2, random",
+        f"how layers are chosen that are left out: {_named('depth')}",
     ),
     "drop": (int, "N", "how many, for --depth"),
     "drop_layers": (
@@ -114,8 +148,8 @@ OPTIONS: dict[str, tuple[Any, str, str]] = {
         "consumers that are fitted: pruned, those that lose columns or stand in for layers; or "
         "all behind the first of these, to the dense model's path",
     ),
-    "device": (str, "NAME", "auto, cpu, cuda"),
-    "dtype": (str, "NAME", "auto, float32, bfloat16, float16"),
+    "device": (str, "NAME", _named("device")),
+    "dtype": (str, "NAME", _named("dtype")),
     "seed": (int, "N", "of calibration sampling and random methods"),
 }
 

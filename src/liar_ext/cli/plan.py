@@ -73,12 +73,11 @@ def show(
     source: str, recipe: Any, execution: Any = None, *, as_json: bool, **options: Any
 ) -> dict[str, Any]:
     """Print a plan unless it is to be JSON; `options` are those of `planning.plan`."""
-    from rich.console import Console
-
+    from liar_ext.cli.output import print_table
     from liar_ext.planning import plan
     from liar_ext.planning_table import render
 
     result = plan(source, recipe, execution=execution, **options)
     if not as_json:
-        Console(highlight=False).print(render(result))
+        print_table(render(result))
     return result

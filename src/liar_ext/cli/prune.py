@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     steady_allocator()
     with Ranks.from_environment(recipe.device) as ranks:
         first = ranks.rank == 0
-        with Watcher() if first else Silent() as watcher:
+        with Watcher.of(arguments) if first else Silent() as watcher:
+            if first and arguments.verbose:
+                _tell_recipe(watcher, recipe)
             report = compress(
                 arguments.source,
                 arguments.out,
@@ -155,8 +156,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"out": arguments.out, **report.to_json()}
 
 
+def _tell_recipe(watcher: Any, recipe: Any) -> None:
+    """What is not the default of the recipe, presets and all."""
+    from dataclasses import fields
+
+    usual = {field.name: field.default for field in fields(recipe)}
+    found = {name: value for name, value in vars(recipe).items() if value != usual[name]}
+    watcher.detail("recipe: " + ", ".join(f"{name} {value}" for name, value in found.items()))
+
+
 def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
     """`--drop-layers` alone: no recipe, nothing to compute."""
+    from liar_ext.cli.output import warn
     from liar_ext.depth.drop import drop_layers
     from liar_ext.depth.methods import parse_layers
     from liar_ext.report.text import count, size
@@ -165,7 +176,7 @@ def _drop(arguments: argparse.Namespace) -> dict[str, Any]:
     dropped = parse_layers(arguments.drop_layers)
     report = drop_layers(arguments.source, arguments.out, dropped, overwrite=arguments.overwrite)
     for text in report["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+        warn(arguments, text)
     if not arguments.json:
         layers, totals = report["layers"], report["totals"]
         print(

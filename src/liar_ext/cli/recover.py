@@ -7,7 +7,7 @@ from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
 from liar_ext.cli.training import TEXT, TRAINING, add_training, carried_out
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 
 # of the training, in words
 DEFAULTS = {"lr": "default 1e-5 for partial, 1e-4 for lora"}
@@ -112,9 +112,9 @@ def recovery_of(arguments: argparse.Namespace) -> Any:
 
     method, seed = arguments.method, arguments.seed
     if arguments.device not in CHOICES["device"]:
-        raise InputError(f"--device {arguments.device}: choose from {', '.join(CHOICES['device'])}")
+        raise unknown_choice("--device", arguments.device, CHOICES["device"])
     if method not in METHODS:
-        raise InputError(f"--method {method}: choose from {', '.join(METHODS)}")
+        raise unknown_choice("--method", method, METHODS)
     of_partial = _given(arguments, [*PARTIAL, "untie", "no_head", "cache_states"])
     of_lora = _given(arguments, [*LORA, "keep_adapter"])
     of_trials = _given(arguments, [f"trial_{name}" for name in TRIALS])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -92,9 +91,9 @@ def carried_out(
     Args:
         command: takes source, out and what is asked for.
     """
-    from liar_ext.cli.output import Watcher
+    from liar_ext.cli.output import Watcher, warn
 
-    with Watcher() as watcher:
+    with Watcher.of(arguments) as watcher:
         report = command(
             arguments.source,
             arguments.out,
@@ -104,7 +103,7 @@ def carried_out(
             progress=watcher,
         )
     for text in report["warnings"]:
-        print(f"warning: {text}", file=sys.stderr)
+        warn(arguments, text)
     return report
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from liar_ext.allocation import ALLOCATIONS
 from liar_ext.criteria import CRITERIA
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.recipe import CHOICES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 from liar_ext.survey import reads_of
@@ -183,8 +183,7 @@ def _check_axis(axis: str, values: tuple[Any, ...]) -> None:
     for value in values:
         if field in _NAMES:
             if value not in _NAMES[field]:
-                choices = ", ".join(_NAMES[field])
-                raise InputError(f"{option} {value}: unknown; choose from {choices}")
+                raise unknown_choice(option, value, _NAMES[field])
             checked = value
         else:
             try:

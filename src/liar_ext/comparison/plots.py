@@ -1,6 +1,6 @@
 """A comparison's figures: loss or score against sparsity, one SVG for each target and allocation.
 
-Files of their own, in the style of `report.plots` with fixed colours: a page that shows them as
+Files of their own, in the style of `report.drawing` with fixed colours: a page that shows them as
 images has no say in them. Colour tells the criterion, marker and dashes the reconstruction.
 """
 
@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from liar_ext.comparison.tables import Cell, Group, groups
-from liar_ext.report.plots import FAINT, INK, STYLE, WIDTH
+from liar_ext.report.drawing import FAINT, INK, STYLE
 from liar_ext.report.text import budgeted
 
 _COLOURS = {INK: "#222222", FAINT: "#d8d8d8"}
@@ -39,7 +39,7 @@ def _plot(result: dict[str, Any], group: Group, evaluation: str) -> str:
     variants = list(dict.fromkeys(cell["variant"] for cell in cells))
     colours = matplotlib.colormaps["tab10" if len(criteria) <= 10 else "tab20"]
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": group.title + evaluation}):
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         for c, criterion in enumerate(criteria):
             for v, variant in enumerate(variants):

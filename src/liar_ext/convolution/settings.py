@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.seeds import SEEDS
 
 REPAIRS = ("liar", "none")
@@ -59,7 +59,7 @@ class FuseSettings:
             *(("repair", REPAIRS), ("importance", IMPORTANCES), ("device", DEVICES)),
         ):
             if getattr(self, name) not in known:
-                raise InputError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
+                raise unknown_choice(f"--{name}", getattr(self, name), known)
         least = {
             **dict.fromkeys(("top", "largest_kernel", "patches", "batch_size", "repeats"), 1),
             **dict.fromkeys(("table_steps", "finetune_steps", "seed"), 0),

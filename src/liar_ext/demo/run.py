@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from liar_ext.cli.output import print_table
 from liar_ext.demo import CALIBRATION, HELDOUT, MODEL
 from liar_ext.engine.compress import compress
 from liar_ext.engine.inputs import load_tokenizer
@@ -32,21 +33,23 @@ PROMPT = "Return a new list"
 NEW_TOKENS = 24
 
 
-def demo(out: Path | None, *, quiet: bool = False) -> dict[str, Any]:
+def demo(out: Path | None, *, silent: bool = False, progress: bool = True) -> dict[str, Any]:
     """Run the demo.
 
     Args:
         out: keep the pruned folders here; None uses a temporary folder.
-        quiet: print nothing (the caller prints the result as JSON).
+        silent: print nothing (the caller prints the result as JSON); progress: say what is done.
     Returns:
         rows with reconstruction, sparsity, perplexity, parameters, bytes, seconds; generated text.
     """
     started = time.perf_counter()
-    console = Console(quiet=quiet, highlight=False)
+    progress = progress and not silent
+    console = Console(quiet=silent, highlight=False)
     tokenizer = load_tokenizer(MODEL)
     tokens = tokenize(HELDOUT.read_text(encoding="utf-8"), tokenizer)
     tokens = tokens[: HELDOUT_WINDOWS * SEQ_LEN]
-    console.print(f"dense: {MODEL}")
+    if progress:
+        console.print(f"dense: {MODEL}", soft_wrap=True)
     dense = _stock(MODEL)
     rows = [_row("dense", 0.0, dense, MODEL, tokens, None)]
     with tempfile.TemporaryDirectory(prefix="liar-demo-") as temporary:
@@ -66,16 +69,18 @@ def demo(out: Path | None, *, quiet: bool = False) -> dict[str, Any]:
                 # stock transformers, no code of ours
                 model = _stock(folder)
                 rows.append(_row(name, sparsity, model, folder, tokens, report.seconds["total"]))
-                console.print(
-                    f"{name:5s} {sparsity:.0%}: perplexity {rows[-1]['perplexity']:.2f} "
-                    f"in {report.seconds['total']:.1f} s"
-                )
+                if progress:
+                    console.print(
+                        f"{name:5s} {sparsity:.0%}: perplexity {rows[-1]['perplexity']:.2f} "
+                        f"in {report.seconds['total']:.1f} s"
+                    )
         texts = {
             "dense": greedy(dense, tokenizer, PROMPT, NEW_TOKENS),
             f"{name} {sparsity:.0%}": greedy(model, tokenizer, PROMPT, NEW_TOKENS),
         }
     seconds = time.perf_counter() - started
-    console.print(_table(rows))
+    if not silent:
+        print_table(_table(rows))
     for who, text in texts.items():
         console.print(f"{who}: {PROMPT}{text}".replace("\n", " "), markup=False)
     if out is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from liar_ext.depth.rules import NORMS, RULES
 from liar_ext.depth.similarity import KINDS
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.recipe import CHOICES as RECIPE_CHOICES
 
 # LaCo's for a LLaMA-7B of 32 layers
@@ -99,9 +99,7 @@ class MergeSettings:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name} {getattr(self, name)}: unknown; choose from {', '.join(choices)}"
-                )
+                raise unknown_choice(f"--{name}", getattr(self, name), choices)
         for name, least in LEAST.items():
             value: Any = getattr(self, name)
             if value is None and name not in ("texts", "seq_len", "batch_size", "seed"):

@@ -19,7 +19,7 @@ from liar_ext.depth.merge_settings import MergeSettings, Schedule
 from liar_ext.engine.execution import HELD_SHARE, Execution, choose_place, free_bytes
 from liar_ext.engine.inputs import compute_dtype, load_tokenizer, resolve_device
 from liar_ext.engine.source import with_trace
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.models import adapter_for, check_reads_tokens, layout, text_config
 from liar_ext.recipe import KINDS
 from liar_ext.report.text import size
@@ -71,7 +71,7 @@ def opened(
         InputError: see `merge_layers`.
     """
     if weights not in WEIGHTS:
-        raise InputError(f"--weights {weights}: choose from {', '.join(WEIGHTS)}")
+        raise unknown_choice("--weights", weights, WEIGHTS)
     device = resolve_device(settings.device)
     reader = CheckpointReader(folder)
     config = reader.config

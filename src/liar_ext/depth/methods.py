@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 
 if TYPE_CHECKING:
     from liar_ext.recipe import Recipe
@@ -119,7 +119,7 @@ def check_depth(recipe: Recipe) -> None:
                 "each once, e.g. 20-27 or 3,7"
             )
     if recipe.depth is not None and recipe.depth not in METHODS:
-        raise InputError(f"--depth {recipe.depth}: unknown; choose from {', '.join(METHODS)}")
+        raise unknown_choice("--depth", recipe.depth, METHODS)
     if (recipe.depth is None) != (recipe.drop is None):
         given, missing = ("--depth", "--drop N") if recipe.depth else ("--drop", "--depth METHOD")
         raise InputError(f"{given} needs {missing} beside it: how layers are chosen, and how many")

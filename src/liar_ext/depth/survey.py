@@ -22,7 +22,7 @@ from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.source import dense_checkpoint
 from liar_ext.environment import environment
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.models import adapter_for, text_config
 from liar_ext.recipe import Recipe
 
@@ -54,9 +54,7 @@ def layer_survey(
     execution = execution or Execution()
     unknown = [name for name in measures if name not in MEASURES]
     if unknown or not measures:
-        raise InputError(
-            f"--measures {','.join(measures) or '(empty)'}: choose from {', '.join(MEASURES)}"
-        )
+        raise unknown_choice("--measures", ",".join(unknown) or "(empty)", MEASURES)
     folder = resolve(source)
     device = resolve_device(recipe.device)
     reader, model, _ = dense_checkpoint(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from liar_ext.engine.shelf import PLACES, DeviceShelf, DiskShelf, HostShelf, Shelf
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 
 # share of the free memory that hidden states and paused forwards may take before they move on
 HELD_SHARE = 0.6
@@ -36,9 +36,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.hidden_states not in ("auto", *PLACES):
-            raise InputError(
-                f"--hidden-states {self.hidden_states}: choose from auto, {', '.join(PLACES)}"
-            )
+            raise unknown_choice("--hidden-states", self.hidden_states, ("auto", *PLACES))
         if not 0 <= self.journal_seconds < float("inf"):
             raise InputError(
                 f"--journal-seconds {self.journal_seconds}: must be a number of at least 0"

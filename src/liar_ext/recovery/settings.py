@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.recovery.rank_search import RankSearch
 from liar_ext.recovery.schedule import Schedule
 
@@ -52,7 +52,7 @@ class Recovery:
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("ranks", RANKS)):
             if getattr(self, name) not in known:
-                raise InputError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
+                raise unknown_choice(f"--{name}", getattr(self, name), known)
         for name, least in (("seq_len", 2), ("held_out", 0), ("last", 1), ("rank", 1)):
             if getattr(self, name) < least:
                 option = f"--{name.replace('_', '-')}"

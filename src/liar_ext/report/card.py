@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from liar_ext.report.loading import auto_class, base_model_type
+from liar_ext.report.markdown import code, plain
 from liar_ext.report.schema import Report, SiteReport
 from liar_ext.report.text import (
     budgeted,
@@ -27,21 +29,6 @@ from liar_ext.report.text import (
 # what a layer lacks that has no unit of a kind
 BLOCKS = {"heads": "attention", "ffn": "FFN"}
 SITE_NAMES = {"ffn": "FFN neurons", "heads": "attention heads (KV groups where they are shared)"}
-# the most specific first: a BERT head is also in the mapping of causal language models
-AUTO_CLASSES = (
-    ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
-    ("AutoModelForMultipleChoice", "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES"),
-    ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
-    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
-    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
-    ("AutoModel", "MODEL_MAPPING_NAMES"),
-)
 WARNINGS_SHOWN = 20
 
 
@@ -54,7 +41,7 @@ def model_card(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) ->
     """
     parts = [
         _front_matter(report),
-        f"# {_plain(short_name(report.source))}, pruned\n",
+        f"# {plain(short_name(report.source))}, pruned\n",
         _what(report),
         _sizes(report),
         _loading(report),
@@ -65,34 +52,6 @@ def model_card(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) ->
         _repeat(report),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def auto_class(config: Mapping[str, Any]) -> str:
-    """The `transformers.Auto…` class that loads `config` with its head, by `architectures`."""
-    # imported here: a card is also read where transformers is not needed yet
-    from transformers.models.auto import modeling_auto
-
-    from liar_ext.models import ADAPTERS
-    from liar_ext.models.traced import KEY
-
-    names = set(config.get("architectures") or ())
-    for auto, mapping_name in AUTO_CLASSES:
-        known: set[str] = set()
-        for value in getattr(modeling_auto, mapping_name, {}).values():
-            known.update((value,) if isinstance(value, str) else value)
-        if names & known:
-            return auto
-    adapter = ADAPTERS.get(config.get("model_type", ""))
-    decoder = adapter is not None and adapter.decoder
-    if KEY in config:
-        decoder = bool(config[KEY]["decoder"])
-    return "AutoModelForCausalLM" if decoder else "AutoModel"
-
-
-def base_model_type(report: Report) -> str:
-    """The family the layers belong to, also where `model_type` is `liar_ext`."""
-    own = report.config.get("liar_ext")
-    return str(own["base_model_type"] if isinstance(own, dict) else report.config["model_type"])
 
 
 def residuals(sites: Sequence[SiteReport]) -> list[tuple[float, SiteReport]]:
@@ -117,9 +76,9 @@ def _front_matter(report: Report) -> str:
 
 def _what(report: Report) -> str:
     what = [_layers(report), _widths(report)]
-    device = _plain(str(report.environment.get("device", "an unknown device")))
+    device = plain(str(report.environment.get("device", "an unknown device")))
     return (
-        f"Made from {_code(short_name(report.source))} with liar-ext "
+        f"Made from {code(short_name(report.source))} with liar-ext "
         f"{report.environment.get('liar_ext', '')}, without training. "
         f"{' '.join(part for part in what if part)}\n\n"
         f"{_options(report)}"
@@ -136,7 +95,7 @@ def _layers(report: Report) -> str:
     across = [site for site in report.sites if site.across]
     repair = "nothing was repaired for them"
     if across:
-        names = ", ".join(_code(site.name) for site in across)
+        names = ", ".join(code(site.name) for site in across)
         repair = (
             f"least squares folded what they did, as far as it can be predicted, into {names} in "
             "front of them"
@@ -182,16 +141,16 @@ def _options(report: Report) -> str:
     lines = []
     if report.layers:
         chosen = recipe.get("depth")
-        how = f"chosen by {_code(chosen)}" if chosen else "as they were listed"
-        lines.append(f"- layers {how}, repair {_code(recipe['span_repair'])}")
+        how = f"chosen by {code(chosen)}" if chosen else "as they were listed"
+        lines.append(f"- layers {how}, repair {code(recipe['span_repair'])}")
     if recipe.get("sparsity", 1):
         lines += [
             f"- sparsity of the targeted structures, in {budgeted(recipe)}: "
             f"{percent(totals.get('sparsity'))} "
             f"(asked for {percent(totals.get('sparsity_asked'))})",
-            f"- criterion {_code(recipe['criterion'])}, allocation {_code(recipe['allocation'])}, "
-            f"reconstruction {_code(recipe['reconstruct'])}, biases {_code(recipe['bias'])}, "
-            f"statistics {_code(recipe['statistics'])}",
+            f"- criterion {code(recipe['criterion'])}, allocation {code(recipe['allocation'])}, "
+            f"reconstruction {code(recipe['reconstruct'])}, biases {code(recipe['bias'])}, "
+            f"statistics {code(recipe['statistics'])}",
         ]
     return "".join(f"{line}\n" for line in lines)
 
@@ -200,7 +159,7 @@ def _workload(report: Report) -> str:
     """Of a budget in seconds; empty for another."""
     if not report.latency:
         return ""
-    return f"- latency predicted from measurements: {_plain(workload(report.latency))}\n"
+    return f"- latency predicted from measurements: {plain(workload(report.latency))}\n"
 
 
 def _sizes(report: Report) -> str:
@@ -237,23 +196,23 @@ def _loading(report: Report) -> str:
     if report.layout.startswith("stock"):
         auto = auto_class(report.config)
         text = f"Stock transformers loads this folder, without custom code{_alias(report)}."
-        code = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
+        example = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     else:
         text = (
             "The shapes of this model cannot be stated in a stock "
-            f"{_code(base_model_type(report))} config (widths that differ between layers, head "
+            f"{code(base_model_type(report))} config (widths that differ between layers, head "
             "counts or biases without a config field), so stock loaders refuse it by its "
             "`model_type`. The package liar-ext loads it as an ordinary transformers model."
         )
-        code = 'import liar_ext\n\nmodel = liar_ext.load("PATH")'
-    return f"## How to load\n\n{text}\n\n```python\n{code}\n```\n"
+        example = 'import liar_ext\n\nmodel = liar_ext.load("PATH")'
+    return f"## How to load\n\n{text}\n\n```python\n{example}\n```\n"
 
 
 def _alias(report: Report) -> str:
     if report.layout == "stock":
         return ""
     return (
-        f"; it is written as model type {_code(report.config['model_type'])}, the same function "
+        f"; it is written as model type {code(report.config['model_type'])}, the same function "
         "with the same weight names, because the original config class rejects this head count"
     )
 
@@ -263,9 +222,9 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
     if evaluations:
         lines += ["| model | data | metric | value | standard error |", "|---|---|---|---:|---:|"]
         for one in evaluations:
-            names = [_code(short_name(str(one.get(key, "")))) for key in ("source", "dataset")]
+            names = [code(short_name(str(one.get(key, "")))) for key in ("source", "dataset")]
             values = [number(one["value"], 5), number(one.get("standard_error"))]
-            lines.append(f"| {' | '.join([*names, _plain(str(one['metric'])), *values])} |")
+            lines.append(f"| {' | '.join([*names, plain(str(one['metric'])), *values])} |")
         lines.append("")
     else:
         lines.append(
@@ -279,8 +238,8 @@ def _quality(report: Report, evaluations: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             "Relative residual, the mean squared error of an adjusted layer's output over the "
             f"variance of the dense one's: median {percent(statistics.median(found))}, from "
-            f"{percent(found[0])} ({_code(known[0][1].name)}) to {percent(found[-1])} "
-            f"({_code(known[-1][1].name)}). It is measured on the calibration tokens themselves "
+            f"{percent(found[0])} ({code(known[0][1].name)}) to {percent(found[-1])} "
+            f"({code(known[-1][1].name)}). It is measured on the calibration tokens themselves "
             "and layer by layer, so it is a diagnostic, not a quality.\n"
         )
     lines.append("The licence and the intended uses are those of the original model.\n")
@@ -292,14 +251,14 @@ def _calibration(report: Report) -> str:
     if not data:
         return "## Calibration\n\nNo text was read.\n"
     source = short_name(str(data.get("source", "unknown")))
-    lines = ["## Calibration\n", f"- source: {_code(source)}"]
+    lines = ["## Calibration\n", f"- source: {code(source)}"]
     amounts = [f"{int(data[key]):,} {key}" for key in ("samples", "tokens") if key in data]
     if data.get("seq_len"):
         amounts.append(f"at most {data['seq_len']:,} tokens each")
     if amounts:
         lines.append(f"- {', '.join(amounts)}")
     if data.get("sha256"):
-        lines.append(f"- SHA-256 of the source: {_code(str(data['sha256']))}")
+        lines.append(f"- SHA-256 of the source: {code(str(data['sha256']))}")
     lines.append(f"- seed: {data.get('seed', report.recipe['seed'])}")
     return "\n".join([*lines, ""])
 
@@ -324,7 +283,7 @@ def _solves(report: Report) -> str:
     if not stepped:
         lines.append("- every system was solved as asked: no ridge raised, no solve repeated")
     shown = stepped[:WARNINGS_SHOWN]
-    lines += [f"- {_code(site.name)}: {_plain('; '.join(site.steps))}" for site in shown]
+    lines += [f"- {code(site.name)}: {plain('; '.join(site.steps))}" for site in shown]
     lines += _left_out(len(stepped))
     return "\n".join([*lines, ""])
 
@@ -334,7 +293,7 @@ def _warnings(report: Report) -> str:
     others = [warning for warning in report.warnings if warning not in told]
     if not others:
         return ""
-    shown = [f"- {_plain(warning)}" for warning in others[:WARNINGS_SHOWN]]
+    shown = [f"- {plain(warning)}" for warning in others[:WARNINGS_SHOWN]]
     return "\n".join(["## Warnings\n", *shown, *_left_out(len(others)), ""])
 
 
@@ -353,7 +312,7 @@ def _repeat(report: Report) -> str:
         "`recipe.json` holds every option and `liar_report.json` every number behind this card; "
         "`liar report DIR` draws them.\n\n"
         f"```sh\nliar prune SOURCE --out DIR --recipe recipe.json{trace}\n```\n\n"
-        f"Versions: {_code(', '.join(versions))}.\n"
+        f"Versions: {code(', '.join(versions))}.\n"
     )
 
 
@@ -378,23 +337,3 @@ def _before(site: SiteReport) -> int:
 
 def _after(site: SiteReport) -> int:
     return site.units_after
-
-
-def _plain(text: str) -> str:
-    """Text from outside, as one line of Markdown that formats and embeds nothing."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "\\`*_[]|#":
-        line = line.replace(mark, f"\\{mark}")
-    return line
-
-
-def _code(text: str) -> str:
-    """A code span, also for text with backticks; a table's bar is replaced by its look-alike."""
-    line = " ".join(text.split()).replace("|", "¦")
-    if not line:
-        return ""
-    fence = "`"
-    while fence in line:
-        fence += "`"
-    pad = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{pad}{line}{pad}{fence}"

@@ -26,7 +26,7 @@ from liar_ext.depth.shorten import specs_of
 from liar_ext.depth.surgery import check_places, layer_list
 from liar_ext.engine.inputs import resolve_device
 from liar_ext.engine.progress import Progress, Silent
-from liar_ext.errors import InputError, UnsupportedModelError
+from liar_ext.errors import InputError, UnsupportedModelError, unknown_choice
 from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
 from liar_ext.recovery.language import next_token_loss
@@ -56,7 +56,7 @@ class Growth:
 
     def __post_init__(self) -> None:
         if self.predictor not in PREDICTORS:
-            raise InputError(f"--predictor {self.predictor}: choose from {', '.join(PREDICTORS)}")
+            raise unknown_choice("--predictor", self.predictor, PREDICTORS)
         if not 0 <= self.seed < SEEDS:
             raise InputError(f"--seed {self.seed}: must be 0 to {SEEDS - 1}")
 

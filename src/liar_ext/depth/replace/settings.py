@@ -7,7 +7,7 @@ from typing import Any
 
 from liar_ext.depth.methods import METHODS
 from liar_ext.depth.replace.network import NETWORKS
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 from liar_ext.recipe import CHOICES as RECIPE_CHOICES
 from liar_ext.recovery.text import TextTraining
 
@@ -71,7 +71,7 @@ class Replacement:
             value = getattr(self, name)
             if value not in choices:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {value}: choose from {', '.join(choices)}")
+                raise unknown_choice(f"--{flag}", value, choices)
         if (self.drop is None) == (self.window is None):
             given = "neither is given" if self.drop is None else "both are given"
             raise InputError(f"--drop N or --window A-B says which layers go, and {given}")

@@ -1,0 +1,176 @@
+"""The commands that make an output again, and those that measure what a page lacks."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from liar_ext.report.outputs import PRUNED, Output
+from liar_ext.report.page import without_folders
+from liar_ext.report.schema import CONVOLUTIONS, LAYERS, RECOVERED
+
+# of a training's schedule: option by field; what has no option is not said
+_SCHEDULE = {
+    "learning_rate": "lr",
+    "warmup": "warmup",
+    "floor": "floor",
+    "batch_size": "batch-size",
+    "accumulation": "accumulation",
+    "weight_decay": "weight-decay",
+    "clip": "clip",
+    "evaluate_every": "evaluate-every",
+}
+# options of `liar merge`, as its report has them
+_MERGE = (
+    *("rule", "norms", "combine", "lowest", "highest", "interval", "similarity", "calibration"),
+    *("texts", "seq_len", "batch_size", "seed", "device", "dtype"),
+)
+
+
+def repeat(output: Output) -> str:
+    """The command that makes the output again. Paths are cut to their last part."""
+    words, options = {
+        PRUNED: _pruned,
+        LAYERS: _layers,
+        RECOVERED: _recovered,
+        CONVOLUTIONS: _fused,
+    }[output.kind](output.data)
+    source = without_folders(output.source)
+    # what its config names the families' own code for, and no adapter of ours has
+    traced = "trace" in output.data.get("config", {}).get("liar_ext", {})
+    flags = [part for name, value in options.items() for part in _flag(name, value)]
+    if traced and words in ("prune", "merge"):
+        flags.append("--trace")
+    return _line("liar", words, source, "--out", output.label, *flags)
+
+
+def evaluate(source: str, metric: str, dataset: str) -> str:
+    """The command that measures one model as another was."""
+    kind = {"perplexity": "--text", "spearman": "--stsb", "accuracy": "--choices"}.get(metric)
+    given = (kind, dataset or "FILE") if kind else ("--text", "FILE.txt")
+    return _line("liar", "eval", source, *given, "--json")
+
+
+def _line(*words: str) -> str:
+    """One command, broken before options where it is long."""
+    line = shlex.join(words)
+    if len(line) <= 88:
+        return line
+    parts, first = [], words.index("--out") if "--out" in words else len(words)
+    parts.append(shlex.join(words[:first]))
+    own: list[str] = []
+    for word in words[first:]:
+        if word.startswith("--") and own:
+            parts.append(shlex.join(own))
+            own = []
+        own.append(word)
+    if own:
+        parts.append(shlex.join(own))
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 1 + len(part) > 86:
+            lines.append(f"  {part}")
+        else:
+            lines[-1] += f" {part}"
+    return " \\\n".join(lines)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [option]
+    if isinstance(value, list | tuple):
+        return [option, (":" if name == "layers" else ",").join(map(str, value))]
+    return [option, without_folders(str(value))]
+
+
+def _pruned(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    from liar_ext.recipe import Recipe
+
+    recipe = data["recipe"]
+    usual = {field.name: field.default for field in fields(Recipe)}
+    stated = ("sparsity", "target", "criterion", "allocation", "reconstruct")
+    shortens = recipe.get("depth") is not None or recipe.get("drop_layers") is not None
+    options = {}
+    for name, value in recipe.items():
+        if name not in usual or (name == "sparsity" and shortens and not value):
+            continue
+        default = usual[name]
+        default = list(default) if isinstance(default, tuple) else default
+        if value != default or (name in stated and recipe.get("sparsity", 1)):
+            options[name] = value
+    return "prune", options
+
+
+def _layers(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    of = data["layers"]
+    if "growth" in data:
+        growth = data["growth"]
+        options = growth.get("options") or {}
+        code = options.get("norm_weight") == 5e-4
+        return "grow", {
+            "insert": growth["gaps"],
+            "predictor": growth["predictor"],
+            "hyper_parameters": "code" if code else None,
+            "epochs": options.get("epochs"),
+            "seed": growth["seed"],
+            **_training(data),
+        }
+    if "replacement" in data:
+        asked = data["replacement"]
+        first, last = of["replaced"]
+        chosen = asked.get("drop") is not None
+        where = {name: asked.get(name) for name in ("drop", "depth", "samples")}
+        return "replace", {
+            **(where if chosen else {"window": f"{first}-{last}"}),
+            **{
+                name: asked.get(name) for name in ("network", "init", "loss", "loss_tokens", "keep")
+            },
+            "count": asked.get("count") if asked.get("network") == "layers" else None,
+            **_training(data),
+        }
+    if "merge" in data:
+        merge = data["merge"]
+        threshold = None if merge.get("threshold_chosen") else merge.get("threshold")
+        own = {name: merge.get(name) for name in _MERGE}
+        return "merge", {"drop": merge.get("drop"), "threshold": threshold, **own}
+    return "prune", {"drop_layers": of["dropped"]}
+
+
+def _recovered(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    of = data["recovery"]
+    options: dict[str, Any] = {"method": of["method"]}
+    if of["method"] == "partial":
+        options |= {"last": of["last"], "untie": of["untie"], "no_head": not of["head"]}
+        options["cache_states"] = of.get("cache_states")
+    else:
+        options |= {name: of.get(name) for name in ("ranks", "rank", "dense")}
+        options |= {f"trial_{name}": value for name, value in (of.get("search") or {}).items()}
+    return "recover", {**options, **_training(data)}
+
+
+def _fused(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    settings = dict(data["settings"])
+    settings["lr"] = settings.pop("learning_rate", None)
+    return "fuse", settings
+
+
+def _training(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a training on a text; empty where there was none."""
+    training = data.get("training")
+    if not training:
+        return {}
+    schedule = training.get("schedule") or {}
+    options = {option: schedule.get(name) for name, option in _SCHEDULE.items()}
+    return {
+        "train": (data.get("calibration") or {}).get("source"),
+        "steps": schedule.get("steps", training["steps"]),
+        "seq_len": training.get("seq_len"),
+        "held_out": training.get("held_out_windows"),
+        **options,
+        "seed": schedule.get("seed"),
+    }

@@ -1,0 +1,111 @@
+"""The end of the page: what is not known, with the commands that find out, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from liar_ext.report import commands, quality
+from liar_ext.report.material import Material
+from liar_ext.report.outputs import Output
+from liar_ext.report.page import Html, code, details, element, join, paragraph, table
+from liar_ext.report.schema import CONVOLUTIONS
+from liar_ext.report.text import short_name
+
+
+def missing(
+    outputs: Sequence[Output], material: Material, rows: Sequence[quality.Row]
+) -> list[Html]:
+    """What was not measured, and the command that would."""
+    first = outputs[0]
+    label, source = first.label, short_name(first.source)
+    # what was measured of others
+    metric, data = (rows[0].metric, rows[0].dataset) if rows else ("", "")
+    found = []
+
+    def say(what: str, *lines: str) -> None:
+        shown = element("pre", element("code", "\n".join(lines)), tabindex="0")
+        found.append(join([element("span", what), shown], ""))
+
+    without = [o.label for o in outputs if not any(row.output is o for row in rows)]
+    if without and (outputs[0].folder is not None or not rows):
+        whom = ", ".join(without) if rows or len(outputs) > 1 else "this model"
+        say(
+            f"Quality of {whom} was not measured. Residuals are diagnostics on calibration tokens, "
+            "not quality.",
+            f"{commands.evaluate(without[0], metric, data)} > eval.json",
+            f"liar report {label} --eval eval.json",
+        )
+    if not any(row.dense for row in rows) and (rows or not without):
+        say(
+            "How good the model was before is not known.",
+            f"{commands.evaluate(source, metric, data)} > dense.json",
+            f"liar report {label} --eval dense.json",
+        )
+    if not material.serves:
+        say(
+            "Speed and memory in use were not measured. Fewer parameters are not always faster.",
+            f"liar bench serve {source} {label} --json serve.json",
+            f"liar report {label} --serve serve.json",
+        )
+    if material.examples is None and first.kind != CONVOLUTIONS:
+        decodes = first.decoder is not False
+        what = "what the model writes" if decodes else "which sentences the model finds close"
+        how = "--prompt TEXT" if decodes else "--prompts SENTENCES.txt"
+        say(f"Nothing here shows {what}.", f"liar report {label} --dense {source} {how}")
+    found.append(
+        Html(
+            "Abilities that neither the calibration text nor an evaluation above exercises can be "
+            "lost unnoticed: facts, other languages, following instructions, safety."
+        )
+    )
+    return found
+
+
+def repeat(outputs: Sequence[Output]) -> Html:
+    parts: list[str] = []
+    for output in outputs:
+        if len(outputs) > 1:
+            parts.append(element("h3", output.label))
+        parts.append(element("pre", element("code", commands.repeat(output)), tabindex="0"))
+    if any(output.report is not None for output in outputs):
+        parts.append(
+            paragraph(
+                join(
+                    [
+                        "An output folder has every option in ",
+                        code("recipe.json"),
+                        ", which ",
+                        code("--recipe"),
+                        " takes, and every number of what was done in ",
+                        code("liar_report.json"),
+                        ".",
+                    ],
+                    "",
+                )
+            )
+        )
+    versions = outputs[0].environment
+    stated = ", ".join(
+        f"{name} {value}"
+        for name, value in versions.items()
+        if value is not None and name not in ("device", "threads", "platform")
+    )
+    sums = {
+        name: value
+        for output in outputs
+        for name, value in output.data.get("source_files", {}).items()
+    }
+    parts.append(
+        paragraph(f"Versions: {stated}; on {versions.get('device', 'an unknown device')}.")
+    )
+    if sums:
+        rows = [[name, value] for name, value in sums.items()]
+        parts.append(
+            details(
+                "Weight files that it was made from",
+                table(
+                    "SHA-256 of the source's files.", ["file", "sha256"], rows, words=("sha256",)
+                ),
+            )
+        )
+    return join(parts)
