@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from liar_families import FAMILIES, batches_of, outputs, probe_tokens, randomise, write_tokens
+from safetensors.torch import load_file, save_file
 
 import liar_ext
 from liar_ext import InputError, Recipe
@@ -197,3 +198,36 @@ def test_an_encoder_of_gemmas_class_is_one(tmp_path):
         model = transformers.Gemma3TextModel.from_pretrained(tmp_path / "dense").eval()
         liar_ext.prune(model, batches_of(recipe, decoder=False), recipe)
         _close(outputs(liar_ext.load(out)), outputs(model))
+
+
+# -- checkpoints as they are on the hub ---------------------------------------------------------
+
+
+def test_buffers_that_old_checkpoints_keep_in_every_layer_are_left_out(tmp_path):
+    """Pythia's: causal masks, and the rotary table that the model has once now."""
+    family = FAMILIES["gpt_neox"]
+    family.build().save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(2):
+        front = f"gpt_neox.layers.{layer}.attention"
+        tensors |= {
+            f"{front}.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool).tril(),
+            f"{front}.masked_bias": torch.tensor(-1e9),
+            f"{front}.rotary_emb.inv_freq": torch.ones(1),
+        }
+    save_file(tensors, path, metadata={"format": "pt"})
+    recipe = _recipe(tmp_path, target=("ffn", "heads"), layers=(0, 1))
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert not any("inv_freq" in line for line in report.warnings)
+    model = family.build()
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
+    _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
+    kept = load_file(tmp_path / "small" / "model.safetensors")
+    assert not any("inv_freq" in name or "masked_bias" in name for name in kept)
+    # what is no such buffer is still no part of this model
+    del tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"]
+    tensors["gpt_neox.layers.0.attention.other.inv_freq"] = torch.ones(1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"attention.other.inv_freq .*not in GPTNeoX"):
+        liar_ext.compress(tmp_path / "dense", tmp_path / "other", recipe)
