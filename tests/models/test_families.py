@@ -151,6 +151,24 @@ def test_what_asks_for_a_loss_works_where_logits_are_shaped(name, method, tmp_pa
     _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
 
 
+# -- norms ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_norm_that_scales_by_nothing_has_the_weight_that_the_adapter_says(name):
+    """As transformers makes it: 0 where the norm adds 1 to it."""
+    known = FAMILIES[name].build()
+    model = type(known)(known.config)
+    adapter = adapter_for(model.config)
+    norms = [
+        weight.detach()
+        for path, weight in adapter.layer_list(model)[1].named_parameters()
+        if weight.dim() == 1 and path.endswith("weight")
+    ]
+    assert norms
+    assert {float(value) for weight in norms for value in weight} == {adapter.neutral_norm}
+
+
 # -- encoders ---------------------------------------------------------------------------------
 
 
