@@ -52,7 +52,7 @@ def test_widths_of_their_own_are_evaluated_too(inputs, questions, tmp_path, caps
 
 
 def test_a_decoder_without_an_adapter_is_evaluated_as_any(inputs, questions, tmp_path, capsys):
-    build("gemma3").save_pretrained(tmp_path / "dense")
+    build("gptj").save_pretrained(tmp_path / "dense")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "dense" / file).write_bytes((inputs.llama / file).read_bytes())
     dense, out = str(tmp_path / "dense"), str(tmp_path / "small")

@@ -26,7 +26,7 @@ from liar_ext.evaluation.mode import inference
 LAYERS = 6
 CPU = torch.device("cpu")
 # with an adapter of their own
-KNOWN = [name for name in MODELS if name != "gemma3"]
+KNOWN = [name for name in MODELS if name != "gptj"]
 # float32 forwards whose batches differ; sums are float64
 SAME = 1e-5
 

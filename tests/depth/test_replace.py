@@ -346,7 +346,7 @@ def test_an_encoder_is_refused(tmp_path, capsys):
 
 
 def test_a_family_without_an_adapter_needs_a_window(tmp_path, capsys):
-    assert main(command(tmp_path, "out", "--drop", "1", name="gemma3")) == 2
+    assert main(command(tmp_path, "out", "--drop", "1", name="gptj")) == 2
     assert "give --window A-B, or --depth reverse" in error_of(capsys)
     assert not (tmp_path / "out").exists()
 

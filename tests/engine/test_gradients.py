@@ -125,7 +125,7 @@ def taylor_by_hand(site: Any, weights: dict[str, list[Tensor]], layer: str) -> d
         for producer in site.spec.producers:
             total = linear.weight(site.module.get_submodule(producer.path)).shape[0]
             part = total // producer.segments
-            each = part // site.units
+            each = part * producer.length // site.units
             start = producer.segment * part + unit * each
             add(unit, producer.path, slice(start, start + each), slice(None), 1)
     return found

@@ -15,7 +15,12 @@ from liar_ext.engine.driver import Driver
 from liar_ext.models import adapter_for
 
 KINDS = ("heads", "ffn")
-NAMES = ("llama-mha", "llama-gqa-biases", "gpt2", "opt")
+NAMES = (
+    *("llama-mha", "llama-gqa-biases", "gpt2", "opt"),
+    # a fused projection; what is said is multiplied before it is added; attention and FFN beside
+    # each other
+    *("phi3", "granite", "gpt_neox", "falcon-one-norm"),
+)
 
 
 @pytest.mark.parametrize("target", [KINDS, ("ffn",), ("heads",)], ids=",".join)
@@ -34,7 +39,7 @@ def test_every_site_is_the_fit_to_the_dense_stream_by_hooks(name, target, tmp_pa
         x, keep = inputs_of(there, before.name, batches), kept_columns(before, after)
         front, behind = ("front", "between") if found.kind == "heads" else ("between", "behind")
         aim = states_at(dense, found.layer, behind, batches)
-        aim = aim - states_at(there, found.layer, front, batches)
+        aim = (aim - states_at(there, found.layer, front, batches)) / adapter.scale
         old, new = before.bias(), after.bias()
         center = new is not None
         weight, shift = fit(

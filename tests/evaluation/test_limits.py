@@ -14,12 +14,14 @@ HEADS = {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embedd
 ELECTRA = {**SMALL, **HEADS, "embedding_size": 32}
 # families without an adapter, and those that are encoders or decoders as their config says
 OTHERS = {
-    "gpt_neox": ("GPTNeoXForCausalLM", {**SMALL, **HEADS}),
+    "phi": ("PhiForCausalLM", {**SMALL, **HEADS}),
+    "bloom": ("BloomForCausalLM", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mamba": ("MambaForCausalLM", {**SMALL, "state_size": 8}),
     "electra": ("ElectraForMaskedLM", ELECTRA),
     "electra that could generate": ("ElectraForCausalLM", ELECTRA),
     "electra as a decoder": ("ElectraForCausalLM", {**ELECTRA, "is_decoder": True}),
 }
+UNLIMITED = ("mamba", "bloom")
 ENCODERS = ("bert", "electra", "electra that could generate")
 
 
@@ -45,7 +47,7 @@ def test_a_decoder_is_a_model_whose_logits_see_no_later_token(name, tmp_path):
     model.save_pretrained(tmp_path)
     limits = limits_of(tmp_path)
     assert limits.decoder is is_decoder(model)
-    assert limits.positions == max_positions(model) == (None if name == "mamba" else 64)
+    assert limits.positions == max_positions(model) == (None if name in UNLIMITED else 64)
     assert limits.model_type == model.config.model_type
 
 
@@ -55,5 +57,7 @@ def test_a_headless_decoder_and_an_encoder_decoder(tmp_path):
     )
     with pytest.raises(InputError, match="'t5' is an encoder-decoder and cannot be evaluated"):
         is_decoder(t5)
-    neox = transformers.GPTNeoXModel(transformers.GPTNeoXConfig(**SMALL, **HEADS))
-    assert not is_decoder(neox)
+    # without a head, only an adapter knows
+    phi = transformers.PhiModel(transformers.PhiConfig(**SMALL, **HEADS))
+    assert not is_decoder(phi)
+    assert is_decoder(transformers.GPTNeoXModel(transformers.GPTNeoXConfig(**SMALL, **HEADS)))

@@ -29,6 +29,15 @@ DECODER = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+FALCON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_kv_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 # layers without attention, layers without FFN
 GONE = [((0,), ()), ((2,), (0, 3)), ((1, 2), (1,)), ((), (2,))]
@@ -41,6 +50,21 @@ def _models() -> dict[str, Any]:
         "llama-biases": transformers.LlamaConfig(**DECODER, attention_bias=True, mlp_bias=True),
         "mistral": transformers.MistralConfig(**DECODER, sliding_window=8),
         "qwen3-mixed": transformers.Qwen3Config(**qwen3, layer_types=SLIDING),
+        # normed once more before it is added, by norms of 1 + weight
+        "gemma2": transformers.Gemma2Config(
+            **DECODER, head_dim=12, sliding_window=8, layer_types=SLIDING, attention_bias=True
+        ),
+        "phi3": transformers.Phi3Config(**DECODER, pad_token_id=None, sliding_window=8),
+        "granite": transformers.GraniteConfig(**DECODER, residual_multiplier=0.4, mlp_bias=True),
+        "smollm3": transformers.SmolLM3Config(
+            **DECODER, pad_token_id=None, no_rope_layers=[1, 0, 1, 0]
+        ),
+        # attention and FFN beside each other, behind a norm each and behind one
+        "gpt_neox": transformers.GPTNeoXConfig(
+            **{k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
+        ),
+        "falcon": transformers.FalconConfig(**FALCON, new_decoder_architecture=True),
+        "falcon-one-norm": transformers.FalconConfig(**FALCON, multi_query=False, bias=True),
         "gpt2": transformers.GPT2Config(
             vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, eos_token_id=None
         ),
@@ -83,8 +107,8 @@ def _without(name: str, gone: Any, folder: Path) -> tuple[PreTrainedModel, PreTr
     for parameter, value in list(made.named_parameters(remove_duplicate=False)):
         owner, _, leaf = parameter.rpartition(".")
         assert value.shape in (tensors[parameter].shape, (0,))
-        own = torch.nn.Parameter(tensors[parameter][: len(value)].clone())
-        setattr(made.get_submodule(owner), leaf, own)
+        own = tensors[parameter] if value.numel() else torch.empty(0)
+        setattr(made.get_submodule(owner), leaf, torch.nn.Parameter(own.clone()))
     made.tie_weights()
     made.save_pretrained(folder)
     adapter = adapter_for(dense.config)
@@ -177,3 +201,38 @@ def test_reads_as_no_units_and_keeps_layers(tmp_path: Path) -> None:
         assert torch.equal(same(tokens).logits, model(tokens).logits)
         # layer 1 did nothing
         assert torch.equal(shorter(tokens).logits, model(tokens).logits)
+
+
+def test_an_encoders_first_layer_has_no_norm_that_could_go(tmp_path: Path) -> None:
+    """ModernBERT's attention there: an empty weight of the consumer stops stock loaders."""
+    config = transformers.ModernBertConfig(
+        **{k: v for k, v in DECODER.items() if k not in ("num_key_value_heads", "bos_token_id")},
+        pad_token_id=0,
+        bos_token_id=0,
+        cls_token_id=0,
+        sep_token_id=1,
+        local_attention=8,
+        architectures=["ModernBertForMaskedLM"],
+    )
+    dense = randomise(transformers.ModernBertForMaskedLM(config))
+    made = layout.build(_data(dense, ((0, 2), (1,))))
+    tensors = dense.state_dict()
+    for name, value in list(made.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        own = tensors[name] if value.numel() else torch.empty(0)
+        setattr(made.get_submodule(owner), leaf, torch.nn.Parameter(own.clone()))
+    made.tie_weights()
+    made.save_pretrained(tmp_path)
+    adapter = adapter_for(config)
+    for kind, layers in (("heads", (0, 2)), ("ffn", (1,))):
+        for layer in layers:
+            adapter.sites_of(dense, layer, (kind,))[0].consumer.weight.data.zero_()
+    tokens = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, 15:] = 0
+    with torch.no_grad():
+        now = liar_ext.load(tmp_path)(tokens, attention_mask=mask).logits
+        wanted = dense(tokens, attention_mask=mask).logits
+    assert float((now - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    with pytest.raises(RuntimeError, match="ize"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)

@@ -25,7 +25,17 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_atten
         (transformers.GPT2Config(vocab_size=97, add_cross_attention=True), "cross-attention"),
         (transformers.LlamaConfig(**SMALL, quantization_config={"bits": 4}), "quantised"),
         (transformers.PhiConfig(**SMALL), "not a family"),
-        (transformers.GPTNeoXConfig(**SMALL), "not a family"),
+        (
+            transformers.BloomConfig(vocab_size=97, pretraining_tp=2, slow_but_exact=True),
+            "slow_but_exact",
+        ),
+        (
+            transformers.Gemma2Config(
+                **SMALL, num_key_value_heads=2, use_bidirectional_attention=True
+            ),
+            "use_bidirectional_attention",
+        ),
+        (transformers.ElectraConfig(**SMALL, is_decoder=True), "only encoders"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
@@ -40,16 +50,18 @@ def test_a_model_that_cannot_be_pruned_safely_is_refused_by_name(config, says):
 def test_every_site_has_its_units_in_forward_order(name):
     model = FAMILIES[name].build()
     adapter = adapter_for(model.config)
-    heads, ffn = adapter.sites_of(model, 1, ("ffn", "heads"))
-    assert (heads.kind, ffn.kind) == ("heads", "ffn")
-    assert heads.units == 4
-    assert ffn.columns_per_unit == 1
-    assert model.get_submodule(heads.name) is heads.consumer
-    assert heads.units * heads.columns_per_unit == heads.columns == heads.weight().shape[1]
+    sites = adapter.sites_of(model, 1, ("ffn", "heads"))
+    assert tuple(site.kind for site in sites) == FAMILIES[name].kinds
+    assert sites[-1].columns_per_unit == 1
+    for site in sites:
+        assert model.get_submodule(site.name) is site.consumer
+        assert site.units == (4 if site.kind == "heads" else site.columns)
+        assert site.units * site.columns_per_unit == site.columns == site.weight().shape[1]
 
 
-@pytest.mark.parametrize("kind", ["heads", "ffn"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, family in FAMILIES.items() for kind in family.kinds]
+)
 def test_shrinking_keeps_the_rows_and_columns_of_the_kept_units(name, kind):
     """Against indexing the dense tensors, written out for every layout of weights."""
     dense, model = FAMILIES[name].build(), FAMILIES[name].build()
@@ -72,8 +84,16 @@ def test_shrinking_keeps_the_rows_and_columns_of_the_kept_units(name, kind):
             rows = parameter.T if transposed and name_ == "weight" else parameter
             got = getattr(new, name_)
             got = got.T if transposed and name_ == "weight" else got
-            each = rows.unflatten(0, (producer.segments, units, -1))[:, keep].flatten(0, 2)
-            assert torch.equal(got, each), (producer.path, name_)
+            runs = rows.chunk(producer.segments)
+            # what each producer of this linear has of its rows, in their order
+            shared = [p for p in site.spec.producers if p.path == producer.path]
+            each = [
+                torch.cat(runs[p.segment : p.segment + p.length])
+                .unflatten(0, (units, -1))[keep]
+                .flatten(0, 1)
+                for p in shared
+            ]
+            assert torch.equal(got, torch.cat(each)), (producer.path, name_)
 
 
 @pytest.mark.parametrize(

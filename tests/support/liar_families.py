@@ -32,12 +32,14 @@ class Family:
     build: () -> the dense model, random but the same each time.
     auto: the Auto class that a user would load it with.
     decoder: it generates.
+    kinds: of its Sites.
     """
 
     name: str
     build: Callable[[], PreTrainedModel]
     auto: Any
     decoder: bool
+    kinds: tuple[str, ...] = ("heads", "ffn")
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -53,7 +55,14 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def _family(
-    name: str, architecture: str, auto: Any, decoder: bool, base: dict[str, Any], **changes: Any
+    name: str,
+    architecture: str,
+    auto: Any,
+    decoder: bool,
+    base: dict[str, Any],
+    *,
+    kinds: tuple[str, ...] = ("heads", "ffn"),
+    **changes: Any,
 ) -> Family:
     def build() -> PreTrainedModel:
         model_class = getattr(transformers, architecture)
@@ -61,7 +70,7 @@ def _family(
         config.architectures = [architecture]
         return randomise(model_class(config))
 
-    return Family(name, build, auto, decoder)
+    return Family(name, build, auto, decoder, kinds)
 
 
 _LLAMA = {
@@ -107,7 +116,90 @@ _GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+_PLAIN = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_PLAIN_GQA = {**_PLAIN, "num_attention_heads": 8, "num_key_value_heads": 4}
+_WORDS = {**_ENCODER, "pad_token_id": 1}
+_FALCON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_kv_heads": 4,
+    "new_decoder_architecture": True,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_GPTJ = {**_GPT2, "rotary_dim": 4, "n_inner": 48}
+_BLOOM = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 _CAUSAL = transformers.AutoModelForCausalLM
+_MASKED = transformers.AutoModelForMaskedLM
+
+
+_MODERNBERT = {
+    **_WORDS,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "cls_token_id": 0,
+    "sep_token_id": 2,
+    "local_attention": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+_GEMMA = {**_PLAIN_GQA, "head_dim": 12, "pad_token_id": 0}
+# 32 is no multiple of 12; scores and logits are bounded where they are large enough to show
+_GEMMA2 = {
+    **_GEMMA,
+    **_MIXED,
+    "query_pre_attn_scalar": 12,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 2.0,
+}
+_GEMMA3 = {**_GEMMA, **_MIXED, "query_pre_attn_scalar": 12}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+def _vision(name: str) -> Any:
+    return getattr(transformers, name)(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+
+
+def _gemma3_nested() -> PreTrainedModel:
+    config = transformers.Gemma3Config(
+        vision_config=_vision("SiglipVisionConfig").to_dict(),
+        text_config=transformers.Gemma3TextConfig(**_GEMMA3),
+        image_token_index=VOCABULARY - 1,
+        mm_tokens_per_image=4,
+    )
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    return randomise(transformers.Gemma3ForConditionalGeneration(config))
 
 
 def _llava() -> PreTrainedModel:
@@ -214,45 +306,101 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family("llava", _llava, transformers.AutoModelForImageTextToText, True),
+        _family("gemma", "GemmaForCausalLM", _CAUSAL, True, _GEMMA),
+        _family("gemma2-mixed", "Gemma2ForCausalLM", _CAUSAL, True, _GEMMA2),
+        _family("gemma3-mixed", "Gemma3ForCausalLM", _CAUSAL, True, _GEMMA3, attention_bias=True),
+        Family(
+            "gemma3-nested-mixed", _gemma3_nested, transformers.AutoModelForImageTextToText, True
+        ),
+        _family("phi3", "Phi3ForCausalLM", _CAUSAL, True, _PLAIN_GQA, sliding_window=8),
+        # as this package writes it, with a head size
+        _family("phi3-head-dim", "Phi3ForCausalLM", _CAUSAL, True, _PLAIN_GQA, head_dim=12),
+        _family("granite", "GraniteForCausalLM", _CAUSAL, True, _PLAIN_GQA, **_MULTIPLIERS),
+        _family(
+            "smollm3-mixed",
+            "SmolLM3ForCausalLM",
+            _CAUSAL,
+            True,
+            _PLAIN_GQA,
+            use_sliding_window=True,
+            no_rope_layers=[1, 0],
+            **_MIXED,
+            **_BIASES,
+        ),
+        _family("olmo2", "Olmo2ForCausalLM", _CAUSAL, True, _PLAIN_GQA, kinds=("ffn",)),
+        _family("gpt_neox", "GPTNeoXForCausalLM", _CAUSAL, True, _PLAIN),
+        _family(
+            "gpt_neox-sequential",
+            "GPTNeoXForCausalLM",
+            _CAUSAL,
+            True,
+            _PLAIN,
+            use_parallel_residual=False,
+            attention_bias=False,
+        ),
+        _family("falcon", "FalconForCausalLM", _CAUSAL, True, _FALCON),
+        # as Falcon-11B, and as Falcon-RW, but for its ALiBi
+        _family(
+            "falcon-one-norm",
+            "FalconForCausalLM",
+            _CAUSAL,
+            True,
+            _FALCON,
+            num_ln_in_parallel_attn=1,
+        ),
+        _family(
+            "falcon-sequential",
+            "FalconForCausalLM",
+            _CAUSAL,
+            True,
+            _FALCON,
+            num_attention_heads=4,
+            new_decoder_architecture=False,
+            multi_query=False,
+            parallel_attn=False,
+            bias=True,
+        ),
+        # as Falcon-7B
+        _family(
+            "falcon-multi-query",
+            "FalconForCausalLM",
+            _CAUSAL,
+            True,
+            _FALCON,
+            new_decoder_architecture=False,
+            kinds=("ffn",),
+        ),
+        _family(
+            "falcon-alibi", "FalconForCausalLM", _CAUSAL, True, _FALCON, alibi=True, kinds=("ffn",)
+        ),
+        _family("bloom", "BloomForCausalLM", _CAUSAL, True, _BLOOM, kinds=("ffn",)),
+        _family(
+            "xlm-roberta",
+            "XLMRobertaForMaskedLM",
+            _MASKED,
+            False,
+            _WORDS,
+            max_position_embeddings=66,
+        ),
+        _family(
+            "camembert", "CamembertForMaskedLM", _MASKED, False, _WORDS, max_position_embeddings=66
+        ),
+        _family("electra", "ElectraForMaskedLM", _MASKED, False, _ENCODER, embedding_size=16),
+        _family("modernbert-mixed", "ModernBertForMaskedLM", _MASKED, False, _MODERNBERT),
+        _family(
+            "modernbert-biases-mixed",
+            "ModernBertForMaskedLM",
+            _MASKED,
+            False,
+            _MODERNBERT,
+            norm_bias=True,
+            **_BIASES,
+        ),
     )
 }
 
 
-# families without an adapter, for `--trace`
-_PLAIN = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-_PLAIN_GQA = {**_PLAIN, "num_attention_heads": 8, "num_key_value_heads": 4}
-_WORDS = {**_ENCODER, "pad_token_id": 1}
-_FALCON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 8,
-    "num_kv_heads": 4,
-    "new_decoder_architecture": True,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_GPTJ = {**_GPT2, "rotary_dim": 4, "n_inner": 48}
-_BLOOM = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "n_layer": LAYERS,
-    "n_head": 4,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_MASKED = transformers.AutoModelForMaskedLM
-
+# traced, as if they had no adapter, by model type: for `--trace`
 UNLISTED: dict[str, Family] = {
     family.name: family
     for family in (

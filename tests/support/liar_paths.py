@@ -11,8 +11,12 @@ from liar_ext import Recipe
 from liar_ext.models import adapter_for, linear
 
 KINDS = ("heads", "ffn")
-# the norm between the two additions of a layer
-BETWEEN = {"llama": "post_attention_layernorm", "gpt2": "ln_2", "opt": "final_layer_norm"}
+# the norm between the two additions of a layer; families without one add both at its end
+BETWEEN = {
+    **dict.fromkeys(("llama", "granite", "phi3"), "post_attention_layernorm"),
+    "gpt2": "ln_2",
+    "opt": "final_layer_norm",
+}
 
 
 def setting(tmp_path, *, decoder: bool = True, **changes):
@@ -75,7 +79,14 @@ def kept_columns(before, after) -> torch.Tensor:
 
 def states_at(model, index: int, place: str, batches) -> torch.Tensor:
     """The residual stream in front of a layer, between its additions or behind it, (T, d)."""
-    layer = adapter_for(model.config).layer_list(model)[1][index]
+    adapter = adapter_for(model.config)
+    layer = adapter.layer_list(model)[1][index]
+    if place == "between" and model.config.model_type not in BETWEEN:
+        (attention,) = adapter.sites_of(model, index, ("heads",))
+        front = states_at(model, index, "front", batches)
+        said = inputs_of(model, attention.name, batches).double() @ attention.weight().double().T
+        bias = attention.bias()
+        return front + said + (0 if bias is None else bias.double())
     seen: list[torch.Tensor] = []
 
     def before(_, args, kwargs):
@@ -88,8 +99,8 @@ def states_at(model, index: int, place: str, batches) -> torch.Tensor:
     if place == "behind":
         handle = layer.register_forward_hook(behind)
     else:
-        norm = layer.get_submodule(BETWEEN[model.config.model_type])
-        module = layer if place == "front" else norm
+        path = "" if place == "front" else BETWEEN[model.config.model_type]
+        module = layer.get_submodule(path)
         handle = module.register_forward_pre_hook(before, with_kwargs=True)
     for batch in batches:
         outputs(model, batch.input_ids, attention_mask=batch.attention_mask.long())

@@ -25,7 +25,7 @@ from liar_families import (
 import liar_ext
 from liar_ext import InputError, Recipe, UnsupportedModelError
 from liar_ext.cli import main
-from liar_ext.models import layout
+from liar_ext.models import ADAPTERS, layout
 from liar_ext.models.traced import KEY
 from liar_ext.planning import plan
 from liar_ext.tracing import trace
@@ -34,6 +34,13 @@ from liar_ext.tracing import trace
 TOLERANCE = 1e-5
 # whose config has a head size of its own, or takes one
 STOCK_HEADS = ("phi", "starcoder2", "olmo", "cohere", "glm")
+
+
+@pytest.fixture(autouse=True)
+def _without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These families as if nobody had written their adapters."""
+    for model_type in UNLISTED:
+        monkeypatch.delitem(ADAPTERS, model_type, raising=False)
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:

@@ -58,6 +58,9 @@ TORCH_DTYPES = DTYPES | {
     "C64": torch.complex64,
 }
 PIECE_BYTES = 64 * 1024**2
+# buffers that old checkpoints hold, of every layer, and that the model now makes for itself: left
+# out where the model has one of that name anywhere, as transformers does (Pythia, first LLaMAs)
+MOVED = ("rotary_emb.inv_freq", "position_ids")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -247,8 +250,12 @@ class CheckpointReader:
                 "config.json, or complete the download"
             )
         # buffers that modules now make themselves (position ids, causal masks) are no loss
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        buffers = {c for name, _ in model.named_buffers() for c in candidates(name, prefix)}
+        own = [name for name, _ in model.named_buffers()]
+        ignored = [
+            *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+            *(rf"{re.escape(end)}$" for end in MOVED if any(name.endswith(end) for name in own)),
+        ]
+        buffers = {c for name in own for c in candidates(name, prefix)}
         left_over = set(self._stored) - set(self._names.values()) - buffers
         if self._layers is not None:
             # what is of layers that are not kept is no loss

@@ -102,7 +102,7 @@ class BackwardPass:
         """
         with self.runtime.clock.phase("load"):
             self.runtime.store.open_head()
-        head = self.runtime.model.get_output_embeddings()
+        head = self.runtime.adapter.head(self.runtime.model)
         upstream: dict[int, Item] = {}
         total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for number, item in self.stream.hidden.items():

@@ -52,8 +52,10 @@ def budgets(
         counts: what the recipe could budget; None for what it does.
     Raises:
         InputError: Sites may lose all their units, and the model has none that can.
+        UnsupportedModelError: a kind of Site cannot be pruned in this family.
     """
     adapter = adapter_for(store.model.config)
+    adapter.check_targets(recipe.target)
     if recipe.empty:
         _check_empty(store, recipe)
     budget = pricing(store.model, adapter, recipe, length, counts or recipe.budget)
@@ -68,17 +70,14 @@ def budgets(
 
 
 def _check_empty(store: LayerStore, recipe: Recipe) -> None:
-    config = store.model.config
-    adapter = adapter_for(config)
-    if not adapter.residual(text_config(config)):
-        raise InputError(
-            f"--empty: {adapter.model_type} has its norms behind attention and FFN, which cannot go"
-        )
+    adapter = adapter_for(store.model.config)
+    able = [spec.kind for spec in adapter.sites if spec.block is not None]
     for spec in adapter.sites:
         if spec.kind in recipe.target and spec.block is None:
+            instead = "leave it out of --target" if able else "leave --empty out"
             raise InputError(
-                f"--empty: {spec.kind} of {adapter.model_type} is no module that can go; "
-                "leave it out of --target"
+                f"--empty: {spec.kind} of this {adapter.model_type} model is no module that can "
+                f"go; {instead}"
             )
 
 

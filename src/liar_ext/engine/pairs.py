@@ -122,7 +122,7 @@ class PairStream(Stream):
             with self._clock.phase("hold"):
                 waiting = self._outputs[kind, number]
                 target = waiting.fetch()
-                added = wide(item.fetch()) - wide(before[number].fetch())
+                added = (wide(item.fetch()) - wide(before[number].fetch())) / self._scale
                 total = (wide(target) + added.view_as(target)).to(target.dtype)
                 waiting.free()
                 before[number].free()

@@ -54,15 +54,14 @@ def paths_for(recipe: Recipe, adapter: Adapter, config: PretrainedConfig) -> Pat
     found = (SPAN_PATHS if recipe.spans else PATHS)[signal]
     if found.residual and recipe.spans and not adapter.residual(text_config(config)):
         raise InputError(
-            f"--span-repair {recipe.span_repair}: this {adapter.model_type} model normalises its "
-            "residual stream after each addition (post-norm), so that no consumer in front can "
-            "stand in for layers; give --span-repair none"
+            f"--span-repair {recipe.span_repair}: this {adapter.model_type} model "
+            f"{adapter.no_sum}, so that no consumer in front can stand in for layers; "
+            "give --span-repair none"
         )
     if found.residual and not adapter.residual(text_config(config)):
         fit = ", ".join(name for name, paths in PATHS.items() if not paths.residual)
         raise InputError(
-            f"--target-signal {signal}: this {adapter.model_type} model normalises its residual "
-            f"stream after each addition (post-norm), and what a Site adds to it is no sum; "
-            f"choose from {fit}"
+            f"--target-signal {signal}: this {adapter.model_type} model {adapter.no_sum}, and "
+            f"its residual stream is no sum of what its Sites say; choose from {fit}"
         )
     return found

@@ -8,7 +8,8 @@ and the outputs of the layer's consumers up to that one. The Site aims at
 with r, r̂ the stream in front of its addition on the dense and the pruned path. When the dense path
 has gone through a layer, `r − r̂` at the layer's input and the dense outputs up to each Site are on
 the shelf, one tensor for each Site; what the pruned path's consumers say is taken off it as the
-runs pass them. So r and r̂, which may be large where t is not, are never rounded apart.
+runs pass them. So r and r̂, which may be large where t is not, are never rounded apart. Where a
+layer multiplies what its consumers say by s before it adds it (Granite), r − r̂ is divided by s.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class ResidualStream(PairStream):
         total: Tensor | None = None
         if number in self.dense:
             total = wide(self.dense[number].fetch()) - wide(self.hidden[number].fetch())
+            total /= self._scale
         targets: dict[str, Tensor] = {}
         kinds = {site.kind for site in sites}
         for site in self._heeded(sites):

@@ -91,7 +91,7 @@ class Runtime:
         """What runs after the layers is available; the module that makes logits."""
         with self.clock.phase("load"):
             self.store.open_head()
-        yield self.model.get_output_embeddings()
+        yield self.adapter.head(self.model)
         self.store.close_head()
 
     def stream(
@@ -112,6 +112,7 @@ class Runtime:
             clock=self.clock,
             least=least,
             specs=self.adapter.sites,
+            scale=self.adapter.scale,
         )
 
     def embed(self, stream: Stream) -> None:

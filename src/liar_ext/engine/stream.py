@@ -52,6 +52,7 @@ class Stream:
 
     Args:
         specs: all Sites of a layer, targeted or not, in the order of a forward.
+        scale: see `Adapter`.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class Stream:
         clock: Clock,
         least: int = 1,
         specs: Sequence[SiteSpec] = (),
+        scale: float = 1.0,
     ) -> None:
-        self._specs = specs
+        self._specs, self._scale = specs, scale
         self._layers, self._device, self._shelf, self._clock = layers, device, shelf, clock
         self._segments = segments(batches, least)
         self.count = count = self._segments[-1] + 1 if self._segments else 0

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.evaluation.task import CLASSIFIER, READER
-from liar_ext.models import ADAPTERS, Adapter, check_reads_tokens, layout, text_config
-from liar_ext.models.traced import traced_family
+from liar_ext.models import Adapter, check_reads_tokens, known_adapter, layout, text_config
+from liar_ext.models.traced import NO_LIMIT, traced_family
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def is_decoder(model: PreTrainedModel) -> bool:
         )
     check_reads_tokens(model.config, "liar eval")
     adapter = _adapter(model.config)
-    if adapter is not None:
+    # an adapter says nothing of a variant that it refuses
+    if adapter is not None and adapter.refuse(config) is None:
         return adapter.decoder
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return model.can_generate() and (not masked or bool(getattr(config, "is_decoder", False)))
@@ -86,10 +87,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
     config = text_config(model.config)
     adapter = _adapter(model.config)
     if adapter is not None:
-        return adapter.max_positions(config)
+        longest = adapter.max_positions(config)
+        return None if longest == NO_LIMIT else longest
     return getattr(config, "max_position_embeddings", None)
 
 
 def _adapter(config: PretrainedConfig) -> Adapter | None:
     family = traced_family(config)
-    return ADAPTERS.get(text_config(config).model_type) if family is None else family.adapter()
+    return known_adapter(text_config(config)) if family is None else family.adapter()

@@ -11,15 +11,25 @@ from transformers import PretrainedConfig
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.models.bert import BERT
+from liar_ext.models.bloom import BLOOM
 from liar_ext.models.distilbert import DISTILBERT
+from liar_ext.models.electra import ELECTRA
+from liar_ext.models.falcon import FALCON
+from liar_ext.models.gemma import GEMMA, GEMMA2, GEMMA3
 from liar_ext.models.gpt2 import GPT2
+from liar_ext.models.gpt_neox import GPT_NEOX
+from liar_ext.models.granite import GRANITE
 from liar_ext.models.llama import LLAMA
 from liar_ext.models.mistral import MISTRAL
+from liar_ext.models.modernbert import MODERNBERT
+from liar_ext.models.olmo2 import OLMO2
 from liar_ext.models.opt import OPT
+from liar_ext.models.phi3 import PHI3
 from liar_ext.models.qwen2 import QWEN2
 from liar_ext.models.qwen3 import QWEN3
-from liar_ext.models.roberta import ROBERTA
+from liar_ext.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from liar_ext.models.site import Producer, Site, SiteSpec
+from liar_ext.models.smollm3 import SMOLLM3
 from liar_ext.models.traced import traced_family
 from liar_ext.models.vit import VIT
 from liar_ext.models.whisper import WHISPER
@@ -27,9 +37,10 @@ from liar_ext.models.whisper import WHISPER
 ADAPTERS: dict[str, Adapter] = {
     adapter.model_type: adapter
     for adapter in (
-        *(LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2, BERT, ROBERTA, DISTILBERT),
-        VIT,
-        WHISPER,
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, GRANITE, SMOLLM3, OLMO2),
+        *(GPT_NEOX, FALCON, BLOOM, OPT, GPT2),
+        *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA, DISTILBERT, MODERNBERT),
+        *(VIT, WHISPER),
     )
 }
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -45,7 +56,7 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     text = text_config(config)
     reason = refusal(config)
     family = traced_family(config)
-    adapter = ADAPTERS.get(text.model_type) if family is None else family.adapter()
+    adapter = known_adapter(text) if family is None else family.adapter()
     if reason is None and adapter is None:
         reason = (
             "it is not a family this version knows (`liar trace` may find its Sites, and `--trace` "
@@ -59,6 +70,12 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
             f"model type {text.model_type!r} cannot be pruned: {reason}; supported: {supported}"
         )
     return adapter
+
+
+def known_adapter(text: PretrainedConfig) -> Adapter | None:
+    """The Adapter of a family as this (text) config has it, also of a variant that is refused."""
+    adapter = ADAPTERS.get(text.model_type)
+    return None if adapter is None else adapter.of(text)
 
 
 def check_reads_tokens(config: PretrainedConfig, what: str) -> None:
@@ -101,6 +118,7 @@ __all__ = [
     "SiteSpec",
     "adapter_for",
     "check_reads_tokens",
+    "known_adapter",
     "refusal",
     "text_config",
 ]

@@ -1,9 +1,11 @@
 """Attention or FFN that is not there: what a layer does when all units of a Site are gone.
 
-A pre-norm layer adds to its input what its attention and its FFN say. One without units says the
-bias of its consumer, the same for every token, or nothing; neither is the norm in front of it
-needed. The cache of keys and values is kept by `layer_idx`, and transformers reads how far a
-sequence is from its first entry: the layers that have attention get the first ones.
+A layer adds to its input what its attention and its FFN say, or a norm makes of that. One without
+units says the bias of its consumer, the same for every token, or nothing; neither is the norm in
+front of it needed.
+
+The cache of keys and values is kept by `layer_idx`, and transformers reads how far a sequence is
+from its first entry: the layers that have attention get the first ones.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ ONE_TYPE = "full_attention"
 
 @dataclass(frozen=True)
 class Block:
-    """The part of a pre-norm layer that a Site is all of.
+    """The part of a layer that a Site is all of, where the sum of both is not normed again.
 
     Attributes:
-        path: of the module that is called with the normed hidden states; norm: of that norm.
+        path: of the module that is called with the normed hidden states; norm: of that norm, None
+            where it is no other's (parallel attention and FFN behind one norm).
         pair: it gives back its output and attention weights, not the output alone.
     """
 
     path: str
-    norm: str
+    norm: str | None
     pair: bool
 
 
@@ -42,9 +45,17 @@ class Absent(nn.Module):
 
     Args:
         bias: (d,) of its consumer, or None; its tensor keeps its name, `consumer` inside the block.
+        weight: (0,) under the name of the consumer's, see `NoNorm`, or None.
     """
 
-    def __init__(self, consumer: str, bias: nn.Parameter | None, *, pair: bool) -> None:
+    def __init__(
+        self,
+        consumer: str,
+        bias: nn.Parameter | None,
+        weight: nn.Parameter | None = None,
+        *,
+        pair: bool,
+    ) -> None:
         super().__init__()
         self._pair = pair
         owner: nn.Module = self
@@ -52,6 +63,8 @@ class Absent(nn.Module):
             owner.add_module(name, nn.Module())
             owner = owner.get_submodule(name)
         owner.register_parameter("bias", bias)
+        if weight is not None:
+            owner.register_parameter("weight", weight)
         self._consumer = consumer
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +85,7 @@ class NoNorm(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        self.weight = _misfit(weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
@@ -85,11 +98,19 @@ def remove(layer: nn.Module, block: Block, consumer: str) -> None:
         consumer: path of the linear in the layer.
     """
     inside = consumer.removeprefix(f"{block.path}.")
-    bias = layer.get_submodule(consumer)._parameters.get("bias")
-    layer.set_submodule(block.path, Absent(inside, bias, pair=block.pair))
-    norm = layer.get_submodule(block.norm)
-    weight = norm._parameters.get("weight")
-    layer.set_submodule(block.norm, nn.Identity() if weight is None else NoNorm(weight))
+    parameters = layer.get_submodule(consumer)._parameters
+    bias, weight = parameters.get("bias"), parameters["weight"]
+    assert weight is not None
+    norm = None if block.norm is None else layer.get_submodule(block.norm)._parameters.get("weight")
+    misfit = _misfit(weight) if norm is None else None
+    layer.set_submodule(block.path, Absent(inside, bias, misfit, pair=block.pair))
+    if block.norm is not None:
+        layer.set_submodule(block.norm, nn.Identity() if norm is None else NoNorm(norm))
+
+
+def _misfit(weight: Tensor) -> nn.Parameter:
+    """What fits no place of a stock model."""
+    return nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 def is_absent(layer: nn.Module, block: Block | None) -> bool:

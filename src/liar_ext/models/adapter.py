@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.models.site import Site, SiteSpec
+from liar_ext.ops.logits import PLAIN, Shape, shaped
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Adapter:
     Attributes:
         model_type: `config.model_type` this adapter serves.
         layers: path of the layer list inside the backbone (the headless model).
-        sites: the Sites of a layer in the order in which a forward pass reaches them.
+        sites: the Sites of a layer in the order in which a forward pass reaches them; none where
+            they depend on the config, see `variant`.
         decoder: True for causal language models (packed calibration), False for encoders.
         head_dim: config -> width of one head.
         explicit: config -> fields to state explicitly before widths change, because their
@@ -50,11 +52,21 @@ class Adapter:
         max_positions: config -> longest sequence the model takes.
         residual: config -> whether a layer's output is the sum of its input and its consumers'
             outputs: the norms are in front (pre-norm).
+        scale: what a consumer's output is multiplied by before it is added, where it is.
+        no_sum: what is between the consumers and the residual stream where `residual` says no, as
+            the end of "this model ...".
+        variant: config -> fields of this object that the config decides, as Sites whose fused
+            projections depend on numbers of heads; `of` puts them in.
         refuse: config -> reason why this variant cannot be pruned, or None.
+        refused: kind of Site that the family has and that cannot be pruned -> why.
         returns: entries of the tuple that a layer gives back, hidden states first; 0 where it gives
             back hidden states alone.
         takes: further arguments of a forward; None is the same for all decoders, see `options`.
-        plain_head: logits are what the output embedding makes of the last hidden states.
+        plain_head: logits are what the output embedding makes of the last hidden states, or
+            `logits` of that.
+        logits: see `ops.logits`.
+        neutral_norm: the weight of a norm that scales by nothing: 0 where it adds 1 to it.
+        note: of the family, for the table of families.
         traced: its Sites were found by running layers, see `liar_ext.tracing`.
         features: what the backbone reads that reads no tokens; None for those that do.
         part: of an encoder-decoder the stack that this is, whose layers are pruned.
@@ -70,14 +82,45 @@ class Adapter:
     max_positions: Callable[[PretrainedConfig], int] = lambda config: config.max_position_embeddings
     explicit: Callable[[PretrainedConfig], dict[str, Any]] = lambda config: {}
     residual: Callable[[PretrainedConfig], bool] = lambda config: False
+    scale: float = 1.0
+    no_sum: str = "has norms behind its attention and FFN (post-norm)"
+    variant: Callable[[PretrainedConfig], Mapping[str, Any]] = lambda config: {}
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
+    refused: Mapping[str, str] = field(default_factory=dict)
     returns: int = 0
     takes: Mapping[str, bool] | None = None
     plain_head: bool = True
+    logits: Shape = PLAIN
+    neutral_norm: float = 1.0
+    note: str = ""
     traced: bool = False
     features: Features | None = None
     part: str | None = None
     alias: str | None = None
+
+    def of(self, config: PretrainedConfig) -> Adapter:
+        """The adapter of a model with this (text) config."""
+        return replace(self, **self.variant(config))
+
+    def check_targets(self, kinds: tuple[str, ...]) -> None:
+        """Raises UnsupportedModelError where a kind of Site cannot be pruned in this family."""
+        for kind in kinds:
+            if kind in self.refused:
+                able = ", ".join(spec.kind for spec in self.sites)
+                raise UnsupportedModelError(
+                    f"--target {kind}: the {kind} of this {self.model_type} model cannot be "
+                    f"pruned: {self.refused[kind]}; choose from {able}"
+                )
+
+    def silent(self, config: PretrainedConfig) -> bool:
+        """Whether a layer whose consumers say nothing gives back its input: what they say is added
+        to it, as it is or normed."""
+        alone = all(spec.block is not None for spec in self.sites)
+        return self.residual(config) or (alone and not self.refused)
+
+    def head(self, model: PreTrainedModel) -> nn.Module:
+        """What makes logits of last hidden states: its output embedding and what comes behind."""
+        return shaped(model.get_output_embeddings(), self.logits)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -33,4 +33,11 @@ def refuse(config: PretrainedConfig) -> str | None:
     return None
 
 
-BERT = Adapter("bert", "encoder.layer", (HEADS, FFN), decoder=False, refuse=refuse)
+BERT = Adapter(
+    "bert",
+    "encoder.layer",
+    (HEADS, FFN),
+    decoder=False,
+    refuse=refuse,
+    note="refused: decoders, cross-attention, `chunk_size_feed_forward`",
+)

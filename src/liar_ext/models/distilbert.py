@@ -34,4 +34,5 @@ DISTILBERT = Adapter(
     decoder=False,
     head_dim=lambda config: config.dim // config.n_heads,
     refuse=_refuse,
+    note="refused: `chunk_size_feed_forward`",
 )

@@ -36,4 +36,5 @@ GPT2 = Adapter(
     decoder=True,
     residual=lambda config: True,
     refuse=_refuse,
+    note="refused: cross-attention",
 )

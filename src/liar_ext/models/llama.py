@@ -1,4 +1,4 @@
-"""LLaMA and the families that share its module names (Mistral, Qwen2, Qwen3)."""
+"""LLaMA and the families that share its module names (Mistral, Qwen, Gemma, Granite, SmolLM)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from liar_ext.models.site import Producer, SiteSpec
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def gated_ffn(bias_flag: str | None = None) -> SiteSpec:
-    """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
+def gated_ffn(
+    bias_flag: str | None = None, norm: str | None = "post_attention_layernorm"
+) -> SiteSpec:
+    """`down_proj(act(gate_proj(x)) * up_proj(x))`; `norm` is the one in front."""
     rows = ("mlp.gate_proj", "mlp.up_proj")
     return SiteSpec(
         kind="ffn",
@@ -23,7 +25,7 @@ def gated_ffn(bias_flag: str | None = None) -> SiteSpec:
         config_fields={"intermediate_size": "units"},
         bias_flag=bias_flag,
         bias_filler=rows if bias_flag else (),
-        block=Block("mlp", "post_attention_layernorm", pair=False),
+        block=Block("mlp", norm, pair=False),
     )
 
 
@@ -54,4 +56,5 @@ LLAMA = Adapter(
     # LlamaConfig insists on hidden_size % num_attention_heads == 0, MistralConfig does not; with
     # no sliding window the two are the same function with the same weight names.
     alias="mistral",
+    note="head counts that do not divide the hidden size are written as `mistral`",
 )

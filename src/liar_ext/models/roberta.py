@@ -1,7 +1,9 @@
-"""RoBERTa: BERT's modules under another model type."""
+"""RoBERTa, XLM-RoBERTa and CamemBERT: BERT's modules under other model types."""
+
+from dataclasses import replace
 
 from liar_ext.models.adapter import Adapter
-from liar_ext.models.bert import FFN, HEADS, refuse
+from liar_ext.models.bert import BERT, FFN, HEADS, refuse
 
 ROBERTA = Adapter(
     model_type="roberta",
@@ -11,4 +13,7 @@ ROBERTA = Adapter(
     # positions start after the padding index
     max_positions=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
     refuse=refuse,
+    note=BERT.note,
 )
+XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta")
+CAMEMBERT = replace(ROBERTA, model_type="camembert")

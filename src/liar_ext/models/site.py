@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models import absent, linear
+from liar_ext.models import absent, linear, own_config
 from liar_ext.models.absent import Block
 
 Kind = Literal["ffn", "heads"]
@@ -43,7 +43,8 @@ class SiteSpec:
         consumer: path of the linear whose input columns are removed.
         producers: the linears whose rows make those columns.
         attributes: integers that a module keeps of its own width: (path, attribute, what), where
-            what is `units`, `columns` or `query_heads` (columns / head_dim).
+            what is `units`, `columns` or `query_heads` (columns / head_dim); `config.FIELD` is what
+            it reads of its config in a forward, and gets an `OwnConfig` for.
         config_fields: config fields that state the width: name -> `units`, `columns` or
             `query_heads` (columns / head_dim). None when stock transformers cannot express
             another width than the dense one.
@@ -182,7 +183,10 @@ class Site:
             linear.set_bias(self.consumer, bias)
         widths = self._widths()
         for path, attribute, what in self.spec.attributes:
-            setattr(self.module.get_submodule(path), attribute, widths[what])
+            module = self.module.get_submodule(path)
+            own = attribute.removeprefix(own_config.PREFIX)
+            put = setattr if own == attribute else own_config.set_field
+            put(module, own, widths[what])
         if not keep.numel():
             assert self.spec.block is not None, "see `budgets`"
             absent.remove(self.module, self.spec.block, self.spec.consumer)

@@ -102,7 +102,7 @@ def next_token_loss(model: PreTrainedModel) -> Callable[[Batch], Loss]:
         adapter = None
     if adapter is None or not predicts(model, adapter):
         return lambda batch: _whole(model, batch)
-    head = model.get_output_embeddings()
+    head = adapter.head(model)
     backbone = adapter.backbone(model)[1]
 
     def loss(batch: Batch) -> Loss:
@@ -130,7 +130,7 @@ def _cross_entropy(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
 
 
 def _whole(model: PreTrainedModel, batch: Batch) -> Loss:
-    """By the model's own forward: its head scales or bounds the logits, or is not known."""
+    """By the model's own forward: its family, or what it makes of its head, is not known."""
     device = model.device
     mask = batch.mask_on(device)
     found = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits

@@ -84,8 +84,8 @@ def gains(
     adapter = adapter_for(pruned.config)
     if not adapter.residual(pruned.config.get_text_config()):
         raise InputError(
-            f"--ranks residual: a {adapter.model_type} layer normalises the sum of its input and "
-            "what it adds, so that errors do not add up; use --ranks uniform or performance"
+            f"--ranks residual: this {adapter.model_type} model {adapter.no_sum}, so that errors "
+            "do not add up; use --ranks uniform or performance"
         )
     kinds = tuple(spec.kind for spec in adapter.sites)
     sites = [adapter.sites_of(pruned, index, kinds) for index in range(len(kept))]

@@ -14,7 +14,7 @@ from liar_ext.report.schema import RECOVERED
 from liar_ext.report.text import NONE, budgeted, change, number, short_name
 
 # a word of a metric's name that says that less of it is better
-LOWER_IS_BETTER = ("perplexity", "loss", "bits", "error", "brier")
+LOWER_IS_BETTER = ("perplexity", "loss", "kl", "divergence", "bits", "error", "brier")
 MOST_LINES = 8
 
 

@@ -3,8 +3,8 @@
 A linear gives what its rows give, so a linear with fewer rows is one whose output lacks them. With
 the producers' outputs cut to the kept units, the module's own code must make the kept columns of
 the consumer's input and nothing else, for any values. That needs no weights; it needs the integers
-in which modules keep their own width (`num_heads`), which are found here: by value, and the fewest
-with which all is equal.
+in which modules keep their own width (`num_heads`), or which they read of their config in a
+forward; they are found here: by value, and the fewest with which all is equal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from liar_ext.errors import InputError
+from liar_ext.models.own_config import PREFIX, Asked
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.tracing.dependence import NoSite, Units
 from liar_ext.tracing.probe import LayerProbe
@@ -39,7 +41,10 @@ def with_attributes(probes: Sequence[LayerProbe], found: Units) -> SiteSpec:
     Raises:
         NoSite: the layer does not run, or not the same, without a unit, whatever is changed.
     """
-    candidates = list(_candidates(probes[0].layer, found))
+    candidates = [
+        *_candidates(probes[0].layer, found),
+        *(entry for probe in probes[:1] for entry in _config_candidates(probe, found)),
+    ]
     choices = itertools.chain.from_iterable(
         itertools.combinations(candidates, count) for count in range(_MOST_ATTRIBUTES + 1)
     )
@@ -114,6 +119,38 @@ def same_columns(dense: LayerProbe, smaller: LayerProbe, found: Units, keep: Ten
 
 def _candidates(layer: nn.Module, found: Units) -> Iterator[tuple[str, str, str]]:
     """Integers of modules around the consumer and producers that are as large as a width."""
+    sizes = _sizes(found)
+    for path in _around(found):
+        for name, value in vars(layer.get_submodule(path)).items():
+            if type(value) is int and not name.startswith("_") and not numbers_a_layer(name):
+                for what, size in sizes.items():
+                    if value == size:
+                        yield path, name, what
+
+
+def _config_candidates(probe: LayerProbe, found: Units) -> Iterator[tuple[str, str, str]]:
+    """The same of what these modules read of their config in a forward."""
+    sizes = _sizes(found)
+    for path in _around(found):
+        module = probe.layer.get_submodule(path)
+        if not isinstance(config := vars(module).get("config"), PretrainedConfig):
+            continue
+        asked = Asked(config)
+        object.__setattr__(module, "config", asked)
+        try:
+            with torch.no_grad():
+                probe.run(1, {})
+        finally:
+            object.__setattr__(module, "config", config)
+        for name in asked.fields():
+            value = getattr(config, name)
+            if type(value) is int:
+                for what, size in sizes.items():
+                    if value == size:
+                        yield path, f"{PREFIX}{name}", what
+
+
+def _sizes(found: Units) -> dict[str, int]:
     count, columns = found.columns.shape[0], found.columns.numel()
     heads = columns // found.head_dim
     sizes = {"units": count, "query_heads": heads, "columns": columns}
@@ -121,15 +158,15 @@ def _candidates(layer: nn.Module, found: Units) -> Iterator[tuple[str, str, str]
         del sizes["query_heads"]
     if found.spec.kind == "ffn":
         del sizes["units"]
+    return sizes
+
+
+def _around(found: Units) -> list[str]:
+    """The modules that the consumer or a producer is in, from the inside to the layer."""
     paths = [found.spec.consumer, *found.rows]
     around: dict[str, None] = {}
     for path in paths:
         while "." in path:
             path = path.rpartition(".")[0]
             around[path] = None
-    for path in [*around, ""]:
-        for name, value in vars(layer.get_submodule(path)).items():
-            if type(value) is int and not name.startswith("_") and not numbers_a_layer(name):
-                for what, size in sizes.items():
-                    if value == size:
-                        yield path, name, what
+    return [*around, ""]

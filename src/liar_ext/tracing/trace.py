@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.errors import InputError, UnsupportedModelError
-from liar_ext.models import ADAPTERS, layout, linear, refusal, text_config
+from liar_ext.models import ADAPTERS, known_adapter, layout, linear, refusal, text_config
 from liar_ext.models.adapter import Adapter
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.models.traced import KEY, NO_LIMIT, TracedFamily
@@ -165,7 +165,7 @@ def _trace(config: PretrainedConfig) -> Trace:
         refused=refused,
         transformers=transformers.__version__,
     )
-    adapter = ADAPTERS.get(config.model_type)
+    adapter = known_adapter(config)
     return Trace(
         family,
         type(found.model).__name__,

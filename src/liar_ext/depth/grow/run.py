@@ -215,15 +215,15 @@ def _silenced(model: PreTrainedModel) -> frozenset[str]:
     """The modules of a layer that add to the residual stream.
 
     Raises:
-        InputError: the family does not say which, or a layer is not a sum of its input and these.
+        InputError: the family does not say which, or a layer without them would not be silent.
     """
     try:
         adapter = adapter_for(model.config)
     except UnsupportedModelError as error:
         raise InputError(f"--predictor identity: {error}") from error
-    if not adapter.residual(text_config(model.config)):
+    if not adapter.silent(text_config(model.config)):
         raise InputError(
-            f"--predictor identity: a {adapter.model_type} layer normalises the sum of its input "
-            "and what it adds, so that it cannot be silenced; use average or copy"
+            f"--predictor identity: this {adapter.model_type} model {adapter.no_sum}, so that a "
+            "layer cannot be silenced; use average or copy"
         )
     return frozenset(spec.consumer for spec in adapter.sites)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar_ext.errors import InputError, UnsupportedModelError
-from liar_ext.models import absent, adapter_for, layout, text_config
+from liar_ext.models import absent, adapter_for, layout
 from liar_ext.models.adapter import Adapter
 from liar_ext.models.site import SiteSpec
 
@@ -60,7 +60,7 @@ def check_network(name: str, model: PreTrainedModel) -> None:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"--network {name}: {error}; use layer") from error
     ffn = _site(adapter, "ffn")
-    if ffn is None or _heads(adapter) is None or not adapter.residual(text_config(model.config)):
+    if ffn is None or _heads(adapter) is None:
         raise InputError(
             f"--network {name}: a {adapter.model_type} layer cannot go without attention; use layer"
         )
@@ -105,13 +105,15 @@ def remove_attention(layer: nn.Module, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def random_weights(layer: nn.Module, deviation: float, seed: int) -> dict[str, Tensor]:
+def random_weights(
+    layer: nn.Module, deviation: float, seed: int, norm: float = 1.0
+) -> dict[str, Tensor]:
     """First weights of a layer that inherits nothing, by name, float32, on the CPU.
 
-    Matrices are N(0, deviation²), norms 1, biases 0. The seed alone decides.
+    Matrices are N(0, deviation²), norms neutral, biases 0. The seed alone decides.
 
     Args:
-        layer: of these parameters, also on `meta`.
+        layer: of these parameters, also on `meta`; norm: see `Adapter.neutral_norm`.
     """
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -120,7 +122,7 @@ def random_weights(layer: nn.Module, deviation: float, seed: int) -> dict[str, T
         if parameter.dim() > 1:
             found[name] = torch.randn(shape, generator=generator) * deviation
         else:
-            found[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+            found[name] = torch.full(shape, 0.0 if name.endswith("bias") else norm)
     return found
 
 

@@ -27,7 +27,7 @@ from liar_ext.depth.surgery import layer_list
 from liar_ext.engine.inputs import resolve_device
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError, UnsupportedModelError
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models import adapter_for, known_adapter, layout, text_config
 from liar_ext.recovery.keeping import check_unfinished, keeping, made_of, ready, state_folder
 from liar_ext.recovery.language import next_token_loss
 from liar_ext.recovery.state import TrainingState
@@ -147,11 +147,14 @@ def _first_weights(
     if asked.init == "inherit":
         return {}
     deviation = float(getattr(text_config(model.config), "initializer_range", 0.02))
+    adapter = known_adapter(text_config(model.config))
+    neutral = 1.0 if adapter is None else adapter.neutral_norm
     dtypes = {spec.name: spec.dtype for spec in specs}
     found = {}
     for place in window.trained:
         layer = model.get_submodule(f"{path}.{place}")
-        weights = random_weights(layer, deviation, asked.training.schedule.seed + place)
+        seed = asked.training.schedule.seed + place
+        weights = random_weights(layer, deviation, seed, neutral)
         for name, value in weights.items():
             full = f"{path}.{place}.{name}"
             found[full] = value.to(dtypes[full])
