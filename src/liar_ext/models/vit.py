@@ -52,4 +52,5 @@ VIT = Adapter(
     explicit=explicit_head_dim,
     residual=lambda config: True,
     features=Features("pixel_values", _shape, _length),
+    note="reads images",
 )

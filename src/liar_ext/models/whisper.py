@@ -45,4 +45,5 @@ WHISPER = Adapter(
         _length,
     ),
     part="encoder",
+    note="the encoder; reads log-mel features",
 )
