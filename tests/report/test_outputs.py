@@ -216,6 +216,42 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     assert "The same nearest sentence as the dense model: small" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--serve", "model.json"], "--serve model.json: not what `liar bench serve"),
+        (["--compare", "model.json"], "--compare model.json: not a comparison.json"),
+        (["--compare", "old.json"], "has no 'axes'; make it again"),
+        (["--eval", "serve.json"], "--eval serve.json: not what `liar eval --json` prints"),
+        (["--eval", "empty.json"], "--eval empty.json: cannot be read as JSON"),
+        (["--dense", "model"], "--dense model: is for examples; give --prompt"),
+        (["--prompt", "x", "--dense", "resnet"], "resnet"),
+        (["--prompt", "x", "--new-tokens", "0"], "--new-tokens 0: must be at least 1"),
+        (["--prompts", "empty.json"], "--prompts empty.json: is empty; give a prompt a line"),
+        (["pruned"], "pruned: is given twice"),
+        (["broken"], "broken: its report has no 'dropped'; it is of another release"),
+        (["strange"], "of a kind 'strange' that this release does not know"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_and_nothing_is_written(
+    made, full, tmp_path, capsys, options, says
+):
+    files = {"old.json": {"source": "x", "cells": [], "dense": {}, "evaluations": {}}}
+    report = json.loads((made / "replaced" / "liar_report.json").read_text())
+    files["broken/liar_report.json"] = {k: v for k, v in report.items() if k != "replacement"}
+    files["strange/liar_report.json"] = {**report, "kind": "strange"}
+    for name in ("model", "pruned", "resnet", "model.json", "serve.json"):
+        (tmp_path / name).symlink_to(made / name)
+    (tmp_path / "empty.json").write_text("")
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(data))
+    with contextlib.chdir(tmp_path):
+        assert main(["report", "pruned", *options, "--out", "new.html"]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "new.html").exists()
+
+
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_shows_it_whole_at_any_width_and_asks_for_nothing(full, tmp_path, dark):

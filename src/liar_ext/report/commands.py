@@ -30,13 +30,16 @@ _MERGE = (
 
 
 def repeat(output: Output) -> str:
-    """The command that makes the output again. Paths are cut to their last part."""
-    words, options = {
-        PRUNED: _pruned,
-        LAYERS: _layers,
-        RECOVERED: _recovered,
-        CONVOLUTIONS: _fused,
-    }[output.kind](output.data)
+    """The command that makes the output again. Paths are cut to their last part.
+
+    Raises:
+        InputError: the report lacks what the command was told.
+    """
+    stated = {PRUNED: _pruned, LAYERS: _layers, RECOVERED: _recovered, CONVOLUTIONS: _fused}
+    try:
+        words, options = stated[output.kind](output.data)
+    except KeyError as error:
+        raise output.lacks(error) from error
     source = without_folders(output.source)
     # what its config names the families' own code for, and no adapter of ours has
     traced = "trace" in output.data.get("config", {}).get("liar_ext", {})
