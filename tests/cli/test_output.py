@@ -13,6 +13,7 @@ import pytest
 
 from liar_ext.cli import main, output
 from liar_ext.cli.output import Verbosity, Watcher
+from liar_ext.report.text import time_left
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -185,3 +186,8 @@ def test_a_reader_that_has_enough_is_no_error():
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_the_time_left_is_what_the_rest_takes_at_the_same_rate():
+    assert time_left(2, 10, 30.0) == ", about 2 min 0 s left"
+    assert time_left(0, 10, 0.0) == time_left(10, 10, 30.0) == ""

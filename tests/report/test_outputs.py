@@ -314,4 +314,9 @@ def test_on_paper_everything_is_open(full, tmp_path):
         assert not page.evaluate(seen)
         page.call("Emulation.setEmulatedMedia", media="print")
         assert page.evaluate(seen)
+        # paper does not scroll: what is too wide would be cut
+        page.resize(700, 900)
+        cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{cut}.map(e => e.ariaLabel)") == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 700
         assert page.pdf().startswith(b"%PDF-")
