@@ -205,6 +205,13 @@ def test_the_cards_at_the_top_compare_with_the_dense_model(made, full):
     assert "1.25 times as fast" in cards
 
 
+def test_what_is_missing_is_asked_for_as_the_kind_of_model_is_measured(made):
+    assert "liar eval pruned --text FILE.txt" in _page(made, "pruned")
+    # a network has its accuracy and its time in its report
+    page = _page(made, "fused")
+    assert "liar eval" not in page and "liar bench" not in page and "--prompt" not in page
+
+
 def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     folder, sentences = inputs_of_encoder
     out = tmp_path / "small"
@@ -212,6 +219,7 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     assert main(["prune", str(folder), *place, "--seq-len", "16"]) == 0
     assert main(["report", str(out), "--prompts", str(sentences)]) == 0
     text = (out / "report.html").read_text()
+    assert "liar eval small --stsb FILE.csv" in text
     assert "Nearest sentences" in text
     assert "The same nearest sentence as the dense model: small" in text
 
