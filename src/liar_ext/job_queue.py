@@ -25,6 +25,7 @@ from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.errors import InputError
 from liar_ext.jobs import BatchJob, group_keys, ordered
 from liar_ext.report.schema import Report
+from liar_ext.report.text import time_left
 
 # -P: the working folder is no place to import from; a `kernels` there would hide the PyPI package
 COMMAND = (sys.executable, "-P", "-m", "liar_ext")
@@ -95,7 +96,8 @@ class Queue:
     def run(self) -> list[Outcome]:
         """All outcomes, in the order of the jobs file."""
         with self._signals(), tempfile.TemporaryDirectory(prefix="liar-batch-") as recipes:
-            for outcome in self._outcomes.values():
+            begun = time.perf_counter()
+            for place, outcome in enumerate(self._outcomes.values(), 1):
                 if self.interrupted:
                     break
                 started = time.perf_counter()
@@ -108,6 +110,9 @@ class Queue:
                 if outcome.error is not None:
                     self._tell(f"[{outcome.job.name}] {outcome.status}: {outcome.error}")
                 self._tidy(self._groups[outcome.job.line])
+                jobs = len(self._outcomes)
+                left = time_left(place, jobs, time.perf_counter() - begun)
+                self._tell(f"{place} of {jobs} jobs{left}")
                 if outcome.status == "failed" and self._stop:
                     break
         if self._moments.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -382,6 +383,9 @@ def test_a_failing_job_is_reported_and_the_others_run(desk):
     assert found["good"].totals["sparsity"] == 0.4
     assert "[refused] error: --ridge 7: too steep" in desk.heard
     assert "[good] layer 0 of good" in desk.heard
+    # how far it is; how long the rest takes while there is any
+    assert f"{len(found)} of {len(found)} jobs" in desk.heard
+    assert any(re.fullmatch(rf"1 of {len(found)} jobs, about .* left", line) for line in desk.heard)
 
 
 def test_workers_that_outlive_a_crash_are_ended(desk, monkeypatch):

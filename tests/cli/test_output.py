@@ -13,6 +13,7 @@ import pytest
 
 from liar_ext.cli import main, output
 from liar_ext.cli.output import Verbosity, Watcher
+from liar_ext.report.text import time_left
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -109,7 +110,7 @@ def test_verbose_says_what_is_decided_and_every_number_of_a_site(prune, capsys):
 def test_verbose_does_not_mute_libraries(monkeypatch, capsys):
     for option, said in (("--verbose", None), ("--quiet", "error")):
         monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
-        assert main(["completion", "bash", option]) == 0
+        assert main(["env", "--json", option]) == 0
         assert os.environ.get("TRANSFORMERS_VERBOSITY") == said
 
 
@@ -181,7 +182,13 @@ def test_verbosity_of_a_command_without_the_options_is_normal():
 
 def test_a_reader_that_has_enough_is_no_error():
     """As `liar env | head -1`: no traceback, not even at exit."""
+    pytest.importorskip("argcomplete", reason="argcomplete is not installed")
     words = [sys.executable, "-P", "-m", "liar_ext", "completion", "bash"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_the_time_left_is_what_the_rest_takes_at_the_same_rate():
+    assert time_left(2, 10, 30.0) == ", about 2 min 0 s left"
+    assert time_left(0, 10, 0.0) == time_left(10, 10, 30.0) == ""

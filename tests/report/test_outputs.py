@@ -205,6 +205,13 @@ def test_the_cards_at_the_top_compare_with_the_dense_model(made, full):
     assert "1.25 times as fast" in cards
 
 
+def test_what_is_missing_is_asked_for_as_the_kind_of_model_is_measured(made):
+    assert "liar eval pruned --text FILE.txt" in _page(made, "pruned")
+    # a network has its accuracy and its time in its report
+    page = _page(made, "fused")
+    assert "liar eval" not in page and "liar bench" not in page and "--prompt" not in page
+
+
 def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     folder, sentences = inputs_of_encoder
     out = tmp_path / "small"
@@ -212,8 +219,45 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     assert main(["prune", str(folder), *place, "--seq-len", "16"]) == 0
     assert main(["report", str(out), "--prompts", str(sentences)]) == 0
     text = (out / "report.html").read_text()
+    assert "liar eval small --stsb FILE.csv" in text
     assert "Nearest sentences" in text
     assert "The same nearest sentence as the dense model: small" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--serve", "model.json"], "--serve model.json: not what `liar bench serve"),
+        (["--compare", "model.json"], "--compare model.json: not a comparison.json"),
+        (["--compare", "old.json"], "has no 'axes'; make it again"),
+        (["--eval", "serve.json"], "--eval serve.json: not what `liar eval --json` prints"),
+        (["--eval", "empty.json"], "--eval empty.json: cannot be read as JSON"),
+        (["--dense", "model"], "--dense model: is for examples; give --prompt"),
+        (["--prompt", "x", "--dense", "resnet"], "resnet"),
+        (["--prompt", "x", "--new-tokens", "0"], "--new-tokens 0: must be at least 1"),
+        (["--prompts", "empty.json"], "--prompts empty.json: is empty; give a prompt a line"),
+        (["pruned"], "pruned: is given twice"),
+        (["broken"], "broken: its report has no 'dropped'; it is of another release"),
+        (["strange"], "of a kind 'strange' that this release does not know"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_and_nothing_is_written(
+    made, full, tmp_path, capsys, options, says
+):
+    files = {"old.json": {"source": "x", "cells": [], "dense": {}, "evaluations": {}}}
+    report = json.loads((made / "replaced" / "liar_report.json").read_text())
+    files["broken/liar_report.json"] = {k: v for k, v in report.items() if k != "replacement"}
+    files["strange/liar_report.json"] = {**report, "kind": "strange"}
+    for name in ("model", "pruned", "resnet", "model.json", "serve.json"):
+        (tmp_path / name).symlink_to(made / name)
+    (tmp_path / "empty.json").write_text("")
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(data))
+    with contextlib.chdir(tmp_path):
+        assert main(["report", "pruned", *options, "--out", "new.html"]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "new.html").exists()
 
 
 @needs_chromium
@@ -278,4 +322,9 @@ def test_on_paper_everything_is_open(full, tmp_path):
         assert not page.evaluate(seen)
         page.call("Emulation.setEmulatedMedia", media="print")
         assert page.evaluate(seen)
+        # paper does not scroll: what is too wide would be cut
+        page.resize(700, 900)
+        cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{cut}.map(e => e.ariaLabel)") == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 700
         assert page.pdf().startswith(b"%PDF-")

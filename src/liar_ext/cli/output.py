@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from liar_ext.report.schema import Report, SiteReport
-from liar_ext.report.text import duration, latency, number
+from liar_ext.report.text import duration, latency, number, time_left
 from liar_ext.report.text import layers as shown
 
 # between two lines about the time left, where no bar can be
@@ -130,8 +130,8 @@ class Watcher:
             self._told = now
             speed = steps / (now - self._started)
             self.tell(
-                f"{self._label}: {self._done} of {self._total}, {_rate(speed)}, about "
-                f"{duration(left / speed)} left"
+                f"{self._label}: {self._done} of {self._total}, {_rate(speed)}"
+                f"{time_left(steps, steps + left, now - self._started)}"
             )
 
     def tell(self, message: str) -> None:

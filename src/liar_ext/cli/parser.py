@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from liar_ext.cli.examples import EXAMPLES, FIRST_STEPS
+from liar_ext.errors import did_you_mean
 
 USAGE = 2
 
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             names = [str(name) for name in action.choices]
             says = f"invalid choice: {value!r} (choose from {', '.join(names)})"
-            raise argparse.ArgumentError(action, says + near(str(value), names))
+            raise argparse.ArgumentError(action, says + did_you_mean(str(value), names))
 
 
 class Root(Parser):
@@ -52,7 +52,7 @@ class Root(Parser):
         if unknown:
             leaf = leaf_of(self, args or ())
             option = next((word for word in unknown if word.startswith("-")), unknown[0])
-            guess = near(option.partition("=")[0], leaf._option_string_actions)
+            guess = did_you_mean(option.partition("=")[0], leaf._option_string_actions)
             leaf.error(f"unrecognized arguments: {' '.join(unknown)}{guess}")
         return found
 
@@ -125,12 +125,6 @@ def leaf_of(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.A
             break
         parser = children.get(word, parser)
     return parser
-
-
-def near(value: str, known: Any) -> str:
-    """`; did you mean prune?`, or nothing where no name is like it."""
-    close = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

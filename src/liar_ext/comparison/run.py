@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from liar_ext.engine.store import InMemory
 from liar_ext.errors import InputError, Interrupted, LiarError
 from liar_ext.evaluation.task import Evaluation, known
 from liar_ext.models import adapter_for
-from liar_ext.report.text import number
+from liar_ext.report.text import number, time_left
 from liar_ext.survey import reads_of
 
 Say = Callable[[str], None]
@@ -120,11 +121,13 @@ def _work(subject: Subject, grid: Grid, ledger: Ledger, identity: dict[str, Any]
         ledger.add_dense(dense)
         say(f"dense: {_metrics(dense)}; one plain forward {dense['forward_seconds']:.2f} s")
     libraries = _libraries(subject, cells, ledger.folder / MOMENTS, identity, say)
-    for position, cell in enumerate(todo, len(cells) - len(todo) + 1):
+    before, started = len(cells) - len(todo), time.monotonic()
+    for position, cell in enumerate(todo, before + 1):
         library = libraries.get(cell.recipe.chooses_ridge)
         entry = _tried(subject, cell, library, dense["forward_seconds"], ledger.folder)
         ledger.add({"key": cell.key, "recipe": cell.recipe.to_json(), **entry})
-        say(f"[{position}/{len(cells)}] {cell.label}: {_line(entry)}")
+        left = time_left(position - before, len(todo), time.monotonic() - started)
+        say(f"[{position}/{len(cells)}] {cell.label}: {_line(entry)}{left}")
 
 
 def _tried(

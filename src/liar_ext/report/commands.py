@@ -30,26 +30,32 @@ _MERGE = (
 
 
 def repeat(output: Output) -> str:
-    """The command that makes the output again. Paths are cut to their last part."""
-    words, options = {
-        PRUNED: _pruned,
-        LAYERS: _layers,
-        RECOVERED: _recovered,
-        CONVOLUTIONS: _fused,
-    }[output.kind](output.data)
+    """The command that makes the output again. Paths are cut to their last part.
+
+    Raises:
+        InputError: the report lacks what the command was told.
+    """
+    # imported here: it imports torch
+    from liar_ext.models.traced import KEY
+
+    stated = {PRUNED: _pruned, LAYERS: _layers, RECOVERED: _recovered, CONVOLUTIONS: _fused}
+    try:
+        words, options = stated[output.kind](output.data)
+    except KeyError as error:
+        raise output.lacks(error) from error
     source = without_folders(output.source)
-    # what its config names the families' own code for, and no adapter of ours has
-    traced = "trace" in output.data.get("config", {}).get("liar_ext", {})
     flags = [part for name, value in options.items() for part in _flag(name, value)]
-    if traced and words in ("prune", "merge"):
+    # of a family without an adapter
+    if KEY in output.data.get("config", {}) and words in ("prune", "merge"):
         flags.append("--trace")
     return _line("liar", words, source, "--out", output.label, *flags)
 
 
-def evaluate(source: str, metric: str, dataset: str) -> str:
-    """The command that measures one model as another was."""
-    kind = {"perplexity": "--text", "spearman": "--stsb", "accuracy": "--choices"}.get(metric)
-    given = (kind, dataset or "FILE") if kind else ("--text", "FILE.txt")
+def evaluate(source: str, metric: str, dataset: str, *, decoder: bool = True) -> str:
+    """The command that measures one model as another was, or as its kind is measured."""
+    kinds = {"perplexity": "--text", "spearman": "--stsb", "accuracy": "--choices"}
+    usual = ("--text", "FILE.txt") if decoder else ("--stsb", "FILE.csv")
+    given = (kinds[metric], dataset) if metric in kinds and dataset else usual
     return _line("liar", "eval", source, *given, "--json")
 
 

@@ -111,7 +111,7 @@ def _sections(
     if rows:
         found.append(Section("quality", "Quality", quality.evaluated(rows, outputs)))
     if material.comparisons:
-        grids = join(quality.compared(c, at) for at, c in enumerate(material.comparisons))
+        grids = join(quality.grid(c, at) for at, c in enumerate(material.comparisons))
         found.append(Section("grid", "Methods compared", grids, "Methods"))
     if material.serves:
         body = serving.measured(material.serves, outputs)
@@ -143,7 +143,10 @@ def _sections(
 def _happened(output: Output, name: str) -> Html:
     if output.report is not None:
         return pruned.happened(output.report, name)
-    return others.happened(output, name)
+    try:
+        return others.happened(output, name)
+    except KeyError as error:
+        raise output.lacks(error) from error
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -80,6 +80,12 @@ class Output:
         """Whether it means what this was made from."""
         return same(source, self.source)
 
+    def lacks(self, error: KeyError) -> InputError:
+        """The error of a report without something that its kind has."""
+        return InputError(
+            f"{self.label}: its report has no {error}; it is of another release, or was edited"
+        )
+
     def done(self) -> str:
         """One line: what became of the source."""
         return _DONE[self.kind](self.data)
@@ -108,10 +114,8 @@ def read(folders: Sequence[str | Path]) -> list[Output]:
             output = Output(folder, folder.resolve().name, data, report)
             # what every kind has; a file that was edited may not
             _ = output.source, output.totals["parameters_after"], output.done()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{folder / FILE}: not a report of this release ({error!r} is missing)"
-            ) from error
+        except KeyError as error:
+            raise output.lacks(error) from error
         found.append(output)
     names = [output.label for output in found]
     return [
@@ -121,6 +125,9 @@ def read(folders: Sequence[str | Path]) -> list[Output]:
 
 
 def same(one: str, other: str) -> bool:
+    """Whether two paths, or ids, mean one model. Nothing is the same as no path."""
+    if not one or not other:
+        return False
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 

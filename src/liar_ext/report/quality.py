@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from liar_ext.errors import InputError
 from liar_ext.report import plots_measured
 from liar_ext.report.material import checked_evaluation
 from liar_ext.report.outputs import PRUNED, Output
@@ -166,8 +167,22 @@ def _way(output: Output | None) -> str:
     return " + ".join(parts)
 
 
-def compared(result: Mapping[str, Any], place: int) -> Html:
-    """A grid of `liar compare`: quality against sparsity, and every cell in a table."""
+def grid(result: Mapping[str, Any], place: int) -> Html:
+    """A grid of `liar compare`: quality against sparsity, and every cell in a table.
+
+    Raises:
+        InputError: the grid is of another release, or was edited.
+    """
+    try:
+        return _compared(result, place)
+    except KeyError as error:
+        raise InputError(
+            f"--compare of {short_name(str(result['source']))}: has no {error}; make it again with "
+            "`liar compare` of this release"
+        ) from error
+
+
+def _compared(result: Mapping[str, Any], place: int) -> Html:
     from liar_ext.comparison.tables import groups
 
     parts: list[str] = []

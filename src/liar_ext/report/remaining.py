@@ -26,36 +26,38 @@ def missing(
         shown = element("pre", element("code", "\n".join(lines)), tabindex="0")
         found.append(join([element("span", what), shown], ""))
 
-    without = [o.label for o in outputs if not any(row.output is o for row in rows)]
+    # a convolutional network has its accuracy and its time in its own report
+    own = [output for output in outputs if output.kind != CONVOLUTIONS]
+    decodes = first.decoder is not False
+    without = [o.label for o in own if not any(row.output is o for row in rows)]
     if without and (outputs[0].folder is not None or not rows):
         whom = ", ".join(without) if rows or len(outputs) > 1 else "this model"
         say(
             f"Quality of {whom} was not measured. Residuals are diagnostics on calibration tokens, "
             "not quality.",
-            f"{commands.evaluate(without[0], metric, data)} > eval.json",
+            f"{commands.evaluate(without[0], metric, data, decoder=decodes)} > eval.json",
             f"liar report {label} --eval eval.json",
         )
-    if not any(row.dense for row in rows) and (rows or not without):
+    if own and not any(row.dense for row in rows) and (rows or not without):
         say(
             "How good the model was before is not known.",
-            f"{commands.evaluate(source, metric, data)} > dense.json",
+            f"{commands.evaluate(source, metric, data, decoder=decodes)} > dense.json",
             f"liar report {label} --eval dense.json",
         )
-    if not material.serves:
+    if own and not material.serves:
         say(
             "Speed and memory in use were not measured. Fewer parameters are not always faster.",
             f"liar bench serve {source} {label} --json serve.json",
             f"liar report {label} --serve serve.json",
         )
-    if material.examples is None and first.kind != CONVOLUTIONS:
-        decodes = first.decoder is not False
+    if own and material.examples is None:
         what = "what the model writes" if decodes else "which sentences the model finds close"
         how = "--prompt TEXT" if decodes else "--prompts SENTENCES.txt"
         say(f"Nothing here shows {what}.", f"liar report {label} --dense {source} {how}")
     found.append(
         Html(
-            "Abilities that neither the calibration text nor an evaluation above exercises can be "
-            "lost unnoticed: facts, other languages, following instructions, safety."
+            "Abilities that neither the calibration data nor an evaluation above exercises can be "
+            "lost unnoticed: rare inputs, facts, other languages, following instructions, safety."
         )
     )
     return found

@@ -70,6 +70,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def time_left(done: int, total: int, seconds: float) -> str:
+    """`, about 3 min 5 s left`, from how long what is done took; empty at the end."""
+    if not done or done >= total:
+        return ""
+    return f", about {duration(seconds / done * (total - done))} left"
+
+
 def latency(seconds: float | None) -> str:
     """0.00123 -> `1.23 ms`."""
     if seconds is None:
