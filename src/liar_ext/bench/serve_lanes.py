@@ -48,9 +48,8 @@ class Lane(Protocol):
     def round(self) -> dict[str, float]:
         """Seconds of each phase, once."""
 
-
-class Mismatch(Exception):
-    """What is timed does not compute what transformers computes."""
+    def cache_bytes(self) -> float:
+        """Keys and values that a token reads on average, of all sequences."""
 
 
 class Decoding:
@@ -149,7 +148,7 @@ class Decoding:
         return {"prefill": filled - begun, "decode": (ended - filled) / (self._new - 1)}
 
     def cache_bytes(self) -> float:
-        """Keys and values that a token reads on average, of all sequences; measured on a cache."""
+        """Measured on a cache behind the prompt."""
         cache = DynamicCache(config=self._model.config)
         self._model(self._ids, past_key_values=cache, **self._options)
         parts = [getattr(own, name, None) for own in cache.layers for name in ("keys", "values")]
@@ -206,6 +205,9 @@ class Encoding:
         self._forward()
         self._watch.wait()
         return {"prefill": time.perf_counter() - begun}
+
+    def cache_bytes(self) -> float:
+        return 0.0
 
 
 def rounding(model: PreTrainedModel) -> float:
