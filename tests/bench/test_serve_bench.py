@@ -125,6 +125,25 @@ def test_a_loop_that_says_something_else_is_not_timed(tmp_path, monkeypatch, cap
 
 
 @torch.no_grad()
+def test_of_tokens_that_are_as_good_either_will_do(monkeypatch):
+    """A decoding that takes the second best: within rounding it may, and no further."""
+    model, ids = FAMILIES["llama-mha"].build(), ids_for()
+    own = Decoding(model, ids, 6, "eager")
+
+    def second(output):
+        return output.logits[:, -1].float().topk(2).indices[:, 1:]
+
+    monkeypatch.setattr(serve_lanes, "_next", second)
+    found = own.check()
+    assert (found["same"], found["ok"]) == (0, False)
+    _, logits = reference(model, ids, 6)
+    best = logits.topk(2).values
+    assert found["gap"] == pytest.approx(float((best[..., 0] - best[..., 1]).max()), rel=1e-3)
+    monkeypatch.setattr(serve_lanes, "rounding", lambda model: 1.0)
+    assert own.check()["ok"]
+
+
+@torch.no_grad()
 def test_padding_or_neighbours_that_change_a_sentence_are_noticed(monkeypatch):
     model = FAMILIES["bert"].build()
     own = lane(model, "encoder", ids_for(), 0, "eager")
