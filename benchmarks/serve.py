@@ -108,7 +108,7 @@ def table(name: str, result: Mapping[str, Any]) -> str:
         f"### {versions['device']}, `{name}`",
         "",
         f"{result['date']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{first['dtype']}, {versions['threads']} threads of {machine['before']['cores']} cores, "
+        f"{first['dtype']}, threads {versions['threads']}, cores {machine['before']['cores']}, "
         f"load {load}; medians of {result['repeats']} rounds, speed-up with the interval of its "
         f"median. {result['note']}".rstrip(),
         *(f"\nWarning: {text}." for text in result["doubts"]),
@@ -128,7 +128,7 @@ def table(name: str, result: Mapping[str, Any]) -> str:
     heads += ["prefill", "speed-up", "a token", "speed-up", "tokens/s"] if decoder else []
     heads += [] if decoder else ["forward", "speed-up", "sentences/s"]
     heads += ["memory", "the parameters' ratio"]
-    lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * 4 + "---:|" * (len(heads) - 4)]
     for own in result["entries"]:
         cells = [own["batch"], own["prompt"], own["mode"], own["name"]]
         if own["reason"] is not None:

@@ -13,6 +13,7 @@ import torch
 
 from liar_ext import kernels
 from liar_ext.bench import BENCHMARKS, tune
+from liar_ext.bench import result as results
 from liar_ext.errors import InputError
 
 
@@ -48,7 +49,8 @@ def pretended(monkeypatch):
     tuner = SimpleNamespace(tune=run, device_file=lambda device: Path("some_gpu.json"))
     monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "find_spec", lambda name: True)
-    monkeypatch.setattr(tune, "environment", lambda device: {"device": str(device)})
+    monkeypatch.setattr(results, "environment", lambda device: {"device": str(device)})
+    monkeypatch.setattr(results, "machine_state", dict)
     monkeypatch.setattr(tune, "machine_state", dict)
     monkeypatch.setitem(sys.modules, "liar_ext.kernels.tune", tuner)
     monkeypatch.setattr(kernels, "tune", tuner, raising=False)

@@ -1,30 +1,25 @@
 """`liar bench serve`: how fast models answer, dense and pruned ones by turns in one process.
 
-Every workload (batch, tokens, mode) is one after another; within it every round runs every model
-once, in another order each time, so that a slow minute of the machine hits all of them alike, and
-ratios are of times that were taken together. Before anything is timed, what is timed has to give
-what transformers gives.
+What is asked for, and what comes out: `serve_rounds` measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from liar_ext.alignment import round_to_for
 from liar_ext.bench import Keep, serve_probe
-from liar_ext.bench.measure import copy_rate, machine_state, matmul_rate, peak_bytes
+from liar_ext.bench.measure import copy_rate, machine_state, matmul_rate
 from liar_ext.bench.result import head
-from liar_ext.bench.serve_entries import compare, entry, measured, whole
-from liar_ext.bench.serve_lanes import MODES, Lane, compiling, lane, settled, why_not
-from liar_ext.bench.serve_models import Outline, Served, Source, outline, serve, sources
-from liar_ext.bench.serve_prompts import Work, drawn, workloads
+from liar_ext.bench.serve_lanes import MODES
+from liar_ext.bench.serve_models import Outline, Served, Source, outline, own_dtype, serve, sources
+from liar_ext.bench.serve_prompts import Work, workloads
+from liar_ext.bench.serve_rounds import Rounds
 from liar_ext.bench.serve_table import print_result
 from liar_ext.bench.serve_work import Ceilings, sizes
 from liar_ext.cli.output import Watcher
@@ -35,8 +30,6 @@ from liar_ext.latency import disturbances
 from liar_ext.recipe import KINDS, Recipe
 
 VERSION = 1
-# the first rounds pay for threads, libraries and clocks that rise
-WARM_UP_ROUNDS, WARM_UP_SECONDS = 2, 1.0
 MEMORY = {
     "cpu": "peak resident memory of a process of its own, less what it held before the model",
     "cuda": "the model's tensors and the most that torch allocated on top of them in a round",
@@ -127,7 +120,10 @@ def asked(arguments: argparse.Namespace) -> Asked:
         arguments.new_tokens,
         arguments.repeats,
         wanted.target,
-        round_to_for(arguments.round_to, shapes[0].folder, wanted.device) if shapes else 1,
+        min(
+            (round_to_for(arguments.round_to, own.folder, wanted.device) for own in shapes),
+            default=1,
+        ),
         device,
         compute_dtype(wanted.dtype, device),
     )
@@ -154,15 +150,22 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
         # all of them before any is loaded, which may take minutes
         known = [outline(own, target=ask.target, round_to=ask.round_to) for own in ask.models]
         works = workloads(known, ask.batches, ask.prompts, ask.new_tokens)
+        # a pruned checkpoint may have been written in another dtype: like is compared with like
+        dtype = ask.dtype or own_dtype(known[0])
+        # while this process holds none of them
+        loading = [_loading(own, works, ask, dtype, progress) for own in known]
         models: list[Served] = []
         for own in known:
             progress.tell(f"loading {own.name}")
-            models.append(_served(own, ask, models))
-        loading = [_loading(model, works, ask, progress) for model in models]
+            models.append(_served(own, ask, dtype, len(models) + 1))
         versions = environment(ask.device)
-        ceilings = Ceilings(matmul_rate(models[0].model.dtype, ask.device), copy_rate(ask.device))
+        ceilings = Ceilings(matmul_rate(dtype, ask.device), copy_rate(ask.device))
         entries: list[dict[str, Any]] = []
-        problems: list[str] = []
+        problems = [
+            f"{own.name} in a process of its own: {facts['reason']}"
+            for own, facts in zip(known, loading, strict=True)
+            if "reason" in facts
+        ]
 
         def found() -> dict[str, Any]:
             times = [e[f"{p}_s"] for e in entries for p in ("prefill", "decode") if e[f"{p}_s"]]
@@ -184,9 +187,10 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
 
         progress.begin(len(works), "workloads")
         for at, work in enumerate(works):
-            bench = Bench(models, work, ask, ceilings, loading, at)
-            entries += bench.run()
-            problems += bench.problems
+            peaks = [own["peaks"][at : at + 1] if own.get("peaks") else [] for own in loading]
+            rounds = Rounds(models, work, ask.modes, ask.repeats, ask.device, ceilings)
+            entries += rounds.run(loading, peaks)
+            problems += rounds.problems
             keep(found())
             progress.layer(at)
         result = found()
@@ -196,32 +200,30 @@ def execute(arguments: argparse.Namespace, keep: Keep = lambda result: None) -> 
     return result
 
 
-def _served(known: Outline, ask: Asked, others: Sequence[Served]) -> Served:
-    # a pruned checkpoint may have been written in another dtype: like is compared with like
-    dtype = others[0].model.dtype if others else ask.dtype
+def _served(known: Outline, ask: Asked, dtype: torch.dtype, number: int) -> Served:
     try:
         return serve(known, ask.device, dtype)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"out of memory with the weights of {known.name}, model {len(others) + 1} of "
+            f"out of memory with the weights of {known.name}, model {number} of "
             f"{len(ask.models)}; all are in memory at once: give fewer, or a smaller --dtype"
         ) from error
 
 
 def _loading(
-    served: Served, works: Sequence[Work], ask: Asked, progress: Watcher
+    known: Outline, works: Sequence[Work], ask: Asked, dtype: torch.dtype, progress: Watcher
 ) -> dict[str, Any]:
-    if ask.device.type == "cuda" and served.outline.source.random:
+    if ask.device.type == "cuda" and known.source.random:
         # no file to read, and torch tells what is allocated
         return {"peaks": []}
-    progress.tell(f"{served.name} in a process of its own: loading, and memory")
+    progress.tell(f"{known.name} in a process of its own: loading, and memory")
     return serve_probe.measured(
-        served.outline.source.to_json(),
+        known.source.to_json(),
         [work.to_json() for work in works],
         device=ask.device.type,
-        dtype=str(served.model.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         round_to=ask.round_to,
         target=ask.target,
     )
@@ -239,155 +241,3 @@ def _facts(served: Served, loading: Mapping[str, Any]) -> dict[str, Any]:
         "file_bytes": served.file_bytes,
         **{name: own for name, own in loading.items() if name != "peaks"},
     }
-
-
-@dataclass
-class Turn:
-    """A model that takes part in the rounds.
-
-    Attributes:
-        held: bytes of the GPU before the lane, which may keep a cache and graphs.
-        rounds: seconds of its phases.
-    """
-
-    served: Served
-    row: dict[str, Any]
-    lane: Lane
-    held: int
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> bool:
-        return self.row["reason"] is None
-
-
-class Bench:
-    """One workload, of all models in all modes.
-
-    Attributes:
-        problems: what was wrong or did not fit, in words.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[Served],
-        work: Work,
-        ask: Asked,
-        ceilings: Ceilings,
-        loading: Sequence[Mapping[str, Any]],
-        at: int,
-    ) -> None:
-        self._models, self._work, self._ask, self._ceilings = models, work, ask, ceilings
-        self._loading, self._at = loading, at
-        self.problems: list[str] = []
-
-    def run(self) -> list[dict[str, Any]]:
-        """Rows, the dense model's first in each mode."""
-        vocabulary = min(model.outline.vocabulary for model in self._models)
-        ids = drawn(self._work.batch, self._work.prompt, vocabulary, self._ask.device)
-        rows: list[dict[str, Any]] = []
-        turns: list[Turn] = []
-        with compiling(self._ask.modes):
-            for mode in self._ask.modes:
-                for number, served in enumerate(self._models):
-                    row = entry(served, self._work, mode, self._loading[number], None)
-                    rows.append(row)
-                    turn = self._ready(served, row, ids)
-                    if turn is not None:
-                        self._memory(turn, number)
-                        turns.append(turn)
-            self._rounds(turns)
-        for turn in turns:
-            if turn.runs:
-                cache = getattr(turn.lane, "cache_bytes", lambda: 0.0)()
-                measured(turn.row, turn.served, turn.rounds, cache, self._ceilings)
-        self._compare(turns)
-        return rows
-
-    def _ready(self, served: Served, row: dict[str, Any], ids: torch.Tensor) -> Turn | None:
-        """Compiled where that is asked for, and checked; None with a reason in the row."""
-        held = self._held()
-        try:
-            own = lane(served.model, served.outline.kind, ids, self._work.new_tokens, row["mode"])
-            row["compile_s"] = own.compile_s
-            with settled(row["mode"]):
-                row["check"] = own.check()
-        except Exception as error:
-            if is_out_of_memory(error):
-                self._lacks_memory(row)
-                return None
-            if row["mode"] != "compile":
-                raise
-            row["reason"] = f"cannot be compiled: {why_not(error)}"
-            return None
-        if not row["check"]["ok"]:
-            row["reason"] = "is not what transformers computes"
-            self.problems.append(f"{self._named(row)}: {row['reason']}: {row['check']}")
-            return None
-        return Turn(served, row, own, held)
-
-    def _held(self) -> int:
-        cuda = self._ask.device.type == "cuda"
-        return torch.cuda.memory_allocated(self._ask.device) if cuda else 0
-
-    def _memory(self, turn: Turn, number: int) -> None:
-        row, loading = turn.row, self._loading[number]
-        if self._ask.device.type == "cuda":
-            try:
-                on_top = self._held() - turn.held
-                more = peak_bytes(turn.lane.round, self._ask.device)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._lacks_memory(row)
-                return
-            assert more is not None
-            row["peak_memory_bytes"] = turn.served.own_bytes + on_top + more
-        elif row["mode"] == "eager" and loading.get("peaks"):
-            row["process_peak_bytes"] = loading["peaks"][self._at]
-            row["peak_memory_bytes"] = loading["peaks"][self._at] - loading["base_bytes"]
-
-    def _rounds(self, turns: Sequence[Turn]) -> None:
-        started, warm, done = time.perf_counter(), 0, 0
-        shuffled, order = random.Random(0), list(turns)
-        while done < self._ask.repeats:
-            timed = warm >= WARM_UP_ROUNDS and time.perf_counter() - started >= WARM_UP_SECONDS
-            # nobody is always after the same one
-            shuffled.shuffle(order)
-            for turn in order:
-                if not turn.runs:
-                    continue
-                try:
-                    with settled(turn.row["mode"]):
-                        found = turn.lane.round()
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    self._lacks_memory(turn.row)
-                    continue
-                for phase, seconds in found.items() if timed else ():
-                    turn.rounds.setdefault(phase, []).append(seconds)
-            warm, done = warm + 1, done + timed
-        for turn in turns:
-            if turn.runs:
-                turn.rounds = whole(turn.rounds, self._work)
-
-    def _compare(self, turns: Sequence[Turn]) -> None:
-        dense = {t.row["mode"]: t for t in turns if t.served is self._models[0] and t.runs}
-        for turn in turns:
-            base = dense.get(turn.row["mode"])
-            if turn.runs and base is not None and turn is not base:
-                compare(turn.row, turn.rounds, base.row, base.rounds)
-
-    def _lacks_memory(self, row: dict[str, Any]) -> None:
-        row["reason"] = "out of memory"
-        if self._ask.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.problems.append(
-            f"{self._named(row)}: out of memory; lower --batch or --prompt, or give fewer models"
-        )
-
-    def _named(self, row: Mapping[str, Any]) -> str:
-        return (
-            f"{row['name']} ({row['mode']}, batch {self._work.batch}, prompt {self._work.prompt})"
-        )

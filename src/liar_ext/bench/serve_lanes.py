@@ -48,9 +48,8 @@ class Lane(Protocol):
     def round(self) -> dict[str, float]:
         """Seconds of each phase, once."""
 
-
-class Mismatch(Exception):
-    """What is timed does not compute what transformers computes."""
+    def cache_bytes(self) -> float:
+        """Keys and values that a token reads on average, of all sequences."""
 
 
 class Decoding:
@@ -117,22 +116,27 @@ class Decoding:
     def check(self) -> dict[str, Any]:
         """The tokens are those of `model.generate`.
 
-        Eagerly all of them. A compiled model rounds at other places and may prefer another token
-        where two are as good: given the reference's tokens, each choice must be the reference's or
-        within rounding of it.
+        All of them, where both round alike. A compiled model does not, and neither does an
+        attention kernel that `generate` has chosen otherwise for its mask; then another token may
+        be preferred where two are as good. So given the reference's tokens, each choice has to be
+        the reference's or within `rounding` of it, of which `gap` and `bound` say how much that is.
         """
         expected, logits = reference(self._model, self._ids, self._new)
-        compiled = self._static is not None
-        found = self.tokens(self._new, expected if compiled else None)
-        same = found == expected
-        result: dict[str, Any] = {"tokens": found.numel(), "same": int(same.sum())}
-        result["ok"] = result["same"] == result["tokens"]
-        if compiled and not result["ok"]:
-            gap = logits.amax(-1) - logits.gather(-1, found[..., None])[..., 0]
-            result["bound"] = rounding(self._model) * float(logits.abs().max())
-            result["gap"] = float(gap.max())
-            result["ok"] = result["gap"] <= result["bound"]
-        return result
+        found = self.tokens(self._new)
+        if bool((found == expected).all()):
+            return {"tokens": found.numel(), "same": found.numel(), "ok": True}
+        # behind a token that differs everything may: what came before is the reference's now
+        found = self.tokens(self._new, expected)
+        gap = float((logits.amax(-1) - logits.gather(-1, found[..., None])[..., 0]).max())
+        bound = rounding(self._model) * float(logits.abs().max())
+        same = int((found == expected).sum())
+        return {
+            "tokens": found.numel(),
+            "same": same,
+            "gap": gap,
+            "bound": bound,
+            "ok": gap <= bound,
+        }
 
     def round(self) -> dict[str, float]:
         """Seconds of the prompt, and of each further token on average."""
@@ -149,7 +153,7 @@ class Decoding:
         return {"prefill": filled - begun, "decode": (ended - filled) / (self._new - 1)}
 
     def cache_bytes(self) -> float:
-        """Keys and values that a token reads on average, of all sequences; measured on a cache."""
+        """Measured on a cache behind the prompt."""
         cache = DynamicCache(config=self._model.config)
         self._model(self._ids, past_key_values=cache, **self._options)
         parts = [getattr(own, name, None) for own in cache.layers for name in ("keys", "values")]
@@ -206,6 +210,9 @@ class Encoding:
         self._forward()
         self._watch.wait()
         return {"prefill": time.perf_counter() - begun}
+
+    def cache_bytes(self) -> float:
+        return 0.0
 
 
 def rounding(model: PreTrainedModel) -> float:

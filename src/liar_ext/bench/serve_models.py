@@ -203,27 +203,44 @@ class Served:
         return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 
-def serve(known: Outline, device: torch.device, dtype: torch.dtype | None) -> Served:
-    """Load a model, or make it of random weights.
+def reader_of(known: Outline) -> CheckpointReader:
+    """The weight files, opened.
 
-    Args:
-        dtype: of the weights; None is the checkpoint's.
     Raises:
-        InputError: no weights, or broken ones.
+        InputError: there are none, or broken ones.
     """
     folder = Path(known.source.folder)
-    if known.source.random:
-        model = layout.empty(known.data)
-        torch.manual_seed(0)
-        materialise(model, device, dtype or stated_dtype(model.config))
-        if tied_names(model):
-            model.tie_weights()
-        return Served(known, model.eval(), None)
     try:
-        reader = CheckpointReader(folder)
+        return CheckpointReader(folder)
     except InputError as error:
         if any((folder / name).exists() for name in (SINGLE, INDEX)):
             raise
         raise InputError(f"{error}; or time its shape with --random weights") from error
-    size = sum(own["size"] for own in reader.sizes().values())
-    return Served(known, load(folder, dtype=dtype, device=device), size)
+
+
+def own_dtype(known: Outline) -> torch.dtype:
+    """What the weights are in, or of random ones what the config says."""
+    if known.source.random:
+        return stated_dtype(layout.config_object(layout.base_data(known.data)))
+    reader = reader_of(known)
+    reader.bind(layout.empty(known.data))
+    return reader.main_dtype()
+
+
+def serve(known: Outline, device: torch.device, dtype: torch.dtype) -> Served:
+    """Load a model, or make it of random weights.
+
+    Args:
+        dtype: of the weights.
+    Raises:
+        InputError: as `reader_of`.
+    """
+    if known.source.random:
+        model = layout.empty(known.data)
+        torch.manual_seed(0)
+        materialise(model, device, dtype)
+        if tied_names(model):
+            model.tie_weights()
+        return Served(known, model.eval(), None)
+    size = sum(own["size"] for own in reader_of(known).sizes().values())
+    return Served(known, load(known.source.folder, dtype=dtype, device=device), size)

@@ -25,7 +25,7 @@ def measured(
     workloads: Sequence[Mapping[str, int]],
     *,
     device: str,
-    dtype: str | None,
+    dtype: str,
     round_to: int,
     target: Sequence[str],
 ) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     steady_allocator()
     torch.set_num_threads(asked["threads"])
     source, device = Source(**asked["source"]), torch.device(asked["device"])
-    dtype = None if asked["dtype"] is None else getattr(torch, asked["dtype"])
+    dtype = getattr(torch, asked["dtype"])
     folder = Path(source.folder)
     # a context of CUDA, the threads of a CPU and the code of the model's class are not the model's
     torch.ones(64, 64, device=device).mm(torch.ones(64, 64, device=device)).sum().item()

@@ -17,7 +17,7 @@ NAMES = {"prefill": "prefill", "decode": "a token"}
 def print_result(result: Mapping[str, Any]) -> None:
     """The models, a table of each workload, and why speed-ups are less than sizes promise."""
     device, dtype = result["environment"]["device"], result["entries"][0]["dtype"]
-    print(f"{device}, {dtype}, {result['environment']['threads']} threads; medians of rounds")
+    print(f"{device}, {dtype}, threads {result['environment']['threads']}; medians of rounds")
     print_table(models(result))
     for work in dict.fromkeys((e["batch"], e["prompt"]) for e in result["entries"]):
         own = [e for e in result["entries"] if (e["batch"], e["prompt"]) == work]

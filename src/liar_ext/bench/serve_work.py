@@ -145,7 +145,6 @@ def why(
     if own["high"] < allowed:
         text += (
             f". {1 - mine['of_bound']:.0%} of its time ({1 - theirs['of_bound']:.0%} of the dense "
-            "model's) is above the bound of the device: launches, Python, norms, softmax, small "
-            "products, which widths do not change or which gain less from them"
+            "model's) goes with launches, Python, norms, softmax and small products"
         )
     return text
