@@ -10,8 +10,8 @@ from liar_ext.cli.options import refuse_torchrun
 from liar_ext.errors import InputError
 
 DESCRIPTION = """Write SRC for another engine: padded, one width in all layers by zero units, for
-whatever loads stock checkpoints; onnx, a graph for ONNX Runtime; gguf, a file for llama.cpp. SRC is
-only read."""
+whatever loads stock checkpoints; onnx, a graph for ONNX Runtime; gguf, a file for llama.cpp; deci
+(experimental), per-layer FFN widths for servers that know DeciLM. SRC is only read."""
 
 
 def add_parser(commands: Any) -> None:
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         help="say which engines load SRC, and why the others do not; nothing is written",
     )
     parser.add_argument("--format", metavar="NAME", help=f"{', '.join(FORMATS)}")
-    padded = parser.add_argument_group("--format padded")
+    padded = parser.add_argument_group("--format padded, and of heads deci")
     padded.add_argument(
         "--to",
         metavar="WIDTH",
@@ -141,10 +141,27 @@ def _gguf(arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
 
+def _deci(arguments: argparse.Namespace) -> dict[str, Any]:
+    from liar_ext.cli.output import Watcher
+    from liar_ext.export.deci import export_deci
+    from liar_ext.export.widths import Widths
+
+    widths = Widths(arguments.to, arguments.round_to, arguments.tensor_parallel)
+    with Watcher() as watcher:
+        return export_deci(
+            arguments.source,
+            arguments.out,
+            widths,
+            overwrite=arguments.overwrite,
+            progress=watcher,
+        )
+
+
 FORMATS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "padded": _padded,
     "onnx": _onnx,
     "gguf": _gguf,
+    "deci": _deci,
 }
 
 
