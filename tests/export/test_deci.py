@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import liar_ext
-from liar_ext import InputError
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.cli import main
 from liar_ext.export.deci import export_deci, ffn_mult, ffn_width
@@ -150,7 +149,8 @@ def test_what_it_cannot_be_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_round_to_is_no_option_here(tmp_path: Path):
+def test_round_to_is_no_option_here(tmp_path: Path, capsys: Any):
     small = shrunk(_dense(), tmp_path / "small", WIDTHS)
-    with pytest.raises(InputError, match="--round-to 64: FFN widths are multiples of 256"):
-        export_deci(small, tmp_path / "out", Widths(round_to=64))
+    command = ["export", str(small), "--out", str(tmp_path / "out"), "--format", "deci"]
+    assert main([*command, "--round-to", "64"]) == 2
+    assert "--round-to: is of --format padded; leave it out" in capsys.readouterr().err

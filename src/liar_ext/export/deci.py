@@ -67,8 +67,6 @@ def export_deci(
     narrow = layout.empty(reader.config)
     warnings = left_over_warnings(reader.bind(narrow), narrow)
     _check(reader.config, text_config(narrow.config), folder)
-    if widths.round_to > 1:
-        raise InputError(f"--round-to {widths.round_to}: FFN widths are multiples of {STEP} here")
     before = layout.read(narrow)
     base = text_config(layout.config_object(layout.base_data(reader.config)))
     after = _units(before, base, widths)
