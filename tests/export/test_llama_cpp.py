@@ -20,7 +20,10 @@ from liar_families import randomise
 from transformers import AutoTokenizer, PreTrainedModel
 
 import liar_ext
+from liar_ext.export.converter import convert, find_converter
+from liar_ext.export.deci import export_deci
 from liar_ext.export.gguf import GgufOptions, export_gguf
+from liar_ext.export.widths import Widths
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make engines")
 CONVERTER = os.environ.get("LIAR_LLAMA_CPP")
@@ -176,6 +179,23 @@ def test_computes_the_logits_of_transformers(
     assert float(np.abs(found - expected).max()) <= TOLERANCE * float(np.abs(expected).max())
     made = model.generate(torch.tensor([ids[:20]]), max_new_tokens=20, do_sample=False)
     assert engine.greedy(ids[:20], made.shape[1] - 20) == made[0, 20:].tolist()
+
+
+def test_llama_cpps_own_converter_reads_block_configs(tmp_path: Path):
+    """`--format deci`; its converter takes BPE tokenizers for vocabularies of this size alone, and
+    hidden size / heads for the size of a head."""
+    CONFIGS["large"] = transformers.LlamaConfig(
+        **{**LAYERS, "vocab_size": 128256, "intermediate_size": 600}
+    )
+    widths = [{"heads": 2, "ffn": 200}, {"heads": 4, "ffn": 600}, {"heads": 3, "ffn": 300}]
+    small = _folder("large", tmp_path / "small", widths)
+    export_deci(small, tmp_path / "deci", Widths(to="dense"))
+    file = tmp_path / "deci.gguf"
+    convert(find_converter(CONVERTER), tmp_path / "deci", file, ["--outtype", "f32"], "gpt-2")
+    engine = Engine(file)
+    found, expected = _logits(engine, liar_ext.load(small), engine.tokens(_text())[:60])
+    engine.close()
+    assert float(np.abs(found - expected).max()) <= TOLERANCE * float(np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("outtype", "digits"), [("f16", 11), ("bf16", 8)])

@@ -181,6 +181,8 @@ def test_what_cannot_be_exact_or_is_no_request_is_refused(tmp_path: Path, capsys
         ([str(small), "--format", "padded"], "--out: give a folder"),
         ([str(small), "--out", str(small), "--format", "padded"], "overlaps the source"),
         ([str(tmp_path / "none"), *options], "no such folder"),
+        ([str(small), *options, "--no-past"], "--no-past: is of --format onnx; leave it out"),
+        ([str(small), *options, "--outtype", "f32"], "--outtype: is of --format gguf"),
     ):
         found = _error(arguments, capsys)
         assert re.search(says, found), found

@@ -10,8 +10,47 @@ from liar_ext.cli.options import refuse_torchrun
 from liar_ext.errors import InputError
 
 DESCRIPTION = """Write SRC for another engine: padded, one width in all layers by zero units, for
-whatever loads stock checkpoints; onnx, a graph for ONNX Runtime; gguf, a file for llama.cpp. SRC is
-only read."""
+whatever loads stock checkpoints; onnx, a graph for ONNX Runtime (needs
+liar-ext[onnx]); gguf, a file for llama.cpp; deci
+(experimental), per-layer FFN widths for servers that know DeciLM. SRC is only read."""
+
+# of which formats, option -> what argparse is told; None is what the format itself defaults to
+OPTIONS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
+    ("padded", "deci"): {
+        "to": {
+            "metavar": "WIDTH",
+            "help": "widest (the widest layer's) or dense (before pruning) (default widest); of "
+            "deci the heads'",
+        },
+        "tensor_parallel": {
+            "type": int,
+            "metavar": "N",
+            "help": "FFN widths and KV heads divide among N devices",
+        },
+    },
+    ("padded",): {
+        "round_to": {"type": int, "metavar": "N", "help": "FFN widths are multiples of N"},
+    },
+    ("onnx",): {
+        "no_past": {
+            "action": "store_true",
+            "default": None,
+            "help": "of a decoder, logits of whole sequences, without keys and values going in and "
+            "out",
+        },
+    },
+    ("gguf",): {
+        "converter": {
+            "metavar": "PATH",
+            "help": "llama.cpp's convert_hf_to_gguf.py, or its folder (default: the one on PATH)",
+        },
+        "outtype": {"metavar": "TYPE", "help": "f32, f16 or bf16 (default f16)"},
+        "pre_tokenizer": {
+            "metavar": "NAME",
+            "help": "llama.cpp's name of it, where its list does not know the tokenizer",
+        },
+    },
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -26,49 +65,18 @@ def add_parser(commands: Any) -> None:
         help="say which engines load SRC, and why the others do not; nothing is written",
     )
     parser.add_argument("--format", metavar="NAME", help=f"{', '.join(FORMATS)}")
-    padded = parser.add_argument_group("--format padded")
-    padded.add_argument(
-        "--to",
-        metavar="WIDTH",
-        default="widest",
-        help="widest (the widest layer's) or dense (before pruning) (default widest)",
-    )
-    padded.add_argument(
-        "--round-to", type=int, metavar="N", default=1, help="FFN widths are multiples of N"
-    )
-    padded.add_argument(
-        "--tensor-parallel",
-        type=int,
-        metavar="N",
-        default=1,
-        help="FFN widths and KV heads divide among N devices",
-    )
-    onnx = parser.add_argument_group("--format onnx (needs liar-ext[onnx])")
-    onnx.add_argument(
-        "--no-past",
-        action="store_true",
-        help="of a decoder, logits of whole sequences, without keys and values going in and out",
-    )
-    gguf = parser.add_argument_group("--format gguf (per-layer widths need liar-ext[gguf])")
-    gguf.add_argument(
-        "--converter",
-        metavar="PATH",
-        help="llama.cpp's convert_hf_to_gguf.py, or its folder (default: the one on PATH)",
-    )
-    gguf.add_argument(
-        "--outtype", metavar="TYPE", default="f16", help="f32, f16 or bf16 (default f16)"
-    )
-    gguf.add_argument(
-        "--pre-tokenizer",
-        metavar="NAME",
-        help="llama.cpp's name of it, where its list does not know the tokenizer",
-    )
+    for formats, options in OPTIONS.items():
+        group = parser.add_argument_group(f"--format {' or '.join(formats)}")
+        for name, settings in options.items():
+            group.add_argument(f"--{name.replace('_', '-')}", **settings)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from liar_ext.cli.output import Watcher
+
     refuse_torchrun("liar export is one process; run it without torchrun")
     if arguments.check:
         return _check(arguments)
@@ -78,7 +86,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--format {arguments.format}: must be one of {', '.join(FORMATS)}")
     if arguments.out is None:
         raise InputError("--out: give a folder to make")
-    report = FORMATS[arguments.format](arguments)
+    given = _given(arguments)
+    function, settings = FORMATS[arguments.format](given)
+    with Watcher() as watcher:
+        report = function(
+            arguments.source,
+            arguments.out,
+            **settings,
+            overwrite=arguments.overwrite,
+            progress=watcher,
+        )
     if not arguments.json:
         print("\n".join(report_lines(report)))
         print(f"written: {arguments.out}")
@@ -96,56 +113,51 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _padded(arguments: argparse.Namespace) -> dict[str, Any]:
-    from liar_ext.cli.output import Watcher
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a format that were given.
+
+    Raises:
+        InputError: one is another format's.
+    """
+    found: dict[str, Any] = {}
+    for formats, options in OPTIONS.items():
+        own = {name: getattr(arguments, name) for name in options}
+        own = {name: value for name, value in own.items() if value is not None}
+        if own and arguments.format not in formats:
+            flag = f"--{next(iter(own)).replace('_', '-')}"
+            raise InputError(f"{flag}: is of --format {' or '.join(formats)}; leave it out")
+        found |= own
+    return found
+
+
+# a format's options, by name -> its function and what that is called with
+def _padded(given: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
     from liar_ext.export.padded import export_padded
     from liar_ext.export.widths import Widths
 
-    widths = Widths(arguments.to, arguments.round_to, arguments.tensor_parallel)
-    with Watcher() as watcher:
-        return export_padded(
-            arguments.source,
-            arguments.out,
-            widths,
-            overwrite=arguments.overwrite,
-            progress=watcher,
-        )
+    return export_padded, {"widths": Widths(**given)}
 
 
-def _onnx(arguments: argparse.Namespace) -> dict[str, Any]:
-    from liar_ext.cli.output import Watcher
+def _deci(given: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
+    from liar_ext.export.deci import export_deci
+    from liar_ext.export.widths import Widths
+
+    return export_deci, {"widths": Widths(**given)}
+
+
+def _onnx(given: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
     from liar_ext.export.onnx import export_onnx
 
-    with Watcher() as watcher:
-        return export_onnx(
-            arguments.source,
-            arguments.out,
-            past=not arguments.no_past,
-            overwrite=arguments.overwrite,
-            progress=watcher,
-        )
+    return export_onnx, {"past": not given.get("no_past", False)}
 
 
-def _gguf(arguments: argparse.Namespace) -> dict[str, Any]:
-    from liar_ext.cli.output import Watcher
+def _gguf(given: dict[str, Any]) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
     from liar_ext.export.gguf import GgufOptions, export_gguf
 
-    options = GgufOptions(arguments.converter, arguments.outtype, arguments.pre_tokenizer)
-    with Watcher() as watcher:
-        return export_gguf(
-            arguments.source,
-            arguments.out,
-            options,
-            overwrite=arguments.overwrite,
-            progress=watcher,
-        )
+    return export_gguf, {"options": GgufOptions(**given)}
 
 
-FORMATS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "padded": _padded,
-    "onnx": _onnx,
-    "gguf": _gguf,
-}
+FORMATS = {"padded": _padded, "onnx": _onnx, "gguf": _gguf, "deci": _deci}
 
 
 def verdict_lines(found: dict[str, Any]) -> list[str]:

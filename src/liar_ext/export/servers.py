@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.errors import InputError
+from liar_ext.export.deci import against
 from liar_ext.export.gguf_layers import needs_deci, obstacle
 from liar_ext.models import adapter_for, layout, text_config
 
@@ -25,6 +26,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 MOST_DEVICES = 16
 PAD = "liar export --format padded"
 DENSE = f"{PAD} --to dense"
+DECI = ", or --format deci (experimental)"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def _per_layer(facts: Facts, engine: str, what: str, source: str) -> Verdict | N
             source,
             "prune again with --bias never; ONNX Runtime takes this one",
         )
-    return Verdict(engine, NO, what, source, PAD)
+    fits = engine != "transformers" and against(facts.reader.config, facts.config) is None
+    return Verdict(engine, NO, what, source, PAD + DECI * fits)
 
 
 def _transformers(facts: Facts) -> Verdict:
