@@ -42,6 +42,8 @@ def assemble(
     counts = Counter(cell["status"] for cell in cells)
     calibration = subject.calibration.to_json()
     assert ledger.dense is not None, "it is measured before the cells"
+    # a set of tasks has the metric that its first one has
+    metrics = {name: one["metric"] for name, one in ledger.dense["metrics"].items()}
     return {
         "version": VERSION,
         "source": str(source),
@@ -51,7 +53,7 @@ def assemble(
         "identity": identity,
         "calibration": {name: calibration[name] for name in _CALIBRATION},
         "evaluations": {
-            e.name: {"metric": e.metric.name, "higher": e.metric.higher, **e.identity()}
+            e.name: {"metric": metrics[e.name], "higher": e.metric.higher, **e.identity()}
             for e in subject.evaluations
         },
         "dense": {name: value for name, value in ledger.dense.items() if name != "key"},
