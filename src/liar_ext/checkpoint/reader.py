@@ -250,12 +250,12 @@ class CheckpointReader:
                 "config.json, or complete the download"
             )
         # buffers that modules now make themselves (position ids, causal masks) are no loss
-        own = [name for name, _ in model.named_buffers()]
+        made = [name for name, _ in model.named_buffers()]
         ignored = [
             *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            *(rf"{re.escape(end)}$" for end in MOVED if any(name.endswith(end) for name in own)),
+            *(rf"{re.escape(end)}$" for end in MOVED if any(name.endswith(end) for name in made)),
         ]
-        buffers = {c for name in own for c in candidates(name, prefix)}
+        buffers = {c for name in made for c in candidates(name, prefix)}
         left_over = set(self._stored) - set(self._names.values()) - buffers
         if self._layers is not None:
             # what is of layers that are not kept is no loss
