@@ -400,11 +400,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# traced, as if they had no adapter, by model type: for `--trace`
+# traced, those above as if they had no adapter, by model type: for `--trace`
 UNLISTED: dict[str, Family] = {
-    family.name: family
+    family.name.removesuffix("-mixed"): family
     for family in (
-        _family("gpt_neox", "GPTNeoXForCausalLM", _CAUSAL, True, _PLAIN),
+        *(
+            FAMILIES[n]
+            for n in ("gpt_neox", "falcon", "electra", "xlm-roberta", "modernbert-mixed")
+        ),
+        # only their FFN can be pruned
+        *(FAMILIES[n] for n in ("olmo2", "bloom")),
+        _family("mpnet", "MPNetForMaskedLM", _MASKED, False, _WORDS),
         _family("phi", "PhiForCausalLM", _CAUSAL, True, _PLAIN),
         _family("stablelm", "StableLmForCausalLM", _CAUSAL, True, _PLAIN_GQA),
         _family("starcoder2", "Starcoder2ForCausalLM", _CAUSAL, True, _PLAIN_GQA),
@@ -412,15 +418,6 @@ UNLISTED: dict[str, Family] = {
         _family("cohere", "CohereForCausalLM", _CAUSAL, True, _PLAIN_GQA),
         _family("glm", "GlmForCausalLM", _CAUSAL, True, _PLAIN_GQA, head_dim=8),
         _family("gptj", "GPTJForCausalLM", _CAUSAL, True, _GPTJ),
-        # q, k and v of a group beside each other
-        _family("falcon", "FalconForCausalLM", _CAUSAL, True, _FALCON),
-        _family("electra", "ElectraForMaskedLM", _MASKED, False, _ENCODER, embedding_size=16),
-        _family("xlm-roberta", "XLMRobertaForMaskedLM", _MASKED, False, _WORDS),
-        _family("modernbert", "ModernBertForMaskedLM", _MASKED, False, _WORDS),
-        # only their FFN can be pruned
-        _family("olmo2", "Olmo2ForCausalLM", _CAUSAL, True, _PLAIN),
-        _family("bloom", "BloomForCausalLM", _CAUSAL, True, _BLOOM),
-        _family("mpnet", "MPNetForMaskedLM", _MASKED, False, _WORDS),
     )
 }
 WITHOUT_HEADS = ("olmo2", "bloom", "mpnet")

@@ -70,14 +70,16 @@ def budgets(
 
 
 def _check_empty(store: LayerStore, recipe: Recipe) -> None:
-    adapter = adapter_for(store.model.config)
+    config = store.model.config
+    adapter = adapter_for(config)
     able = [spec.kind for spec in adapter.sites if spec.block is not None]
     for spec in adapter.sites:
         if spec.kind in recipe.target and spec.block is None:
             instead = "leave it out of --target" if able else "leave --empty out"
+            why = "" if adapter.residual(text_config(config)) else f" (it {adapter.no_sum})"
             raise InputError(
                 f"--empty: {spec.kind} of this {adapter.model_type} model is no module that can "
-                f"go; {instead}"
+                f"go{why}; {instead}"
             )
 
 
