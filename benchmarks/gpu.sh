@@ -161,7 +161,8 @@ if wanted methods; then
     --json "$out/methods-demo-gpu-$today.json"
 fi
 # how fast models with the shapes of LLaMA-7B and LLaMA-3-8B answer, and the same without 30 and 50 %
-# of their FFN and heads: random weights, for speed does not depend on them. About 90 s
+# of their FFN and heads: random weights, for speed does not depend on them; first the widths that
+# the GPU likes
 serve() { # NAME LIMIT SHAPE SPARSITIES OPTIONS...
   local name=$1 limit=$2 shape=benchmarks/shapes/$3 models=() share
   models=("$shape")
@@ -171,7 +172,7 @@ serve() { # NAME LIMIT SHAPE SPARSITIES OPTIONS...
 }
 if wanted serve; then
   STEPS="${STEPS:+$STEPS align serve-llama-7b serve-llama-3-8b}"
-  step align 30 "${liar[@]}" bench align --device cuda --out "$out/align-gpu-$today.json"
+  step align 45 "${liar[@]}" bench align --device cuda --repeats 7 --out "$out/align-gpu-$today.json"
   for shape in llama-7b llama-3-8b; do
     serve "serve-$shape" 75 "$shape" "0.3 0.5" --batch 1,32 --prompt 512 --new-tokens 16 --repeats 7
   done

@@ -16,7 +16,7 @@ from liar_ext.errors import InputError
 VERSION = 1
 AUTO = "auto"
 # docs/speed.md has the measurements, and what is not one
-DEFAULTS = {"cpu": 32, "cuda": 64}
+DEFAULTS = {"cpu": 16, "cuda": 64}
 # rounding to the nearest changes a width by at most half of this
 SMALLEST_SHARE = 1 / 32
 HOW = "make one with: liar bench align --out FILE"

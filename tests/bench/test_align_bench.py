@@ -8,6 +8,7 @@ import pytest
 
 from liar_ext import InputError, alignment
 from liar_ext.alignment import granule, round_to_for, wanted
+from liar_ext.bench import align
 from liar_ext.bench.align import BASE, EACH, POWERS, TOLERANCE, judge, widths
 from liar_ext.cli import main
 from liar_ext.demo import CALIBRATION, MODEL
@@ -96,6 +97,16 @@ def test_what_cannot_be_measured_is_refused(words, says, tmp_path, capsys):
     assert not file.exists()
 
 
+def test_a_lack_of_memory_names_the_options_to_lower(monkeypatch, tmp_path, capsys):
+    def fails(*words):
+        raise MemoryError
+
+    monkeypatch.setattr(align, "measure", fails)
+    words = ["bench", "align", "--device", "cpu", "--out", str(tmp_path / "a.json")]
+    assert main(words) == 1
+    assert "lower --hidden or --width" in capsys.readouterr().err
+
+
 # -- what becomes of it --------------------------------------------------------------------------
 
 
@@ -110,7 +121,7 @@ def test_narrow_models_are_not_distorted(width, expected):
 
 
 def test_auto_is_the_default_of_the_device(monkeypatch):
-    assert (wanted("auto", "cpu"), wanted("auto", "cuda")) == (32, 64)
+    assert (wanted("auto", "cpu"), wanted("auto", "cuda")) == (16, 64)
     assert round_to_for("auto", MODEL, "cpu") == 16
     monkeypatch.setitem(alignment.DEFAULTS, "cpu", 8)
     assert round_to_for("auto", MODEL, "cpu") == 8

@@ -26,7 +26,7 @@ from liar_ext.bench.backends_of import DTYPES
 from liar_ext.bench.measure import interleave, machine_state, quantiles, resolve_device
 from liar_ext.bench.result import head
 from liar_ext.cli.output import print_table
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
 from liar_ext.latency import disturbances
 
 SPREAD = ("p20", "p50", "p80")
@@ -37,6 +37,11 @@ BASE = 2
 TOLERANCE = 1.05
 # widths of each power, all within this many of the widest step around the width in the middle
 EACH, REACH = 4, 4
+
+
+# hidden size and width: some 36 FFNs of that size are in memory, 0.9 GB in float32 and 6.8 in
+# bfloat16; a third of LLaMA-7B's neurons are gone there
+DEFAULTS = {"cpu": (1024, 2048), "cuda": (4096, 7680)}
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,11 @@ class Shape:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `liar bench align`."""
-    parser.add_argument(
-        "--hidden", type=int, default=4096, metavar="N", help="hidden size (default 4096)"
-    )
-    parser.add_argument(
-        "--width", type=int, default=7680, metavar="N", help="FFN width to look around (7680)"
-    )
+    cpu, cuda = DEFAULTS["cpu"], DEFAULTS["cuda"]
+    shown = f"(default {cpu[0]}, on a GPU {cuda[0]})"
+    parser.add_argument("--hidden", type=int, metavar="N", help=f"hidden size {shown}")
+    shown = f"(default {cpu[1]}, on a GPU {cuda[1]})"
+    parser.add_argument("--width", type=int, metavar="N", help=f"FFN width to look around {shown}")
     parser.add_argument(
         "--producers", type=int, choices=(1, 2), default=2, help="2: a gated FFN (default)"
     )
@@ -81,20 +85,24 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         InputError: a device that is not there, or a size that makes no sense.
+        OutOfMemory: with the options to lower.
     """
     for name in ("hidden", "width", "tokens", "batch", "repeats"):
-        if (value := getattr(arguments, name)) < 1:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
     device = resolve_device(arguments.device)
     dtype = arguments.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device.type]
-    shape = Shape(arguments.hidden, arguments.width, arguments.producers)
+    hidden, width = DEFAULTS[device.type]
+    hidden, width = arguments.hidden or hidden, arguments.width or width
+    shape = Shape(hidden, width, arguments.producers)
     chosen, before = widths(shape.width), machine_state()
     phases = {"decode": arguments.batch, "prefill": arguments.tokens}
     tables: list[dict[str, Any]] = [
         {
             "phase": phase,
             "tokens": tokens,
-            **judge(measure(shape, chosen, tokens, DTYPES[dtype], device, arguments.repeats)),
+            **judge(_measured(shape, chosen, tokens, DTYPES[dtype], device, arguments.repeats)),
         }
         for phase, tokens in phases.items()
     ]
@@ -116,6 +124,17 @@ def execute(arguments: argparse.Namespace) -> dict[str, Any]:
     print_table(shown(result))
     print(f"FFN widths: multiples of {result['granule']}; `--round-to FILE` takes it from the file")
     return result
+
+
+def _measured(*words: Any) -> dict[int, dict[int, list[float]]]:
+    try:
+        return measure(*words)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            "out of memory with an FFN of each width; lower --hidden or --width"
+        ) from error
 
 
 def powers(width: int) -> tuple[int, ...]:
