@@ -95,11 +95,25 @@ def write_deci(
     """
     import gguf
 
-    config = layers.wide.config
-    units, head_dim = layout.read(layers.wide), plain_head_dim(config)
-    group = config.num_attention_heads // config.num_key_value_heads
     writer = gguf.GGUFWriter(str(file), ARCHITECTURE)
     _keep_fields(writer, vocabulary)
+    _add_widths(writer, layers.wide, outtype)
+    tensors = Widened(layers.reader, layers.narrow, layers.wide)
+    progress.begin(len(layout.read(layers.wide)), "write")
+    factors = _rope_factors(layers.wide.config)
+    _announce(writer, tensors, factors, outtype, len(layout.read(layers.wide)))
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
+    _write_tensors(writer, tensors, plain_head_dim(layers.wide.config), outtype, progress)
+    writer.close()
+
+
+def _add_widths(writer: Any, model: PreTrainedModel, outtype: str) -> None:
+    import gguf
+
+    config, units = model.config, layout.read(model)
+    head_dim = plain_head_dim(config)
+    group = config.num_attention_heads // config.num_key_value_heads
     writer.add_head_count([layer["heads"] * group for layer in units])
     writer.add_head_count_kv([layer["heads"] for layer in units])
     writer.add_feed_forward_length([layer["ffn"] for layer in units])
@@ -108,27 +122,34 @@ def write_deci(
     writer.add_rope_dimension_count(head_dim)
     types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
     writer.add_file_type(gguf.LlamaFileType[types[outtype]])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(units))
-    tensors = Widened(layers.reader, layers.narrow, layers.wide)
-    factors = _rope_factors(config)
+
+
+def _announce(
+    writer: Any, tensors: Widened, factors: Tensor | None, outtype: str, layers: int
+) -> None:
+    """The beginning of the file: what tensors follow, in their order."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, layers)
     if factors is not None:
-        writer.add_tensor_info(
-            "rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.numpy().nbytes
-        )
+        values = factors.numpy()
+        writer.add_tensor_info("rope_freqs.weight", values.shape, values.dtype, values.nbytes)
     for spec in tensors.specs:
         name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise InputError(f"{spec.name}: llama.cpp's {ARCHITECTURE} has no such tensor")
         like = _stored(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), outtype)
         kind = gguf.GGMLQuantizationType[_kind(spec.shape, outtype)]
-        bytes_ = like.numel() * like.itemsize
-        writer.add_tensor_info(name, spec.shape, _numpy_type(like), bytes_, raw_dtype=kind)
+        size = like.numel() * like.itemsize
+        writer.add_tensor_info(name, spec.shape, _numpy_type(like), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors.numpy())
-    progress.begin(len(units), "write")
+
+
+def _write_tensors(
+    writer: Any, tensors: Widened, head_dim: int, outtype: str, progress: Progress
+) -> None:
     last = -1
     for spec in tensors.specs:
         tensor, layer = tensors.tensor(spec), tensors.layer_of(spec.name)
@@ -144,7 +165,6 @@ def write_deci(
         if layer is not None and layer > last:
             progress.layer(layer)
             last = layer
-    writer.close()
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
