@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from liar_ext.checkpoint.load import load
+from liar_ext.checkpoint.load import load, resolve
 from liar_ext.engine.execution import HELD_SHARE, free_bytes
 from liar_ext.engine.inputs import load_tokenizer
 from liar_ext.errors import InputError
@@ -55,10 +55,10 @@ class Result:
 
 
 def evaluate(
-    folder: Path,
+    folder: str | Path,
     evaluations: Sequence[Evaluation],
     *,
-    dense: Path | None = None,
+    dense: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     one_at_a_time: bool | None = None,
@@ -71,7 +71,7 @@ def evaluate(
     are read.
 
     Args:
-        folder, dense: dense or pruned; evaluations: of one kind of model.
+        folder, dense: folders or hub ids; evaluations: of one kind of model.
         device, dtype: as for `liar_ext.load`.
         one_at_a_time: of a divergence: only one of the two models is in memory, states of the
             dense one are on disk; None is where both do not fit.
@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         InputError: a folder, or a source, cannot be used.
     """
-    folders = [folder] if dense is None else [folder, dense]
+    folders = [resolve(each) for each in (folder, dense) if each is not None]
     limits = [limits_of(each) for each in folders]
     for each, own in zip(folders, limits, strict=True):
         for evaluation in evaluations:
@@ -94,7 +94,9 @@ def evaluate(
                 "kl: a divergence is from a dense model, which has to be given, and is measured "
                 "apart from others"
             )
-        return _against(folder, dense, fitted, prepared, device, dtype, one_at_a_time, scratch)
+        return _against(
+            folders[0], folders[1], fitted, prepared, device, dtype, one_at_a_time, scratch
+        )
     found: list[list[Measured]] = []
     # the dense one first, so that what is printed of a crash is of the one that matters
     for each, measures in reversed(list(zip(folders, prepared, strict=True))):
