@@ -151,6 +151,25 @@ def test_what_asks_for_a_loss_works_where_logits_are_shaped(name, method, tmp_pa
     _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
 
 
+# -- Gemma: its config checks that heads divide the hidden size, though it has a head size -------
+
+
+@pytest.mark.parametrize("name", ["gemma2-mixed", "gemma3-mixed"])
+def test_a_head_count_that_a_config_rejects_needs_this_package(name, tmp_path):
+    family = FAMILIES[name]
+    family.build().save_pretrained(tmp_path / "dense")
+    # 6 of 8 heads: 32 is no multiple
+    recipe = _recipe(tmp_path, target=("heads",), sparsity=0.25)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert [(s.units_after, s.units_before) for s in report.sites] == [(3, 4)] * 2
+    assert report.layout == "liar_ext"
+    model = family.build()
+    liar_ext.prune(model, batches_of(recipe, decoder=True), recipe)
+    _close(outputs(liar_ext.load(tmp_path / "small")), outputs(model))
+    with pytest.raises((ValueError, KeyError)):
+        family.auto.from_pretrained(tmp_path / "small")
+
+
 # -- norms ------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,10 @@ def _refuse2(config: PretrainedConfig) -> str | None:
     return None
 
 
+ENCODER = "`use_bidirectional_attention`: an encoder"
+# their config classes check it, though they state a head size
+DIVIDES = "head counts that do not divide the hidden size: `liar_ext.load`"
+
 GEMMA = Adapter(
     model_type="gemma",
     layers="layers",
@@ -41,7 +45,7 @@ GEMMA = Adapter(
     residual=lambda config: True,
     explicit=explicit_head_dim,
     variant=_variant,
-    note="`use_bidirectional_attention`: an encoder",
+    note=ENCODER,
     neutral_norm=0.0,
 )
 GEMMA2 = replace(
@@ -50,7 +54,9 @@ GEMMA2 = replace(
     sites=(grouped_heads("attention_bias"), gated_ffn(norm="pre_feedforward_layernorm")),
     residual=lambda config: False,
     refuse=_refuse2,
-    note="refused: `use_bidirectional_attention`",
+    note=f"{DIVIDES}; refused: `use_bidirectional_attention`",
 )
 # q and k are normalised per head by norms that all heads share, as in Qwen3
-GEMMA3 = replace(GEMMA2, model_type="gemma3_text", refuse=GEMMA.refuse, note=GEMMA.note)
+GEMMA3 = replace(
+    GEMMA2, model_type="gemma3_text", refuse=GEMMA.refuse, note=f"{DIVIDES}; {ENCODER}"
+)
