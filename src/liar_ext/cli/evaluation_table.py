@@ -35,12 +35,13 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 def table(results: Sequence[dict[str, Any]], plain: bool = False) -> Table:
     """The figures with their intervals, and with a dense model their differences."""
+    from rich.markup import escape
     from rich.table import Table
 
     from liar_ext.report.text import short_name
 
     beside = any("difference" in result for result in results)
-    found = Table(title=results[0]["source"], title_justify="left")
+    found = Table(title=escape(results[0]["source"]), title_justify="left")
     if plain:
         found.box = None
     for name in ("data", "metric", *(["model"] if beside else [])):
@@ -48,10 +49,10 @@ def table(results: Sequence[dict[str, Any]], plain: bool = False) -> Table:
     for name in ("value", "95 % interval", *(["− dense", "± s. e."] if beside else [])):
         found.add_column(name, justify="right", no_wrap=plain)
     for result in results:
-        data = short_name(result["dataset"])
+        data = escape(short_name(result["dataset"]))
         dense = {**result.get("reference", {}), **result.get("dense", {}).get("estimates", {})}
         for metric, one in result["estimates"].items():
-            label = _LABELS.get(metric, metric)
+            label = escape(_LABELS.get(metric, metric))
             other = dense.get(metric)
             if other is not None:
                 found.add_row(data, label, "dense", *_figures(other), "", "")
