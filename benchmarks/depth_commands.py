@@ -83,7 +83,11 @@ def commands(model: Path, tokens: Path, out: Path) -> Iterator[tuple[str, int, l
             yield f"grow --predictor {predictor}", drop, [*liar, "grow", *source, *own]
         yield "grow, trained", drop, [*liar, "grow", *source, f"--layers={drop}", *train]
         for method in ("partial", "lora"):
-            own = [*train, f"--method={method}", *(["--last=1"] if method == "partial" else [])]
+            own = [
+                *train,
+                f"--method={method}",
+                *(["--last=1", "--no-head"] if method == "partial" else []),
+            ]
             short = [str(out.with_name(f"short-{drop}")), *source[1:]]
             yield f"recover --method {method}", drop, [*liar, "recover", *short, *own]
 
