@@ -11,6 +11,9 @@ from liar_ext.checkpoint.reader import tied_names
 from liar_ext.costs import Tokens, gradient_tokens, head_flops, layer_flops, producer_rows
 from liar_ext.depth.choice import choice_states
 from liar_ext.depth.methods import METHODS
+from liar_ext.engine.loss import predicts
+from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS
+from liar_ext.errors import InputError
 from liar_ext.gradient_memory import layer_graph
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, shelved
 from liar_ext.models import linear
@@ -18,6 +21,9 @@ from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.cosine import cosine_bytes
 from liar_ext.ops.logits import CHUNK_LOGITS
 from liar_ext.recipe import Recipe
+
+# what a method may go by that is no loss
+OTHERWISE = ("nothing", "weights", "states")
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,20 @@ def choice_plan(
 
     Args:
         item: bytes of a number in the compute dtype.
+    Raises:
+        InputError: the method goes by a loss, and the model has none.
     """
     if recipe.depth is None or METHODS[recipe.depth].measure is None:
         return None
     needs, layers = METHODS[recipe.depth].needs, len(adapter.layer_list(model)[1])
-    every, batch = _positions(recipe, tokens, needs)
-    own = -(-tokens.segments // ranks) * every // tokens.segments
+    if needs in ("losses", "gradients") and not predicts(model, adapter):
+        able = ", ".join(name for name, m in METHODS.items() if m.needs in OTHERWISE)
+        raise InputError(
+            f"--depth {recipe.depth}: {type(model).__name__} makes no logits of the next token "
+            f"with a plain head; go by something else, such as {able}"
+        )
+    every, batch, segments = _positions(recipe, tokens, needs)
+    own = -(-segments // ranks) * every // segments
     states = choice_states(recipe, layers, own=own, gradients=own, losses=own)
     hidden = int(text_config(model.config).hidden_size)
     windows = _Windows(own, batch, states)
@@ -74,15 +88,19 @@ def choice_plan(
     return ChoicePlan(flops, states * hidden * item, made[needs])
 
 
-def _positions(recipe: Recipe, tokens: Tokens, needs: str) -> tuple[int, int]:
-    """Tokens that a method looks at, with padding, and those of the largest batch."""
+def _positions(recipe: Recipe, tokens: Tokens, needs: str) -> tuple[int, int, int]:
+    """Tokens that a method looks at, with padding, those of the largest batch, and segments."""
     if needs == "gradients":
         windows = gradient_tokens(tokens, recipe)
-        return windows.positions, windows.batch
+        return windows.positions, windows.batch, windows.segments
     if needs == "losses":
-        every = min(recipe.search_samples, tokens.samples) * tokens.seq_len
-        return every, min(tokens.batch, every)
-    return (tokens.positions, tokens.batch) if needs == "states" else (0, 1)
+        samples = min(recipe.search_samples, tokens.samples)
+        every, batches = samples * tokens.seq_len, -(-samples // recipe.batch_size)
+        parts = max(1, min(MOST_SEGMENTS, every // CHUNK_TOKENS, batches))
+        return every, min(tokens.batch, every), parts
+    if needs == "states":
+        return tokens.positions, tokens.batch, tokens.segments
+    return 0, 1, 1
 
 
 def _per_token(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tokens: Tokens) -> int:

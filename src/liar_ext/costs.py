@@ -13,7 +13,7 @@ from liar_ext.allocation import Budget
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS
 from liar_ext.latency import LatencyTable
-from liar_ext.models import Site, linear
+from liar_ext.models import Site, adapter_for, linear
 from liar_ext.models.adapter import Adapter, text_config
 from liar_ext.ops.gram import gram
 from liar_ext.ops.held_out import held_out_flops
@@ -35,6 +35,8 @@ class SitePlan:
 
     Attributes:
         across: it stands in for layers that are left out behind it.
+        beside: numbers for a token that a forward paused there holds beside what one of a LLaMA
+            does, see `held_beside`.
     """
 
     layer: int
@@ -47,6 +49,7 @@ class SitePlan:
     outputs: int
     producer_rows: int
     across: bool = False
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,8 +260,35 @@ def kept_states(model: PreTrainedModel, adapter: Adapter, recipe: Recipe) -> int
     return len(adapter.layer_list(model)[1]) + 1 - (recipe.layers or (0,))[0]
 
 
+def held_beside(model: PreTrainedModel, site: Site, length: int) -> int:
+    """Numbers for a token that a forward holds at a Site because of how its family is written: a
+    fused projection is there beside what is made of its parts; attention that is written out
+    (`eager`) keeps its weights until the layer is left; and what the family says (`SiteSpec.held`).
+
+    Args:
+        length: of the longest sequence.
+    """
+    paths = {producer.path for producer in site.spec.producers}
+    rows = producer_rows(site)
+    apart = 3 if site.kind == "heads" else max(1, rows // site.columns)
+    found = rows if len(paths) < apart else 0
+    if getattr(model.config, "_attn_implementation", None) == "eager":
+        heads = [
+            own.columns // own.head_dim
+            for own in adapter_for(model.config).sites_of(model, site.layer, ("heads",))
+        ]
+        stated = getattr(text_config(model.config), "num_attention_heads", 0)
+        found += max([*heads, stated]) * length
+    return found + site.spec.held * _hidden(model)
+
+
 def held_bytes(
-    model: PreTrainedModel, adapter: Adapter, recipe: Recipe, positions: int, item: int
+    model: PreTrainedModel,
+    adapter: Adapter,
+    recipe: Recipe,
+    positions: int,
+    item: int,
+    length: int,
 ) -> int:
     """Bytes of what waits on the shelf: hidden states, and the forwards that stand at one Site.
 
@@ -278,7 +308,8 @@ def held_bytes(
         kinds.update(every)
     for site in adapter.sites_of(model, 0, tuple(kinds)):
         beside = producer_rows(site) if site.kind == "heads" else hidden
-        widest = max(widest, site.columns + beside + hidden)
+        more = held_beside(model, site, length)
+        widest = max(widest, site.columns + beside + hidden + more)
         outputs += site.weight().shape[0]
     dense = hidden + outputs if recipe.paired or recipe.spans else 0
     dense += hidden if recipe.spans else 0

@@ -316,7 +316,7 @@ class Phases:
         The Site's input, what the module was given, and q, k and v or what is added to the output.
         """
         beside = site.producer_rows if site.kind == "heads" else self._sizes.hidden
-        return [site.columns_before, self._sizes.hidden, beside]
+        return [site.columns_before, self._sizes.hidden, beside + site.beside]
 
     def _frame(self, site: SitePlan, positions: int) -> int:
         return positions * sum(self._widths(site)) * self._sizes.item

@@ -31,6 +31,7 @@ from liar_ext.costs import (
     SitePlan,
     compression_flops,
     head_flops,
+    held_beside,
     held_bytes,
     layer_flops,
     measure,
@@ -109,7 +110,7 @@ def plan(
     weights = weights_of(model, adapter, stored, dtype)
     parameters_before = _parameters(whole)
     all_layers = layer_flops(whole, adapter, tokens.seq_len)
-    held = held_bytes(whole, adapter, recipe, tokens.positions, weights.item)
+    held = held_bytes(whole, adapter, recipe, tokens.positions, weights.item, tokens.seq_len)
     choice = choice_plan(whole, adapter, recipe, tokens, ranks, weights.item)
     cut: Shortened | None = None
     asked = recipe
@@ -139,8 +140,8 @@ def plan(
     survey_flops, survey_bytes = survey_costs(model, adapter, recipe, driver.targets)
     tied = bool(tied_names(model))
     search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
-    also = fitted(model, adapter, driver, gaps)
-    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps)
+    also = fitted(model, adapter, driver, gaps, tokens.seq_len)
+    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps, tokens.seq_len)
     order: list[str] = [spec.kind for spec in adapter.sites]
     every = sorted([*sites, *also], key=lambda site: (site.layer, order.index(site.kind)))
     left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
@@ -225,7 +226,7 @@ def pruned_config(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     driver, before = check_model(store, recipe), layout.read(model)
     costs = budgets(store, recipe, 1)
     driver.check(costs, recipe.samples)
-    _shrink(model, adapter, recipe, driver, costs, [], {})
+    _shrink(model, adapter, recipe, driver, costs, [], {}, 1)
     values = layout.equal_values(model, before)
     return layout.describe(dense, adapter, layout.read(model), values, driver.added_biases)
 
@@ -292,6 +293,7 @@ def _shrink(
     known: Mapping[tuple[int, str], Budget],
     notes: list[str],
     gaps: Mapping[int, range],
+    length: int,
 ) -> list[SitePlan]:
     """Shrink the model on `meta` as the driver would, biases included."""
     allocation = ALLOCATIONS[recipe.allocation]
@@ -314,11 +316,13 @@ def _shrink(
         before, columns, each = site.units, site.columns, site.columns_per_unit
         rows, outputs = producer_rows(site), site.weight().shape[0]
         across = index in gaps and kind == adapter.sites[-1].kind
+        beside = held_beside(model, site, length)
         site.shrink(torch.arange(units))
         sites.append(
             SitePlan(
                 *(index, kind, site.name, before, units, columns, units * each, outputs, rows),
                 across=across,
+                beside=beside,
             )
         )
     for index in range(len(adapter.layer_list(model)[1])):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.costs import SitePlan, producer_rows
+from liar_ext.costs import SitePlan, held_beside, producer_rows
 from liar_ext.depth.choice import LayerChoice, without_looking
 from liar_ext.depth.config import remapped
 from liar_ext.depth.methods import METHODS
@@ -109,10 +109,14 @@ def _renamed(stored: Mapping[str, str], path: str, kept: Sequence[int]) -> dict[
 
 
 def fitted(
-    model: PreTrainedModel, adapter: Adapter, driver: Driver, gaps: Mapping[int, range]
+    model: PreTrainedModel,
+    adapter: Adapter,
+    driver: Driver,
+    gaps: Mapping[int, range],
+    length: int,
 ) -> list[SitePlan]:
     """The Sites that keep all their columns and are fitted: in front of gaps, and with `--refit
-    all` those behind a change."""
+    all` those behind a change. `length`: of the longest calibration sequence."""
     found: list[SitePlan] = []
     for index, kinds in driver.beside.items():
         own = kinds if index not in driver.targets else set(kinds) - set(driver.recipe.target)
@@ -125,6 +129,7 @@ def fitted(
                 outputs=site.weight().shape[0],
                 producer_rows=producer_rows(site),
                 across=index in gaps and site.kind == adapter.sites[-1].kind,
+                beside=held_beside(model, site, length),
             )
             for site in adapter.sites_of(model, index, tuple(own))
         ]

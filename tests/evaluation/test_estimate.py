@@ -82,6 +82,35 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert abs(100 * np.mean(inside) - 95) < 2
 
 
+def test_a_mean_is_not_beyond_what_it_can_be():
+    found = mean([0.01, 0.2, 0.02], "windows", low=0.0)
+    assert found.interval[0] == 0.0 < found.interval[1]
+    assert "cut to 0" in found.method
+    found = mean([99.9, 100, 100, 99.2], "windows", low=0, high=100)
+    assert found.interval[1] == 100
+
+
+def test_shares_without_a_pair_that_differs_are_not_certain():
+    answers = np.ones(20, dtype=bool)
+    found = difference(share(answers), share(answers), "questions")
+    assert found.value == 0
+    low, high = found.interval
+    assert low < 0 < high == pytest.approx(-low)
+    assert "Agresti-Min" in found.method
+    # 25 of 100 lost, none won: 95 % of (0.5 - 25.5) / 102 ± z sqrt((26/102 - (25/102)²) / 102)
+    right = np.ones(100, dtype=bool)
+    left = np.arange(100) >= 25
+    found = difference(share(right), share(left), "questions")
+    half = 1.959964 * np.sqrt((26 / 102 - (25 / 102) ** 2) / 102)
+    assert found.interval == pytest.approx((100 * (-25 / 102 - half), 100 * (-25 / 102 + half)))
+
+
+def test_errors_of_a_broken_model_are_not_known_and_still_are_json():
+    found = difference(perplexity([5, 5.1]), perplexity([400, 410]), "windows").to_json()
+    assert found["standard_error"] is None
+    assert found["confidence_interval"] is None
+
+
 def test_different_numbers_of_units_are_no_pairs():
     with pytest.raises(InputError, match="2 and 3 windows are no pairs"):
         difference(mean([1, 2], "w"), mean([1, 2, 3], "w"), "windows")

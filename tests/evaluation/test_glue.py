@@ -11,7 +11,7 @@ from sklearn import metrics
 from transformers import BertConfig, BertForSequenceClassification
 
 from liar_ext.errors import InputError
-from liar_ext.evaluation.glue import GlueMeasure, label_order, read_glue
+from liar_ext.evaluation.glue import GlueMeasure, label_order, label_order_from, read_glue
 from liar_ext.evaluation.glue_metrics import ESTIMATES
 from liar_ext.evaluation.glue_names import TASKS
 from liar_ext.evaluation.task import Evaluation
@@ -215,6 +215,15 @@ def test_labels_are_in_the_order_that_the_config_names(names, order):
     for name, value in names.items():
         setattr(config, name, value)
     assert label_order(TASKS["mnli"], config) == order
+
+
+def test_an_order_that_is_assumed_is_said(tmp_path, pair_tokenizer):
+    for names, said in ((None, "assumed"), (["not_entailment", "entailment"], "config")):
+        config = BertConfig(num_labels=2)
+        if names is not None:
+            config.label2id = {name: place for place, name in enumerate(names)}
+            config.id2label = dict(enumerate(names))
+        assert label_order_from(config) == said
 
 
 def test_a_head_with_its_labels_the_other_way_round_is_read_by_name(tmp_path, pair_tokenizer):

@@ -78,6 +78,12 @@ def test_penn_treebank_lines_are_stripped_and_joined(tmp_path, name, join):
     assert joined(read_text(f"{name}={tmp_path}/ptb.test.txt")) == want
 
 
+def test_a_protocol_whose_data_set_is_a_script_needs_a_file():
+    for name in ("ptb", "ptb-lines"):
+        with pytest.raises(InputError, match=f"{name}: names no source; give {name}=FILE"):
+            read_text(name)
+
+
 @pytest.mark.parametrize("name", ["c4.json.gz", "c4.json", "c4.jsonl"])
 def test_c4_is_its_first_1100_documents_and_256_windows(tmp_path, tokenizer, name):
     texts = documents(1200)

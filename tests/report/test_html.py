@@ -105,6 +105,40 @@ def test_evaluations_are_compared_with_the_dense_model(make_report):
     assert "Lower is better" in text
 
 
+def test_a_task_is_not_compared_with_another_one_in_a_file_of_the_same_name(make_report):
+    def one(source: str, task: str, value: float, **more: object) -> dict[str, object]:
+        base = {"metric": "accuracy", "kind": "glue", "standard_error": 1.0}
+        return {
+            **base,
+            "source": source,
+            "dataset": f"{task}=glue/{task}/dev.tsv",
+            "value": value,
+            **more,
+        }
+
+    dense, pruned = BEFORE["source"], AFTER["source"]
+    page = Page(
+        html.render(
+            make_report(),
+            Material(
+                evaluations=[
+                    one(dense, "sst2", 92.0),
+                    one(dense, "rte", 66.0),
+                    one(pruned, "sst2", 91.0),
+                    one(pruned, "rte", 60.0),
+                    one(dense, "mrpc", 80.0, seq_len=64),
+                    one(pruned, "mrpc", 70.0, seq_len=128),
+                ]
+            ),
+        )
+    )
+    text = "".join(page.text)
+    assert "92 dense, −1.1 %" in text
+    assert "66 dense, −9.1 %" in text
+    assert "sst2=dev.tsv" in text
+    assert "the dense model was measured otherwise" in text
+
+
 @pytest.mark.parametrize(
     ("fields", "rows"),
     [

@@ -71,7 +71,7 @@ def work_of(
     served: Served, batch: int, tokens: int, new_tokens: int, cache_bytes: float
 ) -> dict[str, dict[str, dict[str, float]]] | None:
     """Phase -> `flops` and `bytes` -> part -> how much; None without an adapter, for then nobody
-    knows what attention is.
+    knows what attention is, or without a Site of heads.
 
     Args:
         tokens: of a prompt, or of a sentence; new_tokens: 0 for an encoder.
@@ -81,6 +81,9 @@ def work_of(
         return None
     model = served.model
     adapter = adapter_for(model.config)
+    if all(spec.kind != "heads" for spec in adapter.sites):
+        # nor where heads cannot be pruned, and no Site says how wide they are
+        return None
     size = next(model.parameters()).element_size()
     layers = adapter.layer_list(model)[1]
     weights = [linear.weight(module).numel() for own in layers for module in linear.linears(own)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from liar_ext.calibration.media import (
     sound_files,
     spectra_of,
 )
-from liar_ext.calibration.records import one_line, read_bytes
+from liar_ext.calibration.records import one_line
 from liar_ext.errors import InputError
 
 _OPTION = "--calibration"
@@ -125,13 +124,14 @@ def _folder(
 def _npy(spec: str, path: Path) -> Tensor:
     try:
         # never unpickle: a calibration file must not be able to run code
-        array = np.load(io.BytesIO(read_bytes(spec, path)), allow_pickle=False)
+        # mapped: a header may claim more than there is
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{spec}: not a .npy file of numbers ({one_line(error)})") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         kind = getattr(array, "dtype", "an archive")
         raise InputError(f"{spec}: holds {kind}; give floating point, as the model takes it")
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
 def _stored(spec: str, path: Path, name: str) -> Tensor:

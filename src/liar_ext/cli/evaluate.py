@@ -13,6 +13,7 @@ from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
     from liar_ext.calibration.sources import Corpus
+    from liar_ext.evaluation.beside import Result
 
 
 LEAST = {"seq_len": 1, "batch_size": 1, "windows": 1, "num_fewshot": 0, "limit": 1}
@@ -192,9 +193,10 @@ def _measure(arguments: argparse.Namespace, evaluations: list[Evaluation]) -> di
         scratch=arguments.scratch,
     )
     found = [result.to_json(arguments.source, dense) for result in results]
-    _warn_of_overlap(arguments, folder, [evaluation.corpus for evaluation in evaluations])
     if not arguments.json:
         show(found)
+    _warn_of_figures(arguments, results)
+    _warn_of_overlap(arguments, folder, [evaluation.corpus for evaluation in evaluations])
     about = {"environment": environment(device)}
     if len(found) == 1:
         return {**found[0], **about}
@@ -237,10 +239,28 @@ def _stability(arguments: argparse.Namespace) -> dict[str, Any]:
         **found,
         "environment": environment(device),
     }
-    _warn_of_overlap(arguments, pruned, [each.corpus for each in sets])
     if not arguments.json:
         print_table(stability_table(result))
+    _warn_of_overlap(arguments, pruned, [each.corpus for each in sets])
     return result
+
+
+def _warn_of_figures(arguments: argparse.Namespace, results: Iterable[Result]) -> None:
+    """What one has to know of figures that were measured otherwise than one may think."""
+    from liar_ext.cli.output import warn
+
+    for result in results:
+        own, asked = result.evaluation, arguments.seq_len
+        used = result.model.details.get("seq_len", own.length)
+        if asked is not None and used is not None and used < asked:
+            warn(arguments, f"--seq-len {asked}: {own.name} was measured with {used}, all it takes")
+        if result.model.details.get("label_order_from") == "assumed":
+            order = ", ".join(result.model.details["label_order"])
+            warn(
+                arguments,
+                f"{own.name}: the model's labels have no names, and are taken to be {order}; where "
+                "they are not, figures mean nothing: set label2id in config.json",
+            )
 
 
 def _warn_of_overlap(
@@ -255,6 +275,10 @@ def _warn_of_overlap(
     if calibration is None:
         return
     for corpus in evaluated:
-        message = warning(calibration, corpus())
+        try:
+            message = warning(calibration, corpus())
+        except InputError as error:
+            # everything is measured: what is read once more must not lose it
+            message = f"whether this text was calibrated on is not known ({error})"
         if message is not None:
             warn(arguments, message)

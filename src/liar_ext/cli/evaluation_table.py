@@ -24,32 +24,30 @@ _LABELS = {
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:
-    """Print evaluations, as `beside.Result.to_json` gives them: on a terminal with borders."""
-    from liar_ext.cli.output import console
+    """Print evaluations, as `beside.Result.to_json` gives them."""
+    from liar_ext.cli.output import console, print_table
 
     printer = console()
-    printer.print(table(results, plain=not printer.is_terminal))
+    print_table(table(results))
     for result in results:
         printer.print(facts(result), markup=False, soft_wrap=True)
 
 
-def table(results: Sequence[dict[str, Any]], plain: bool = False) -> Table:
+def table(results: Sequence[dict[str, Any]]) -> Table:
     """The figures with their intervals, and with a dense model their differences."""
     from rich.markup import escape
     from rich.table import Table
 
-    from liar_ext.report.text import short_name
+    from liar_ext.report.text import short_dataset
 
     beside = any("difference" in result for result in results)
     found = Table(title=escape(results[0]["source"]), title_justify="left")
-    if plain:
-        found.box = None
     for name in ("data", "metric", *(["model"] if beside else [])):
-        found.add_column(name, no_wrap=plain)
+        found.add_column(name)
     for name in ("value", "95 % interval", *(["− dense", "± s. e."] if beside else [])):
-        found.add_column(name, justify="right", no_wrap=plain)
+        found.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        data = escape(short_name(result["dataset"]))
+        data = escape(short_dataset(result["dataset"]))
         dense = {**result.get("reference", {}), **result.get("dense", {}).get("estimates", {})}
         for metric, one in result["estimates"].items():
             label = escape(_LABELS.get(metric, metric))
@@ -72,9 +70,9 @@ def table(results: Sequence[dict[str, Any]], plain: bool = False) -> Table:
 
 def facts(result: dict[str, Any]) -> str:
     """One line on what the figures of a result are of."""
-    from liar_ext.report.text import short_name
+    from liar_ext.report.text import short_dataset
 
-    parts = [short_name(result["dataset"]) + ":"]
+    parts = [short_dataset(result["dataset"]) + ":"]
     if "protocol" in result:
         protocol = result["protocol"]
         parts.append(

@@ -95,7 +95,11 @@ def remapped(data: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     for name, what in INDEXED.items():
         if stated.get(name) and stated[name] not in HARMLESS.get(name, ()):
             raise InputError(f"config.json: {name} {what}; its layers cannot be left out or moved")
-    text[obj.attribute_map.get(COUNT, COUNT)] = len(kept)
+    own = obj.attribute_map.get(COUNT, COUNT)
+    # older releases wrote the count under every name that it has, and the last one read wins
+    for name in {own, *(alias for alias, name in obj.attribute_map.items() if name == own)}:
+        if name == own or name in text:
+            text[name] = len(kept)
     for name, value in stated.items():
         if name in INDICES and value:
             text[name] = [at for at, layer in enumerate(kept) if layer in value]

@@ -30,6 +30,7 @@ from liar_ext.depth.choice import LayerChoice, choice_states, choose
 from liar_ext.depth.shorten import shortened_checkpoint
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.compression import Compression, few_tokens, write_records
+from liar_ext.engine.driver import longest
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.identity import identity_of, library_of
 from liar_ext.engine.inputs import (
@@ -211,7 +212,7 @@ def held_bytes_of(
     # nothing of the windows is held out
     theirs = _positions(windows, 1, ranks)
     return max(
-        held_bytes(model, adapter, recipe, own, item),
+        held_bytes(model, adapter, recipe, own, item, longest(batches)),
         gradient_held_bytes(model, adapter, recipe, theirs, item),
         # each rank has all
         policy_held_bytes(model, recipe, _positions(batches, 1, 1), item),

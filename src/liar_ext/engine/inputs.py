@@ -90,7 +90,10 @@ def load_tokenizer(folder: Path) -> Any:
     # with its config given, transformers does not stumble over model_type liar_ext
     config = layout.config_object(layout.base_data(read_json(folder / "config.json")))
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+        # a folder must not be able to run code, nor to ask for it
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: no usable tokenizer ({reason})") from error

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -132,10 +133,21 @@ def recorded(
                         f"{type(dense).__name__} changes its logits behind the output embedding; "
                         "leave --one-at-a-time"
                     )
-                save_file({"states": states.contiguous().cpu()}, _file(folder, index))
+                _keep(states, _file(folder, index))
     finally:
         hook.remove()
     return _from_disk(head, folder)
+
+
+def _keep(states: Tensor, file: Path) -> None:
+    try:
+        save_file({"states": states.contiguous().cpu()}, file)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{file.parent}: hidden states of the dense model cannot wait there ({reason}); give a "
+            "--scratch with more room, or fewer --windows"
+        ) from error
 
 
 def _from_disk(head: nn.Module, folder: Path) -> Reference:

@@ -44,9 +44,10 @@ class Result:
         Args:
             source, dense: names of the two, as the user knows them.
         """
-        found = {"source": str(source), **self.model.to_json()}
+        kind = self.evaluation.kind
+        found = {"source": str(source), "kind": kind, **self.model.to_json()}
         if self.dense is not None:
-            found["dense"] = {"source": str(dense), **self.dense.to_json()}
+            found["dense"] = {"source": str(dense), "kind": kind, **self.dense.to_json()}
         elif self.model.reference:
             found["against"] = str(dense)
         if self.difference:
@@ -155,9 +156,14 @@ def _against(
         if one_at_a_time:
             references = []
             for measure in prepared[0]:
-                place = stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix="liar-states-", dir=scratch)
-                )
+                try:
+                    made = tempfile.TemporaryDirectory(prefix="liar-states-", dir=scratch)
+                except OSError as error:
+                    raise InputError(
+                        f"--scratch {scratch or tempfile.gettempdir()}: cannot be written "
+                        f"({error.strerror}); give another"
+                    ) from error
+                place = stack.enter_context(made)
                 references.append(cast(Recording, measure).record(model, Path(place)))
         del model
         forget()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +46,31 @@ class Figure:
     method: str
 
     def to_json(self) -> dict[str, Any]:
+        error, interval = self.standard_error, self.interval
+        # of losses of hundreds, squares are infinite: nothing is known of such errors
+        if error is not None and not math.isfinite(error):
+            error = None
+        if interval is not None and not all(map(math.isfinite, interval)):
+            interval = None
         return {
             "value": self.value,
-            "standard_error": self.standard_error,
-            "confidence_interval": None if self.interval is None else list(self.interval),
+            "standard_error": error,
+            "confidence_interval": None if interval is None else list(interval),
             "interval_method": self.method,
         }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Estimate(Figure):
-    """A figure of one model. `units`: (n,) float64, its pseudo-values, in the figure's own unit."""
+    """A figure of one model.
+
+    Attributes:
+        units: (n,) float64, its pseudo-values, in the figure's own unit.
+        share_of: of a share, what each unit that counts is worth; None of other figures.
+    """
 
     units: NDArray[np.float64]
+    share_of: float | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,13 +83,23 @@ class Difference(Figure):
         return {**super().to_json(), "paired": self.paired}
 
 
-def mean(values: ArrayLike, unit: str) -> Estimate:
-    """The mean of the units' values, with Student's interval. `unit`: their name in the plural."""
+def mean(values: ArrayLike, unit: str, low: float = -math.inf, high: float = math.inf) -> Estimate:
+    """The mean of the units' values, with Student's interval.
+
+    Args:
+        unit: their name in the plural; low, high: what no such mean is beyond, nor the interval.
+    """
     units = np.asarray(values, dtype=np.float64)
     value = float(units.mean())
     error = _standard_error(units)
     interval = _student(value, error, len(units) - 1)
-    return _estimate(value, units, error, interval, f"{_percent()} Student's t over {unit}")
+    method = f"{_percent()} Student's t over {unit}"
+    if interval is not None and (interval[0] < low or interval[1] > high):
+        interval = max(interval[0], low), min(interval[1], high)
+        method += (
+            f", cut to {low:g} and more" if high == math.inf else f", cut to {low:g}..{high:g}"
+        )
+    return _estimate(value, units, error, interval, method)
 
 
 def perplexity(losses: ArrayLike) -> Estimate:
@@ -107,7 +129,8 @@ def share(correct: ArrayLike, unit: str = "questions", scale: float = 100.0) -> 
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / shrink
     interval = (scale * max(middle - half, 0.0), scale * min(middle + half, 1.0))
     method = f"{_percent()} Wilson score over {unit}"
-    return _estimate(value, units, _standard_error(units), interval, method)
+    found = _estimate(value, units, _standard_error(units), interval, method)
+    return replace(found, share_of=scale)
 
 
 def jackknife(value: float, without: ArrayLike, unit: str) -> Estimate:
@@ -177,9 +200,28 @@ def difference(dense: Estimate, pruned: Estimate, unit: str, paired: bool = True
     error = _standard_error(pruned.units - dense.units)
     interval = _student(value, error, len(dense.units) - 1)
     method = f"{_percent()} Student's t over pairs of {unit}"
+    if dense.share_of is not None and dense.share_of == pruned.share_of:
+        interval = _of_paired_shares(dense.units, pruned.units, dense.share_of)
+        method = f"{_percent()} Agresti-Min over pairs of {unit}"
     return Difference(
         value=value, standard_error=error, interval=interval, method=method, paired=True
     )
+
+
+def _of_paired_shares(
+    dense: NDArray[np.float64], pruned: NDArray[np.float64], scale: float
+) -> tuple[float, float]:
+    """Wald's interval with half a pair more in each of the four cells: where no pair differs, it
+    is not of no width.
+
+    Source: Agresti and Min, Statistics in Medicine 24 (2005) 729.
+    """
+    count = len(dense) + 2
+    lost = (int(((dense > 0) & (pruned == 0)).sum()) + 0.5) / count
+    won = (int(((dense == 0) & (pruned > 0)).sum()) + 0.5) / count
+    middle = won - lost
+    half = normal_quantile() * math.sqrt((won + lost - middle * middle) / count)
+    return scale * max(middle - half, -1.0), scale * min(middle + half, 1.0)
 
 
 def normal_quantile() -> float:

@@ -122,6 +122,7 @@ class GlueMeasure:
             "examples": len(self.data.texts),
             "truncated": self.rows.truncated,
             "label_order": None if order is None else [task.names[i] for i in np.argsort(order)],
+            "label_order_from": None if order is None else label_order_from(config),
             "seconds": time.perf_counter() - start,
         }
         return Measured(found, "examples", details)
@@ -151,6 +152,12 @@ def label_order(task: Task, config: PretrainedConfig) -> list[int] | None:
             f"{', '.join(task.names)}; set label2id in config.json to these"
         )
     return [places[_plain(name)] for name in task.names]
+
+
+def label_order_from(config: PretrainedConfig) -> str:
+    """`config` where it names its labels; else `assumed` to be the task's: published heads of MNLI
+    with LABEL_0 to LABEL_2 are not all in GLUE's order."""
+    return "assumed" if _named(config) is None else "config"
 
 
 def _named(config: PretrainedConfig) -> dict[str, int] | None:

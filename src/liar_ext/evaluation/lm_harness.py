@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,20 @@ def load_tasks(evaluation: Evaluation) -> dict[str, Any]:
         ) from error
 
 
+def _plain(value: Any) -> str:
+    """What JSON has no form for, without its address in memory."""
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def digest(evaluation: Evaluation) -> str:
+    """Of all that figures of these tasks depend on beside the model.
+
+    Raises:
+        InputError: as `load_tasks`.
+    """
+    return _digest(load_tasks(evaluation), evaluation)
+
+
 def corpus(evaluation: Evaluation) -> Corpus:
     """The texts of the documents, for `calibration.overlap`."""
     documents: list[str] = []
@@ -150,10 +165,15 @@ def corpus(evaluation: Evaluation) -> Corpus:
 
 
 def _digest(loaded: Mapping[str, Any], evaluation: Evaluation) -> str:
-    """Of what is asked: documents, configs, examples in front."""
-    found = hashlib.sha256(json.dumps([evaluation.shots, evaluation.limit]).encode())
+    """Of what is asked: documents, configs, examples in front, and the harness that asks."""
+    asked = [version("lm_eval"), evaluation.shots, evaluation.limit]
+    found = hashlib.sha256(json.dumps(asked).encode())
     for name, task in loaded["tasks"].items():
         found.update(name.encode())
+        config = task.dump_config()
+        # where a task is from says nothing of what it asks
+        config = {key: value for key, value in config.items() if key != "metadata"}
+        found.update(json.dumps(config, sort_keys=True, default=_plain).encode())
         for document in task.eval_docs:
             found.update(json.dumps(document, sort_keys=True, default=str).encode())
     return found.hexdigest()

@@ -72,8 +72,8 @@ class DivergenceMeasure(TextMeasure):
         found = agreement.agreement(model, reference, self.ids, self.length, self.batch_size)
         return Measured(
             {
-                "kl": estimate.mean(found.divergence.numpy(), "windows"),
-                "top1_agreement": estimate.mean(found.top1.numpy(), "windows"),
+                "kl": estimate.mean(found.divergence.numpy(), "windows", low=0.0),
+                "top1_agreement": estimate.mean(found.top1.numpy(), "windows", low=0, high=100),
                 "perplexity": estimate.perplexity(found.loss.numpy()),
             },
             "windows",
@@ -105,7 +105,8 @@ class StsbMeasure:
         )
         details = result.to_json()
         del details["standard_error"]
-        return Measured({"spearman": found}, "pairs", {"dataset": self.evaluation.path, **details})
+        facts = {"dataset": self.evaluation.path, "seq_len": self.length}
+        return Measured({"spearman": found}, "pairs", {**facts, **details})
 
 
 class ChoicesMeasure:

@@ -102,7 +102,10 @@ class SquadMeasure:
                     "exact_match": 100 * float(exact[which].mean()) if count else None,
                 }
         return Measured(
-            {"f1": estimate.mean(f1, "questions"), "exact_match": estimate.share(exact)},
+            {
+                "f1": estimate.mean(f1, "questions", low=0, high=100),
+                "exact_match": estimate.share(exact),
+            },
             "questions",
             {**details, "seconds": time.perf_counter() - start},
         )

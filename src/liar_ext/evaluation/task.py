@@ -135,8 +135,10 @@ class Evaluation:
         """
         sizes: dict[str, Any] = {"seq_len": self.length, "batch_size": self.batch_size}
         if self.kind == "lm-eval":
+            from liar_ext.evaluation.lm_harness import digest
+
             asked = {"shots": self.shots, "limit": self.limit}
-            return {"sha256": self.corpus().sha256, **sizes, **asked}
+            return {"sha256": digest(self), **sizes, **asked}
         source = self.metric.source(self.path)
         path = Path(source).expanduser()
         try:
@@ -147,7 +149,12 @@ class Evaluation:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from error
-        return {"sha256": found, **sizes, "windows": self.windows}
+        return {
+            "sha256": found,
+            **sizes,
+            "windows": self.windows,
+            **({"null_threshold": self.null_threshold} if self.kind == "squad" else {}),
+        }
 
     def corpus(self) -> Corpus:
         """The texts. Raises InputError where there are none to be read."""

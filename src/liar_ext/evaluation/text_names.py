@@ -54,7 +54,6 @@ def _lines(text: str) -> list[str]:
     return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
-_PTB = "ptb-text-only/ptb_text_only:penn_treebank"
 _C4 = "allenai/c4:en"
 
 PROTOCOLS = {
@@ -68,9 +67,15 @@ PROTOCOLS = {
             piece=_wikitext_line,
             pieces=_wikitext_lines,
         ),
-        Protocol("ptb", " ", hub=_PTB, field="sentence", piece=str.strip, pieces=_sentences),
+        # the hub has it as a script, which `datasets` runs no more
+        Protocol("ptb", " ", field="sentence", piece=str.strip, pieces=_sentences),
         Protocol(
-            "ptb-lines", "\n\n", hub=_PTB, field="sentence", piece=str.strip, pieces=_sentences
+            "ptb-lines",
+            "\n\n",
+            split="validation",
+            field="sentence",
+            piece=str.strip,
+            pieces=_sentences,
         ),
         Protocol(
             "c4",

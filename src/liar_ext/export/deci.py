@@ -10,6 +10,7 @@ next multiple of 256, and absent blocks are blocks of zeros.
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from liar_ext.export import configuration_liar_deci
 from liar_ext.export.padded import write_padded
 from liar_ext.export.report import export_card, export_report
 from liar_ext.export.widened import Widened
-from liar_ext.export.widths import Widths
+from liar_ext.export.widths import Widths, uneven
 from liar_ext.models import layout, text_config
 from liar_ext.models.adapter import plain_head_dim
 from liar_ext.report.schema import FILE
@@ -70,6 +71,7 @@ def export_deci(
     before = layout.read(narrow)
     base = text_config(layout.config_object(layout.base_data(reader.config)))
     after = _units(before, base, widths)
+    warnings += uneven(after[0], widths)
     config = deci_config(reader.config, after)
     # the same layers as this package's own, to have their tensors; they may be wider than before
     data = _widest(reader.config, after)
@@ -170,7 +172,9 @@ def _units(
     # LlamaConfig takes no other numbers of heads
     fitting = (n for n in range(least, dense, step) if config.hidden_size % (n * group) == 0)
     heads = next(fitting, dense)
-    return [{"heads": heads, "ffn": max(-(-layer["ffn"] // STEP), 1) * STEP} for layer in before]
+    # of which every device has a whole number of columns
+    ffn = math.lcm(STEP, step)
+    return [{"heads": heads, "ffn": max(-(-layer["ffn"] // ffn), 1) * ffn} for layer in before]
 
 
 def _widest(data: dict[str, Any], units: list[dict[str, int]]) -> dict[str, Any]:

@@ -146,28 +146,49 @@ def compare(model: PreTrainedModel, graph: Graph, file: Path) -> dict[str, Any]:
             # what stands at padding means nothing
             found, expected = found[mask.bool().numpy()], expected[mask.bool().numpy()]
         return _difference([found], [expected], int(mask.sum()))
+    # another batch than the one that was traced, its first sequence padded on the left
+    padded, seen = torch.cat([tokens, tokens[:1].flip(1)]), torch.ones(3, length, dtype=torch.int64)
+    seen[0, : length // 3] = 0
+    places = (seen.cumsum(1) - 1).clamp(min=0)
+    own = {"position_ids": places} if "position_ids" in graph.names else {}
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits.numpy()
+        beside = model(padded, attention_mask=seen, use_cache=False, **own).logits.numpy()
+    masked = _run(session, graph, padded, 0, None, seen, places)[0]
+    valid = seen.bool().numpy()
     whole = _run(session, graph, tokens, 0, None)[0]
     half = length // 2
     first = _run(session, graph, tokens[:, :half], 0, None)
     second = _run(session, graph, tokens[:, half:], half, first[1:])
     return _difference(
-        [whole, first[0], second[0]],
-        [expected, expected[:, :half], expected[:, half:]],
-        2 * tokens.numel(),
+        [whole, first[0], second[0], masked[valid]],
+        [expected, expected[:, :half], expected[:, half:], beside[valid]],
+        2 * tokens.numel() + int(seen.sum()),
     )
 
 
 def _run(
-    session: Any, graph: Graph, tokens: torch.Tensor, past: int, kept: Sequence[Any] | None
+    session: Any,
+    graph: Graph,
+    tokens: torch.Tensor,
+    past: int,
+    kept: Sequence[Any] | None,
+    mask: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> list[Any]:
-    """Logits, keys and values of these tokens behind `past` others."""
+    """Logits, keys and values of these tokens behind `past` others.
+
+    Args:
+        mask, places: (b, t) int64, of what is padded; None where nothing is.
+    """
     batch, length = tokens.shape
+    if mask is None or places is None:
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        places = torch.arange(past, past + length).expand(batch, length)
     named = {
         "input_ids": tokens.numpy(),
-        "attention_mask": np.ones((batch, past + length), dtype=np.int64),
-        "position_ids": np.tile(np.arange(past, past + length, dtype=np.int64), (batch, 1)),
+        "attention_mask": mask.numpy(),
+        "position_ids": np.ascontiguousarray(places.numpy()),
     }
     named = {name: named[name] for name in graph.names if name in named}
     if kept is None:

@@ -141,9 +141,13 @@ class Adapter:
             config = getattr(module, "config", None)
             if getattr(config, "model_type", None) != self.model_type:
                 continue
+            if self.part is not None and path.rpartition(".")[2] not in ("", self.part):
+                # another stack of the same kind
+                continue
             if isinstance(module, PreTrainedModel) and _has_submodule(module, self.layers):
                 return path, module
-        raise InputError(f"{type(model).__name__} has no {self.model_type} layers at {self.layers}")
+        where = f"{self.part}.{self.layers}" if self.part else self.layers
+        raise InputError(f"{type(model).__name__} has no {self.model_type} layers at {where}")
 
     def layer_list(self, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         """The layers of `model` and their full path."""

@@ -21,6 +21,8 @@ FFN = SiteSpec(
     consumer="mlp.dense_4h_to_h",
     producers=(Producer("mlp.dense_h_to_4h"),),
     config_fields={"ffn_hidden_size": "units"},
+    # attention's output and both norms'
+    held=2,
 )
 
 
@@ -62,6 +64,8 @@ def _variant(config: PretrainedConfig) -> dict[str, Any]:
         ),
         columns_per_unit=config.hidden_size // groups,
         block=Block("self_attention", attention, pair=True),
+        # keys and values of all heads
+        held=2,
     )
     return {"sites": (heads, ffn)}
 

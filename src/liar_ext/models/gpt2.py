@@ -31,6 +31,8 @@ GPT2 = Adapter(
             producers=(Producer("mlp.c_fc"),),
             config_fields={"n_inner": "units"},
             block=Block("mlp", "ln_2", pair=False),
+            # attention's output
+            held=1,
         ),
     ),
     decoder=True,

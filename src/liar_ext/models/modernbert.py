@@ -28,6 +28,8 @@ MODERNBERT = Adapter(
             bias_flag="mlp_bias",
             bias_filler=("mlp.Wi",),
             block=Block("mlp", "mlp_norm", pair=False),
+            # attention's output
+            held=1,
         ),
     ),
     decoder=False,

@@ -53,6 +53,8 @@ class SiteSpec:
         columns_per_unit: of the consumer; None where the narrowest producer has one head of rows
             for each unit.
         block: what goes when no unit stays; None where no module is all of the Site.
+        held: hidden states that a forward which stands there holds beside what one of a LLaMA does
+            (`costs.held_beside`).
     """
 
     kind: Kind
@@ -64,6 +66,7 @@ class SiteSpec:
     bias_filler: tuple[str, ...] = ()
     columns_per_unit: int | None = None
     block: Block | None = None
+    held: int = 0
 
     def absent(self, layer: nn.Module) -> bool:
         """Whether a layer has no unit of it: there is no Site."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from liar_ext.evaluation.task import METRICS
 from liar_ext.report.outputs import PRUNED, Output
 from liar_ext.report.page import without_folders
 from liar_ext.report.schema import CONVOLUTIONS, LAYERS, RECOVERED
@@ -51,11 +52,15 @@ def repeat(output: Output) -> str:
     return _line("liar", words, source, "--out", output.label, *flags)
 
 
-def evaluate(source: str, metric: str, dataset: str, *, decoder: bool = True) -> str:
-    """The command that measures one model as another was, or as its kind is measured."""
-    kinds = {"perplexity": "--text", "spearman": "--stsb", "accuracy": "--choices"}
+def evaluate(source: str, kind: str, dataset: str, *, decoder: bool = True) -> str:
+    """The command that measures one model as another was, or as its kind is measured.
+
+    Args:
+        kind: of the evaluation, as its JSON has it; empty where there was none.
+    """
+    option = METRICS[kind].option if kind in METRICS else None
     usual = ("--text", "FILE.txt") if decoder else ("--stsb", "FILE.csv")
-    given = (kinds[metric], dataset) if metric in kinds and dataset else usual
+    given = (option, dataset) if option and dataset else usual
     return _line("liar", "eval", source, *given, "--json")
 
 

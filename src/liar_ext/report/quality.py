@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,21 +13,33 @@ from liar_ext.report.material import checked_evaluation
 from liar_ext.report.outputs import PRUNED, Output
 from liar_ext.report.page import Html, details, element, figure, join, paragraph, plots, table
 from liar_ext.report.schema import RECOVERED
-from liar_ext.report.text import NONE, budgeted, change, number, short_name
+from liar_ext.report.text import NONE, budgeted, change, number, short_dataset, short_name
 
 # a word of a metric's name that says that less of it is better
 LOWER_IS_BETTER = ("perplexity", "loss", "kl", "divergence", "bits", "error", "brier")
 MOST_LINES = 8
+# of an evaluation, what its figure depends on beside the data set's name
+CONDITIONS = ("sha256", "protocol", "seq_len", "windows")
+# of an evaluation that does not say it
+KINDS = {"perplexity": "text", "spearman": "stsb", "accuracy": "choices"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation. Attributes: `output`, what it is of, None where that is not on the page;
-    `dense`, whether it is of what an output was made from."""
+    """One evaluation.
+
+    Attributes:
+        dataset: as it is shown; key: all that two figures have to share to be compared.
+        kind: of the evaluation, empty where it is not known.
+        output: what it is of, None where that is not on the page; dense: whether it is of what an
+            output was made from.
+    """
 
     label: str
     metric: str
     dataset: str
+    key: tuple[str, ...]
+    kind: str
     value: float
     error: float | None
     dense: bool
@@ -49,8 +62,9 @@ def verdict(rows: Sequence[Row], output: Output) -> list[tuple[str, str, str]]:
     for row in rows:
         if row.output is not output:
             continue
-        base = next((r for r in rows if r.dense and _of(r) == _of(row)), None)
-        note = "the dense model was not measured"
+        base = next((r for r in rows if r.dense and r.key == row.key), None)
+        otherwise = any(r.dense and r.metric == row.metric for r in rows)
+        note = f"the dense model was {'measured otherwise' if otherwise else 'not measured'}"
         if base is not None:
             note = f"{number(base.value, 4)} dense, {change(base.value, row.value)}"
         if row.dataset:
@@ -61,9 +75,9 @@ def verdict(rows: Sequence[Row], output: Output) -> list[tuple[str, str, str]]:
 
 def evaluated(rows: Sequence[Row], outputs: Sequence[Output]) -> Html:
     """All evaluations: bars, against what was removed where several outputs have one, a table."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(_of(row), []).append(row)
+        groups.setdefault(row.key, []).append(row)
     lines: list[list[str]] = []
     drawn: list[Html] = []
     for index, group in enumerate(groups.values()):
@@ -93,7 +107,7 @@ def _line(row: Row, base: float | None) -> list[str]:
 def _group(
     group: Sequence[Row], base: float | None, name: str, outputs: Sequence[Output]
 ) -> list[Html]:
-    metric, dataset = _of(group[0])
+    metric, dataset = group[0].metric, group[0].dataset
     better = "Lower" if lower_is_better(metric) else "Higher"
     on = f" on {dataset}" if dataset else ""
     bars = [{"label": r.label, "value": r.value, "error": r.error, "dense": r.dense} for r in group]
@@ -133,16 +147,14 @@ def _row(one: Mapping[str, Any], outputs: Sequence[Output]) -> Row:
     return Row(
         label,
         metric,
-        ", ".join(short_name(part) for part in dataset.split(", ")) if dataset else "",
+        ", ".join(map(short_dataset, dataset.split(", "))) if dataset else "",
+        (metric, dataset, *(json.dumps(one.get(name), sort_keys=True) for name in CONDITIONS)),
+        str(one.get("kind") or KINDS.get(metric, "")),
         float(one["value"]),
         one.get("standard_error"),
         of is not None,
         own,
     )
-
-
-def _of(row: Row) -> tuple[str, str]:
-    return row.metric, row.dataset
 
 
 def _removed(row: Row) -> float | None:

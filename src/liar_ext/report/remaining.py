@@ -19,7 +19,7 @@ def missing(
     first = outputs[0]
     label, source = first.label, short_name(first.source)
     # what was measured of others
-    metric, data = (rows[0].metric, rows[0].dataset) if rows else ("", "")
+    kind, data = (rows[0].kind, rows[0].dataset) if rows else ("", "")
     found = []
 
     def say(what: str, *lines: str) -> None:
@@ -35,13 +35,13 @@ def missing(
         say(
             f"Quality of {whom} was not measured. Residuals are diagnostics on calibration tokens, "
             "not quality.",
-            f"{commands.evaluate(without[0], metric, data, decoder=decodes)} > eval.json",
+            f"{commands.evaluate(without[0], kind, data, decoder=decodes)} > eval.json",
             f"liar report {label} --eval eval.json",
         )
     if own and not any(row.dense for row in rows) and (rows or not without):
         say(
             "How good the model was before is not known.",
-            f"{commands.evaluate(source, metric, data, decoder=decodes)} > dense.json",
+            f"{commands.evaluate(source, kind, data, decoder=decodes)} > dense.json",
             f"liar report {label} --eval dense.json",
         )
     if own and not material.serves:

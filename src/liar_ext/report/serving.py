@@ -22,6 +22,7 @@ from liar_ext.report.page import (
 from liar_ext.report.text import NONE, latency, number, parameters, size
 
 WORKLOAD = ("kind", "mode", "dtype", "batch", "prompt", "new_tokens")
+VERSIONS = ("torch", "transformers", "threads")
 MOST_FIGURES = 4  # workloads with plots; the table has all
 
 
@@ -57,9 +58,10 @@ def verdict(serves: Sequence[Mapping[str, Any]], output: Output) -> list[tuple[s
 
 def _one(serve: Mapping[str, Any], outputs: Sequence[Output], place: int) -> Html:
     entries = [{**entry, "label": _label(entry, outputs)} for entry in serve["entries"]]
-    versions = serve.get("versions")
-    stated = ", ".join(f"{k} {v}" for k, v in versions.items() if v) if versions else ""
-    device = serve.get("device") or "an unknown device"
+    known = serve.get("environment")
+    environment = known if isinstance(known, Mapping) else {}
+    stated = ", ".join(f"{k} {environment[k]}" for k in VERSIONS if environment.get(k))
+    device = environment.get("device") or serve.get("device") or "an unknown device"
     parts: list[str] = [paragraph(f"Measured on {device}. {stated}".strip(), class_="soft")]
     for at, own in enumerate(_workloads(entries).values()):
         parts.append(element("h3", _told(own[0])))
@@ -78,13 +80,13 @@ def _one(serve: Mapping[str, Any], outputs: Sequence[Output], place: int) -> Htm
                     "files",
                     "loading",
                     "parameters",
-                    "speed-up",
+                    "times as fast",
                 ],
                 [_row(entry) for entry in own],
             )
         )
-    if isinstance(serve.get("environment"), Mapping):
-        parts.append(details("Environment", records("Of these timings.", serve["environment"])))
+    if environment:
+        parts.append(details("Environment", records("Of these timings.", environment)))
     return join(parts)
 
 
@@ -163,15 +165,13 @@ def _figure(
 def _row(entry: Mapping[str, Any]) -> list[str]:
     rate, load = _rate(entry), entry.get("load_s")
     speedup = entry.get("speedup")
-    told = NONE
+    told = ""
     if isinstance(speedup, Mapping):
         told = ", ".join(
-            f"{key.replace('_', ' ')} {value:.2f}"
+            f"{key.replace('_', ' ')} {ratio}"
             for key, value in speedup.items()
-            if finite(value)
+            if (ratio := _ratio(value))
         )
-    elif finite(speedup):
-        told = f"{speedup:.2f}"
     return [
         entry["label"],
         _spread(entry.get("prefill_s")),
@@ -183,6 +183,15 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         parameters(_number(entry.get("parameters"))),
         told or NONE,
     ]
+
+
+def _ratio(value: Any) -> str:
+    """A measured speed-up, with its interval; empty for what is none."""
+    if not isinstance(value, Mapping) or not finite(value.get("median")):
+        return ""
+    ends = [value.get("low"), value.get("high")]
+    around = f" ({ends[0]:.2f} to {ends[1]:.2f})" if all(map(finite, ends)) else ""
+    return f"{value['median']:.2f}{around}"
 
 
 def _spread(times: Any) -> str:

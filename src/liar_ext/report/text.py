@@ -121,6 +121,12 @@ def is_hub_id(source: str) -> bool:
     return named and plain.isalnum() and plain.isascii() and not Path(source).exists()
 
 
+def short_dataset(spec: str) -> str:
+    """The same of what is evaluated on, with the task or the protocol in front of `=`."""
+    name, equals, source = spec.partition("=")
+    return f"{name}={short_name(source)}" if equals and source else short_name(spec)
+
+
 def short_name(source: str) -> str:
     """A hub id as it is; of a path only the last part, because outputs are published."""
     return source if is_hub_id(source) else Path(source).name or source
