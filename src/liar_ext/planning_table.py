@@ -78,11 +78,13 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     for key in ("output", "snapshots", "levels", "scratch", "moments", "total"):
         if disk.get(key):
             space.add_row("together" if key == "total" else key, size(disk[key]))
+    computed: list[RenderableType] = []
+    if _computes(plan):
+        computed = [_heading("The compression itself"), cost]
     return Group(
         _heading(f"{plan['source']} after pruning"),
         result,
-        _heading("The compression itself"),
-        cost,
+        *computed,
         _heading(f"Most memory, {_where(plan)}"),
         memory,
         _heading("Disk"),
@@ -91,27 +93,40 @@ def render(plan: Mapping[str, Any]) -> RenderableType:
     )
 
 
+def _computes(plan: Mapping[str, Any]) -> bool:
+    """Whether anything is computed at all."""
+    return any(plan["flops"].values())
+
+
 def _lines(plan: Mapping[str, Any], about: str) -> list[str]:
     data, loader, asked = plan["calibration"], plan["loader"], plan["sparsity"]["asked"]
     waiting, phases = plan["hidden_states"], plan["phases"]
     counted, reached = budgeted(plan["recipe"]), percent(plan["sparsity"]["achieved"])
     why = f", because {loader['why_not_stock']}" if loader["why_not_stock"] else ""
+    narrows, waits = bool(plan["sites"]), bool(data["tokens"])
     return [
-        f"sparsity: {percent(asked)} of {counted} asked, {about}{reached} reached",
+        *([f"sparsity: {percent(asked)} of {counted} asked, {about}{reached} reached"] * narrows),
         *([f"latency: predicted for {workload(plan['latency'])}"] if plan["latency"] else []),
         f"loads with {loader['with']}{why}",
         f"calibration: {data['tokens']:,} tokens; {data['minimum']:,} needed, "
-        f"{data['recommended']:,} recommended",
+        f"{data['recommended']:,} recommended"
+        if waits
+        else "calibration: none is needed",
         *(
             [f"memory of the host: {size(plan['memory']['host_peak'])}, {phases['host_peak']}"]
             if phases["host_peak"] != phases["peak"]
             else []
         ),
         f"disk: {plan['disk']['folder']} has {size(plan['disk']['free'])} free",
-        f"hidden states and paused forwards: {size(waiting['bytes'])}, {waiting['place']}, because "
-        f"{waiting['why']}",
+        *(
+            [
+                f"hidden states and paused forwards: {size(waiting['bytes'])}, {waiting['place']}, "
+                f"because {waiting['why']}"
+            ]
+            * waits
+        ),
         *([f"less memory: {phases['lower']}"] if phases["lower"] else []),
-        *([_time(plan["seconds"])] if plan["seconds"]["rates"] else []),
+        *([_time(plan["seconds"])] if plan["seconds"]["rates"] and _computes(plan) else []),
         *(
             f"warning: {found['problem']}"
             for found in (data, phases, plan["disk"])

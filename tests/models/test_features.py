@@ -3,6 +3,7 @@ checkpoint, whose outputs are those of the model that was pruned in memory."""
 
 from __future__ import annotations
 
+import json
 import wave
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,72 @@ def _record(file: Path, rate: int, seed: int) -> None:
         sound.setsampwidth(2)
         sound.setframerate(rate)
         sound.writeframes(noise.tobytes())
+
+
+def test_a_count_of_layers_under_both_its_names_is_changed_in_both(tmp_path):
+    """Older releases of transformers wrote it twice."""
+    model_of("whisper").save_pretrained(tmp_path / "model")
+    save_file({"input_features": samples("whisper")}, tmp_path / "samples.safetensors")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    wanted = recipe(tmp_path, drop_layers=(1,), sparsity=0.25, target=("ffn",))
+    liar_ext.compress(tmp_path / "model", tmp_path / "out", wanted)
+    loaded = MODELS["whisper"][1].from_pretrained(tmp_path / "out")
+    assert len(loaded.model.encoder.layers) == 2
+
+
+def test_a_model_folder_runs_no_code(tmp_path, monkeypatch):
+    """Nor does it get to ask for it."""
+    model_of("vit").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "evil.py").write_text("raise SystemExit('ran')\n")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoImageProcessor": "evil.Processor"}})
+    )
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    # the family's own processor is taken, and comes as far as the file
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        liar_ext.compress(
+            tmp_path / "model",
+            tmp_path / "out",
+            recipe(tmp_path, calibration=str(tmp_path / "images")),
+        )
+
+
+def test_a_decoder_alone_is_not_taken_for_the_encoder():
+    config = transformers.WhisperConfig(**SMALL["whisper"])
+    model = transformers.WhisperForCausalLM(config).eval()
+    with pytest.raises(InputError, match=r"no whisper layers at encoder\.layers"):
+        liar_ext.prune(model, [samples("whisper")], Recipe(target=("ffn",)))
+
+
+def test_a_folder_as_transformers_writes_processors_now_is_taken(tmp_path):
+    model_of("whisper").save_pretrained(tmp_path / "model")
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=8, chunk_length=1, sampling_rate=6400
+    )
+    stated = {"feature_extractor": extractor.to_dict(), "processor_class": "WhisperProcessor"}
+    (tmp_path / "model" / "processor_config.json").write_text(json.dumps(stated))
+    (tmp_path / "sounds").mkdir()
+    for number in range(12):
+        _record(tmp_path / "sounds" / f"{number}.wav", 6400, number)
+    wanted = recipe(tmp_path, calibration=str(tmp_path / "sounds"))
+    report = liar_ext.compress(tmp_path / "model", tmp_path / "out", wanted)
+    assert report.calibration["samples"] == 12
+    # cut in the middle of a sample
+    whole = (tmp_path / "sounds" / "0.wav").read_bytes()
+    (tmp_path / "sounds" / "0.wav").write_bytes(whole[:-3])
+    liar_ext.compress(tmp_path / "model", tmp_path / "more", wanted)
+
+
+@pytest.mark.parametrize("method", ["perplexity", "perplexity-greedy", "taylor"])
+def test_a_plan_refuses_what_a_run_would(folder, method):
+    wanted = recipe(folder, depth=method, drop=1, sparsity=0)
+    with pytest.raises(InputError, match=f"--depth {method}: .* next token"):
+        planning.plan(folder / "model", wanted)
+    with pytest.raises(InputError, match="next token|no loss"):
+        liar_ext.compress(folder / "model", folder / "out", wanted)
 
 
 BAD = {

@@ -11,7 +11,7 @@ from liar_ext.errors import NumericalError
 
 def add_parser(commands: Any, *, wanted: bool = True) -> None:
     """The `bench` command; its options only if it is `wanted`, for they import torch."""
-    parser = commands.add_parser("bench", help="measure kernels and whole compressions")
+    parser = commands.add_parser("bench", help="how fast models answer, what methods take, kernels")
     kinds = parser.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     from liar_ext.bench import BENCHMARKS
 

@@ -18,8 +18,8 @@ _LABELS = {
     "matthews": "Matthews' correlation × 100",
     "f1": "F1 × 100",
     "exact_match": "exact match, %",
-    "kl": "KL(dense ‖ this), nats a token",
-    "top1_agreement": "top-1 agreement, %",
+    "kl": "KL from dense, nats/token",
+    "top1_agreement": "same top token, %",
 }
 
 

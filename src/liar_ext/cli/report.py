@@ -10,8 +10,8 @@ from liar_ext.errors import InputError, unknown_choice
 
 DESCRIPTION = """Make one HTML page from folders that liar-ext wrote: what was done to each layer,
 and what was measured of the result. It loads nothing and needs no network, so it can be sent to
-others; paths are cut to their last part. What is not measured is said on the page, with the
-command that measures it."""
+others; absolute paths are cut to their last part. What is not measured is said on the page, with
+the command that measures it."""
 
 
 def add_parser(commands: Any) -> None:

@@ -324,7 +324,9 @@ def _chosen(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch], job: Job
     # before anything is computed that it would be for nothing
     few_tokens(runtime.store, recipe, batches, sum(batch.tokens for batch in batches))
     found = LayerChoice.from_json(ranks.broadcast(choose(recipe, runtime, batches).to_json()))
-    runtime.progress.tell(f"layers left out of {found.layers}: {layers(found.dropped)}")
+    runtime.progress.tell(
+        f"left out, of {found.layers} layers counted from 0: {layers(found.dropped)}"
+    )
     if ranks.rank == 0:
         # before the first entry of the journal: with that, a later run finds it
         write_json(path, found.to_json())

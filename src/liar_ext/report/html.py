@@ -92,7 +92,7 @@ def render(outputs: Sequence[Output] | Report, material: Material | None = None)
                 "footer",
                 f"Made by liar-ext {__version__} from {len(outputs)} "
                 f"liar_report.json file{'s' * (len(outputs) > 1)}. Nothing on this page is loaded "
-                "from elsewhere; paths are cut to their last part.",
+                "from elsewhere; absolute paths are cut to their last part.",
             ),
         ]
     )
