@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("LIAR_BACKEND", None)
+# workers of pytest-xdist have one; output is then cut to it, as it is not elsewhere
+os.environ.pop("COLUMNS", None)
 # workers of pytest-xdist share the cores: with a thread for each core in each of them, threads wait
 # for one another (two workers on two cores: 25 min of processor time for 3/4 of the suite; so, 18
 # for all of it)

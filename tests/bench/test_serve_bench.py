@@ -285,7 +285,7 @@ def test_encoders_have_sentences_a_second(tmp_path, capsys):
 
 
 def test_a_family_without_an_adapter_is_timed_without_shares(tmp_path):
-    UNLISTED["gpt_neox"].build().save_pretrained(tmp_path / "neox")
+    UNLISTED["gptj"].build().save_pretrained(tmp_path / "neox")
     words = (str(tmp_path / "neox"), str(tmp_path / "neox"), "--batch", "1", "--prompt", "8")
     result = run(tmp_path, *words)
     assert [own["name"] for own in result["models"]] == ["neox", "neox (2)"]
@@ -421,7 +421,7 @@ def test_usual_prompts_are_cut_to_what_the_models_take():
         (["--new-tokens", "256"], "give fewer --new-tokens"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--mode", "fast"], "--mode fast: unknown; choose from eager, compile"),
-        (["--dtype", "int8"], "--dtype int8: unknown"),
+        (["--dtype", "int8"], "--dtype int8: choose from"),
         (["--round-to", "8"], "--round-to and --target are of shapes"),
         ([f"{MODEL}@1.5"], "what follows @ is a sparsity above 0 and below 1"),
         ([f"{MODEL}@0.5", "--round-to", "none.json"], "neither a number nor auto, and no such"),

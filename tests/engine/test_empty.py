@@ -13,7 +13,7 @@ import transformers
 from liar_families import batches_of, randomise, write_tokens
 
 import liar_ext
-from liar_ext import InputError, Recipe
+from liar_ext import InputError, Recipe, planning
 from liar_ext.allocation import Allocation
 from liar_ext.engine.compression import check_possible
 from liar_ext.engine.driver import Driver
@@ -281,10 +281,16 @@ def test_the_heads_that_tokens_are_counted_by_stay(folder: Path) -> None:
     report = liar_ext.compress(folder / "dense", folder / "out", recipe)
     first = next(site for site in report.sites if (site.layer, site.kind) == (0, "heads"))
     assert first.units_after >= 1
-    assert any("levels of each Site" in text for text in report.warnings)
     liar_ext.load(folder / "out")
     with pytest.raises(InputError, match="at most 0.9"):
         liar_ext.compress(folder / "dense", folder / "more", replace(recipe, sparsity=0.999))
+
+
+def test_a_table_that_is_thinned_out_is_said_in_the_report(folder: Path) -> None:
+    recipe = _recipe(folder, allocation="segments", search_evaluations=5)
+    report = liar_ext.compress(folder / "dense", folder / "out", recipe)
+    (said,) = [text for text in report.warnings if "levels of each Site" in text]
+    assert said in planning.plan(folder / "dense", recipe)["notes"]
 
 
 @pytest.mark.parametrize("allocation", ["global", "ranked", "kwon", "influence", "levels"])

@@ -7,7 +7,8 @@ are random as well: what a round trip loses shows in the outputs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from liar_ext import Recipe
 from liar_ext.calibration import Batch, make_batches, read
+from liar_ext.models import ADAPTERS
 
 VOCABULARY = 97
 LAYERS = 2
@@ -40,6 +42,19 @@ class Family:
     auto: Any
     decoder: bool
     kinds: tuple[str, ...] = ("heads", "ffn")
+
+
+@contextmanager
+def without_adapters(*model_types: str) -> Iterator[None]:
+    """As if nobody had written these; the registry is in its own order again afterwards."""
+    known = dict(ADAPTERS)
+    for model_type in model_types:
+        ADAPTERS.pop(model_type, None)
+    try:
+        yield
+    finally:
+        ADAPTERS.clear()
+        ADAPTERS.update(known)
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

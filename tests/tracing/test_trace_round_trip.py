@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from liar_families import (
     probe_tokens,
     randomise,
     tree_hash,
+    without_adapters,
     write_tokens,
 )
 
 import liar_ext
 from liar_ext import InputError, Recipe, UnsupportedModelError
 from liar_ext.cli import main
-from liar_ext.models import ADAPTERS, layout
+from liar_ext.models import layout
 from liar_ext.models.traced import KEY
 from liar_ext.planning import plan
 from liar_ext.tracing import trace
@@ -37,10 +39,10 @@ STOCK_HEADS = ("phi", "starcoder2", "olmo", "cohere", "glm")
 
 
 @pytest.fixture(autouse=True)
-def _without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_adapters() -> Iterator[None]:
     """These families as if nobody had written their adapters."""
-    for model_type in UNLISTED:
-        monkeypatch.delitem(ADAPTERS, model_type, raising=False)
+    with without_adapters(*UNLISTED):
+        yield
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:
