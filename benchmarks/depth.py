@@ -245,7 +245,8 @@ def larger() -> list[str]:
     for file in sorted(RESULTS.glob("depth-latency-*.json")):
         data = json.loads(file.read_text())
         env = data["environment"]
-        lines += ["", f"Latency there ({env['device']}, {data['dtype']}, eager, batch "]
+        title = file.stem.removeprefix("depth-latency-")
+        lines += ["", f"Latency of {title} ({env['device']}, {data['dtype']}, eager, batch "]
         lines[-1] += f"{data['batch']}, medians of {data['repeats']} by turns; `{file.name}`):"
         lines += ["", f"| layers | prefill of {data['seq_len']} tokens | one token |"]
         lines += ["|---:|---:|---:|"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from liar_ext.cli import main, output
+from liar_ext.cli import env, main, output
 from liar_ext.cli.output import Verbosity, Watcher
 from liar_ext.report.text import time_left
 
@@ -192,3 +193,23 @@ def test_a_reader_that_has_enough_is_no_error():
 def test_the_time_left_is_what_the_rest_takes_at_the_same_rate():
     assert time_left(2, 10, 30.0) == ", about 2 min 0 s left"
     assert time_left(0, 10, 0.0) == time_left(10, 10, 30.0) == ""
+
+
+def test_an_interrupt_while_something_is_finalised_comes_again(monkeypatch, capsys):
+    class Finalised:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def run(arguments):
+        Finalised()
+        time.sleep(5)
+
+    monkeypatch.setattr(env, "run", run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    began = time.perf_counter()
+    try:
+        assert main(["env"]) == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.perf_counter() - began < 4
+    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"

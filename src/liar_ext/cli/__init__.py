@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -82,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     try:
         result = arguments.run(arguments)
         sys.stdout.flush()
@@ -103,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(FAILURE, "out of memory; lower --batch-size, --samples or --seq-len")
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             if signal.getsignal(number) is _interrupt:
                 signal.signal(number, handler)
@@ -112,6 +116,17 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print(json.dumps(result, allow_nan=False), flush=True)
     return 0
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """An interrupt while something is finalised goes nowhere, and would be told as a traceback: it
+    comes again in a moment. Under torchrun, whose processes end together, it does not."""
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.01, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
