@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 import signal
@@ -122,7 +121,8 @@ def _unraisable(found: sys.UnraisableHookArgs) -> None:
     """An interrupt while something is finalised goes nowhere, and would be told as a traceback: it
     comes again in a moment. Under torchrun, whose processes end together, it does not."""
     if isinstance(found.exc_value, KeyboardInterrupt):
-        again = threading.Timer(0.01, _thread.interrupt_main)
+        # a signal, which also ends a wait
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True
         again.start()
     else:
