@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.reader import tied_names
-from liar_ext.costs import Tokens, gradient_tokens, head_flops, layer_flops, producer_rows
+from liar_ext.costs import Tokens, gradient_tokens, head_flops, layer_flops, passing_numbers
 from liar_ext.depth.choice import choice_states
 from liar_ext.depth.methods import METHODS
 from liar_ext.engine.loss import predicts
@@ -123,13 +123,7 @@ def _per_token(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tokens:
 
 
 def _passing(model: PreTrainedModel, adapter: Adapter) -> int:
-    """Numbers that a forward of a layer has for a token beside the residual stream, at most."""
-    sites = adapter.sites_of(model, 0, tuple(spec.kind for spec in adapter.sites))
-    # as `policy_memory` counts them
-    return max(
-        3 * site.columns + (producer_rows(site) + site.columns if site.kind == "heads" else 0)
-        for site in sites
-    )
+    return passing_numbers(adapter.sites_of(model, 0, tuple(spec.kind for spec in adapter.sites)))
 
 
 def _largest(model: PreTrainedModel, adapter: Adapter) -> int:

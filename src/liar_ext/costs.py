@@ -326,6 +326,19 @@ def producer_rows(site: Site) -> int:
     return sum(linear.weight(module).shape[0] for module in modules.values())
 
 
+def passing_numbers(sites: Sequence[Site]) -> int:
+    """Numbers that a forward of a layer with these Sites has for a token beside the residual
+    stream, at most.
+
+    Queries, keys and values, the queries turned, and what attention gives; of an FFN its
+    activation, the other factor and the product.
+    """
+    return max(
+        3 * site.columns + (producer_rows(site) + site.columns if site.kind == "heads" else 0)
+        for site in sites
+    )
+
+
 def measure(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of each phase by its own kernels, on this machine.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.reader import tied_names
-from liar_ext.costs import Tokens, head_flops, layer_flops, producer_rows
+from liar_ext.costs import Tokens, head_flops, layer_flops, passing_numbers
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.loss import predicts
 from liar_ext.engine.policy import MASKS
@@ -71,12 +71,8 @@ def policy_sizes(
         positions=tokens.positions,
         batch=tokens.batch,
         masks=-(-MASKS // ranks),
-        # queries, keys and values, the queries turned, and what attention gives; of an FFN its
-        # activation, the other factor and the product. Gates are on when all but one are gone
-        widest=max(
-            3 * site.columns + (producer_rows(site) + site.columns if site.kind == "heads" else 0)
-            for site in sites
-        ),
+        # gates are on when all but one are gone
+        widest=passing_numbers(sites),
         columns=max(site.columns for site in sites if site.kind in recipe.target),
         head=0 if tied_names(model) else vocabulary * width,
         vocabulary=vocabulary,
