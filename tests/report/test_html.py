@@ -141,6 +141,19 @@ def test_a_task_is_not_compared_with_another_one_in_a_file_of_the_same_name(make
     assert "−12.5 %" not in text
 
 
+def test_who_chose_a_length_makes_no_other_figure(make_report):
+    def one(source: str, value: float, chosen: str) -> dict[str, object]:
+        protocol = {"name": "plain", "seq_len_from": chosen}
+        return {**BEFORE, "source": source, "value": value, "seq_len": 256, "protocol": protocol}
+
+    evaluations = [
+        one(BEFORE["source"], 10.0, "the model's limit"),
+        one(AFTER["source"], 12.5, "as asked for"),
+    ]
+    text = "".join(Page(html.render(make_report(), Material(evaluations=evaluations))).text)
+    assert "+25.0 %" in text
+
+
 @pytest.mark.parametrize(
     ("fields", "rows"),
     [

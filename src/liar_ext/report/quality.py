@@ -148,13 +148,20 @@ def _row(one: Mapping[str, Any], outputs: Sequence[Output]) -> Row:
         label,
         metric,
         ", ".join(map(short_dataset, dataset.split(", "))) if dataset else "",
-        (metric, dataset, *(json.dumps(one.get(name), sort_keys=True) for name in CONDITIONS)),
+        (metric, dataset, *(_condition(one.get(name)) for name in CONDITIONS)),
         str(one.get("kind") or KINDS.get(metric, "")),
         float(one["value"]),
         one.get("standard_error"),
         of is not None,
         own,
     )
+
+
+def _condition(value: Any) -> str:
+    """To compare; who chose the length, the user or a default, makes no other figure."""
+    if isinstance(value, Mapping):
+        value = {name: own for name, own in value.items() if name != "seq_len_from"}
+    return json.dumps(value, sort_keys=True)
 
 
 def _removed(row: Row) -> float | None:
