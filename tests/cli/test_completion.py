@@ -61,6 +61,10 @@ def test_bash_completes_commands_options_names_and_files(path, tmp_path):
         "liar prune --target ffn,h": {"ffn,heads"},
         "liar prune --calibration wi": {"wiki.txt"},
         "liar completion ": {"bash", "zsh", "fish"},
+        # names that are no recipe's
+        "liar export small --format g": {"gguf"},
+        "liar compare llama --criteria wanda,ob": {"wanda,obs", "wanda,obs-swap"},
+        "liar bench serve llama --mode c": {"compile"},
         "liar eval --st": {"--stsb", "--stability"},
     }
     asked = "\n".join(f'ask "{line}"' for line in lines)

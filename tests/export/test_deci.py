@@ -127,6 +127,8 @@ def test_heads_that_no_config_takes_become_more(tmp_path: Path):
         shrunk(_dense(), tmp_path / "small", widths), tmp_path / "a", Widths(tensor_parallel=4)
     )
     assert report["export"]["layers"]["after"][0]["heads"] == 4
+    # what was asked for is not what was made
+    assert "multiples of 256, 256 512, and KV heads to 4" in report["export"]["note"]
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_what_cannot_be_exact_or_is_no_request_is_refused(tmp_path: Path, capsys
         ([str(small), *options, "--round-to", "0"], "--round-to 0: must be 1 or more"),
         ([str(small), *options, "--tensor-parallel", "-2"], "--tensor-parallel -2"),
         ([str(small), "--out", str(out)], "--format: give one of padded"),
-        ([str(small), "--out", str(out), "--format", "tensorrt"], "--format tensorrt: must be"),
+        ([str(small), "--out", str(out), "--format", "tensorrt"], "--format tensorrt: choose"),
         ([str(small), "--format", "padded"], "--out: give a folder"),
         ([str(small), "--out", str(small), "--format", "padded"], "overlaps the source"),
         ([str(tmp_path / "none"), *options], "no such folder"),

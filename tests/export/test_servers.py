@@ -13,10 +13,12 @@ from liar_families import FAMILIES, write_tokens
 
 import liar_ext
 from liar_ext import InputError, Recipe
+from liar_ext.checkpoint.writer import write_json
 from liar_ext.cli import main
 from liar_ext.export.padded import export_padded
 from liar_ext.export.servers import check, devices
 from liar_ext.export.widths import Widths
+from liar_ext.report.schema import EXPORTED, FILE
 
 PER_LAYER = [{"heads": 1, "ffn": 20}, {"heads": 3, "ffn": 33}]
 UNIFORM = [{"heads": 2, "ffn": 20}] * 2
@@ -161,3 +163,33 @@ def test_the_command(tmp_path: Path, capsys: Any):
     assert "--check: writes nothing" in capsys.readouterr().err
     with pytest.raises(InputError, match="no such folder"):
         check(tmp_path / "none")
+
+
+@pytest.mark.parametrize("command", [["--check"], ["--out", "OUT", "--format", "padded"]])
+@pytest.mark.parametrize("form", ["deci", "gguf", "onnx"])
+def test_what_was_written_for_an_engine_is_named_and_its_source_too(
+    form: str, command: list[str], tmp_path: Path, capsys: Any
+):
+    # no loader says that of them: some have no weights that it reads, some a config it does not
+    report = {"kind": EXPORTED, "format": form, "source": "small"}
+    report["export"] = {"loads_with": "that engine"}
+    write_json(tmp_path / FILE, report)
+    out = str(tmp_path / "out")
+    assert (
+        main(["export", str(tmp_path), *(out if word == "OUT" else word for word in command)]) == 2
+    )
+    said = capsys.readouterr().err
+    assert f"was written by `liar export --format {form}`, and loads with that engine only" in said
+    assert "give the folder that it was made from (small)" in said
+
+
+def test_a_padded_folder_is_a_checkpoint_and_is_checked(tmp_path: Path):
+    export_padded(_small("llama-mha", tmp_path / "small", PER_LAYER), tmp_path / "wide")
+    assert _loads(tmp_path / "wide")[0] == "y"
+
+
+def test_a_misspelt_format_is_answered_with_the_nearest(tmp_path: Path, capsys: Any):
+    assert main(["export", "small", "--out", str(tmp_path / "out"), "--format", "ggfu"]) == 2
+    assert "--format ggfu: choose from padded, onnx, gguf, deci; did you mean gguf?" in (
+        capsys.readouterr().err
+    )

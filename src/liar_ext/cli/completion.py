@@ -7,11 +7,53 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from liar_ext.cli.options import NAMES
 from liar_ext.errors import InputError
 
 SHELLS = ("bash", "zsh", "fish")
 # argcomplete sets this in the process that answers
 ASKED = "_ARGCOMPLETE"
+# what options beside the recipe's may be, by command and by dest; as `NAMES`, written down because
+# the registries import torch: tests hold the two together
+OWN: dict[str, dict[str, tuple[str, ...]]] = {
+    "merge": {
+        "rule": ("telescope", "rdsc", "mean"),
+        "norms": ("auto", "base", "rule"),
+        "similarity": ("flat", "token"),
+        "weights": ("auto", "memory", "disk"),
+    },
+    "fuse": {"repair": ("liar", "none"), "importance": ("loss", "accuracy", "paper")},
+    "recover": {
+        "method": ("partial", "lora"),
+        "ranks": ("uniform", "residual", "performance"),
+    },
+    "replace": {
+        "network": ("layer", "layers", "swiglu", "mlp"),
+        "loss": ("mse", "lm"),
+        "loss_tokens": ("plain", "normalised"),
+        "init": ("inherit", "random"),
+        "keep": ("best", "last"),
+    },
+    "grow": {
+        "predictor": ("mlp", "ridge", "average", "copy", "identity"),
+        "hyper_parameters": ("paper", "code"),
+    },
+    "layers": {
+        "measures": ("influence", "angle", "magnitude-l1", "magnitude-l2", "taylor", "loss"),
+    },
+    "compare": {
+        "criteria": NAMES["criterion"],
+        "allocations": NAMES["allocation"],
+        "reconstructions": NAMES["reconstruct"],
+        "target_signals": NAMES["target_signal"],
+    },
+    "export": {
+        "format": ("padded", "onnx", "gguf", "deci"),
+        "to": ("widest", "dense"),
+        "outtype": ("f32", "f16", "bf16"),
+    },
+    "bench serve": {"mode": ("eager", "compile")},
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -43,11 +85,10 @@ def answer(parser: argparse.ArgumentParser) -> None:
     """Print what could stand at the cursor, and end. Nothing but names is imported for it."""
     import argcomplete
 
-    from liar_ext.cli.options import NAMES
-
     for leaf in _all(parser):
+        own = OWN.get(leaf.prog.removeprefix("liar "), {})
         for action in leaf._actions:
-            if names := NAMES.get(action.dest):
+            if names := own.get(action.dest) or NAMES.get(action.dest):
                 action.completer = _listed(names)  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 

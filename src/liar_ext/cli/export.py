@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from liar_ext.cli.options import refuse_torchrun
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, unknown_choice
 
 DESCRIPTION = """Write SRC for another engine: padded, one width in all layers by zero units, for
 whatever loads stock checkpoints; onnx, a graph for ONNX Runtime (needs
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.format is None:
         raise InputError(f"--format: give one of {', '.join(FORMATS)}")
     if arguments.format not in FORMATS:
-        raise InputError(f"--format {arguments.format}: must be one of {', '.join(FORMATS)}")
+        raise unknown_choice("--format", arguments.format, FORMATS)
     if arguments.out is None:
         raise InputError("--out: give a folder to make")
     given = _given(arguments)

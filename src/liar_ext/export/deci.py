@@ -18,7 +18,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.engine.progress import Progress, Silent
@@ -26,6 +25,7 @@ from liar_ext.errors import InputError
 from liar_ext.export import configuration_liar_deci
 from liar_ext.export.padded import write_padded
 from liar_ext.export.report import export_card, export_report
+from liar_ext.export.source import source_folder
 from liar_ext.export.widened import Widened
 from liar_ext.export.widths import Widths, uneven
 from liar_ext.models import layout, text_config
@@ -37,7 +37,8 @@ FAMILIES = ("llama", "mistral")
 ARCHITECTURE, MODEL_TYPE = "DeciLMForCausalLM", "nemotron-nas"
 NOTE = (
     "Experimental: written to what the code of vLLM, SGLang and TensorRT-LLM reads; none of them "
-    "was started on it. FFN widths are padded to multiples of 256 and heads to the widest layer's."
+    "was started on it. FFN widths are padded with zeros to multiples of {step}, {ffn}, and KV "
+    "heads to {heads} in all layers."
 )
 
 
@@ -62,7 +63,7 @@ def export_deci(
             `out` is then as it was.
     """
     started = time.perf_counter()
-    folder, out = resolve(source), Path(out)
+    folder, out = source_folder(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
     reader = CheckpointReader(folder)
     narrow = layout.empty(reader.config)
@@ -73,6 +74,11 @@ def export_deci(
     after = _units(before, base, widths)
     warnings += uneven(after[0], widths)
     config = deci_config(reader.config, after)
+    note = NOTE.format(
+        step=math.lcm(STEP, widths.tensor_parallel),
+        ffn=" ".join(str(layer["ffn"]) for layer in after),
+        heads=after[0]["heads"],
+    )
     # the same layers as this package's own, to have their tensors; they may be wider than before
     data = _widest(reader.config, after)
     data[layout.KEY] = {**reader.config[layout.KEY], "layers": after}
@@ -102,12 +108,12 @@ def export_deci(
             export={
                 "layers": {"before": before, "after": after},
                 "loads_with": "servers that have DeciLMForCausalLM, with --trust-remote-code",
-                "note": NOTE,
+                "note": note,
             },
         )
         write_json(made / FILE, report)
         (made / "README.md").write_text(
-            export_card(report, "with per-layer FFN widths, as DeciLM", NOTE), encoding="utf-8"
+            export_card(report, "with per-layer FFN widths, as DeciLM", note), encoding="utf-8"
         )
     return report
 

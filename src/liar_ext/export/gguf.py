@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.engine.progress import Progress, Silent
@@ -18,6 +17,7 @@ from liar_ext.errors import InputError
 from liar_ext.export.converter import convert, find_converter
 from liar_ext.export.gguf_layers import ARCHITECTURE, check_deci, needs_deci, write_deci
 from liar_ext.export.report import export_card, export_report
+from liar_ext.export.source import source_folder
 from liar_ext.models import layout, text_config
 from liar_ext.report.schema import FILE
 from liar_ext.report.text import short_name
@@ -67,7 +67,7 @@ def export_gguf(
             for; `out` is then as it was.
     """
     started = time.perf_counter()
-    folder, out = resolve(source), Path(out)
+    folder, out = source_folder(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
     converter = find_converter(options.converter)
     reader = CheckpointReader(folder)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.checkpoint.load import load, resolve
+from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError
 from liar_ext.export.onnx_graph import Graph, cached_graph, plain_graph
 from liar_ext.export.report import export_card, export_report
+from liar_ext.export.source import source_folder
 from liar_ext.models import adapter_for, text_config
 from liar_ext.report.schema import FILE
 
@@ -62,7 +63,7 @@ def export_onnx(
     """
     started = time.perf_counter()
     _check_packages()
-    folder, out = resolve(source), Path(out)
+    folder, out = source_folder(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
     watcher = progress or Silent()
     watcher.begin(4, "export")

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader, left_over_warnings, parameter_count
 from liar_ext.checkpoint.shards import ShardWriter
 from liar_ext.checkpoint.writer import check_output, copy_other_files, output_folder, write_json
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError
 from liar_ext.export.report import export_card, export_report
+from liar_ext.export.source import source_folder
 from liar_ext.export.widened import Widened
 from liar_ext.export.widths import Widths, stock_config, uneven
 from liar_ext.models import layout
@@ -69,7 +69,7 @@ def export_padded(
             no flag for), or anything else that cannot be exact; `out` is then as it was.
     """
     started = time.perf_counter()
-    folder, out = resolve(source), Path(out)
+    folder, out = source_folder(source), Path(out)
     check_output(out, folder, overwrite=overwrite)
     plan = plan_padded(folder, widths)
     tensors = Widened(plan.reader, plan.narrow, plan.wide)

@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.errors import InputError
 from liar_ext.export.deci import against
 from liar_ext.export.gguf_layers import needs_deci, obstacle
+from liar_ext.export.source import source_folder
 from liar_ext.models import adapter_for, layout, text_config
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
@@ -84,7 +84,7 @@ def check(source: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the folder cannot be used.
     """
-    folder = resolve(source)
+    folder = source_folder(source)
     facts = _facts(CheckpointReader(folder), folder)
     verdicts = [rule(facts) for rule in ENGINES]
     return {"source": str(source), "engines": [asdict(verdict) for verdict in verdicts]}
