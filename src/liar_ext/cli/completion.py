@@ -98,7 +98,8 @@ def _listed(names: Iterable[str]) -> Callable[..., list[str]]:
 
     def complete(prefix: str, **_: Any) -> list[str]:
         before, comma, _last = prefix.rpartition(",")
-        return [f"{before}{comma}{name}" for name in names]
+        given = before.split(",")
+        return [f"{before}{comma}{name}" for name in names if name not in given]
 
     return complete
 
