@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from liar_ext.bench.stopwatch import Stopwatch
+from liar_ext.caches import cache_option
 
 MODES = ("eager", "compile")
 # CUDA graphs on a GPU: what `generate` compiles with (`CompileConfig`)
@@ -68,6 +69,7 @@ class Decoding:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             # as `generate` does: of a prompt, the logits behind its last token alone
             self._options["logits_to_keep"] = 1
+        self._cache = cache_option(model)
         self.compile_s: float | None = None
         if mode == "compile":
             length = ids.shape[1] + new_tokens
@@ -90,14 +92,14 @@ class Decoding:
 
     def prefill(self, cache: Any) -> Tensor:
         """The next token of each sequence (batch, 1)."""
-        return _next(self._model(self._ids, past_key_values=cache, **self._options))
+        return _next(self._model(self._ids, **{self._cache: cache}, **self._options))
 
     def decode(self, token: Tensor, cache: Any) -> Tensor:
         """The same after one more token."""
         if self._static is not None:
             # what a CUDA graph gives back is overwritten by its next run
             torch.compiler.cudagraph_mark_step_begin()
-        return _next(self._step(token, past_key_values=cache, **self._options))
+        return _next(self._step(token, **{self._cache: cache}, **self._options))
 
     def tokens(self, count: int, forced: Tensor | None = None) -> Tensor:
         """Generated ids (batch, count).
@@ -155,7 +157,7 @@ class Decoding:
     def cache_bytes(self) -> float:
         """Measured on a cache behind the prompt."""
         cache = DynamicCache(config=self._model.config)
-        self._model(self._ids, past_key_values=cache, **self._options)
+        self._model(self._ids, **{self._cache: cache}, **self._options)
         parts = [getattr(own, name, None) for own in cache.layers for name in ("keys", "values")]
         held = sum(p.numel() * p.element_size() for p in parts if isinstance(p, Tensor))
         if self._static is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from liar_ext.caches import cache_option
 from liar_ext.calibration.batches import Batch
 from liar_ext.engine.capture import LayerCall, record_calls
 from liar_ext.errors import InputError
@@ -61,7 +62,7 @@ def calls_of(
         cache = DynamicCache(config=text_config(model.config))
         for index in range(len(layers)):
             cache.update(narrow, narrow, index)
-        options = {"use_cache": True, "past_key_values": cache}
+        options = {"use_cache": True, cache_option(backbone): cache}
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
     hidden, calls = record_calls(backbone, layers, batch, device, options, adapter.returns)
     return torch.randn_like(hidden), calls

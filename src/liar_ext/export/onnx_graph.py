@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from liar_ext.caches import cache_of, cache_option
+
 PARTS = ("key", "value")
 # sizes of the example: neither 0 nor 1, which torch.export takes for constants, nor alike
 BATCH, LENGTH, PAST = 2, 3, 5
@@ -59,7 +61,7 @@ class _Cached(nn.Module):
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str]):
         super().__init__()
-        self.model, self.names = model, tuple(names)
+        self.model, self.names, self.cache = model, tuple(names), cache_option(model)
 
     def forward(self, *values: Any) -> tuple[Tensor, ...]:
         *tensors, past = values
@@ -68,10 +70,8 @@ class _Cached(nn.Module):
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
         named = dict(zip(self.names, tensors, strict=True))
-        found = self.model(**named, past_key_values=cache, use_cache=True, return_dict=True)
-        kept = [
-            part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)
-        ]
+        found = self.model(**named, **{self.cache: cache}, use_cache=True, return_dict=True)
+        kept = [part for layer in cache_of(found).layers for part in (layer.keys, layer.values)]
         return (found.logits, *kept)
 
 
@@ -122,7 +122,7 @@ def cached_graph(model: PreTrainedModel) -> Graph:
 @torch.no_grad()
 def cache_shapes(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
     """Heads and head width of keys and values in turn, of each layer that has a cache."""
-    found = model(_tokens(1, 2), use_cache=True, return_dict=True).past_key_values
+    found = cache_of(model(_tokens(1, 2), use_cache=True, return_dict=True))
     parts = [part for layer in found.layers for part in (layer.keys, layer.values)]
     # a config promises a place for each layer; one without attention leaves the last one empty
     return tuple((part.shape[1], part.shape[3]) for part in parts if part is not None)
