@@ -179,7 +179,7 @@ def test_what_was_written_for_an_engine_is_named_and_its_source_too(
         main(["export", str(tmp_path), *(out if word == "OUT" else word for word in command)]) == 2
     )
     said = capsys.readouterr().err
-    assert f"was written by `liar export --format {form}`, and loads with that engine only" in said
+    assert f"was written by `liar export --format {form}`, for that engine; give" in said
     assert "give the folder that it was made from (small)" in said
 
 

@@ -23,8 +23,8 @@ def source_folder(source: str | Path) -> Path:
     data = read_data(folder) if (folder / FILE).exists() else None
     if isinstance(data, dict) and data.get("kind") == EXPORTED and data.get("format") in FOREIGN:
         raise InputError(
-            f"{source}: was written by `liar export --format {data['format']}`, and loads with "
-            f"{data['export']['loads_with']} only; give the folder that it was made from "
+            f"{source}: was written by `liar export --format {data['format']}`, for "
+            f"{data['export']['loads_with']}; give the folder that it was made from "
             f"({data['source']})"
         )
     return folder
