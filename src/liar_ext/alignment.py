@@ -84,7 +84,7 @@ def round_to_for(
     multiple = wanted(word, resolve_device(device).type)
     data = dense_config(resolve(source, config_only=True))
     model = layout.empty_model(layout.config_object(with_trace(data, () if trace else None)))
-    layers = range(len(adapter_for(model.config).layer_list(model)[1]))
+    layers = range(len(adapter_for(model.config).chain(model)))
     widths = [
         site.units
         for index in layers

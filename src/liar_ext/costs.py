@@ -79,7 +79,7 @@ def layer_flops(model: PreTrainedModel, adapter: Adapter, length: int) -> list[i
     Linears and the two attention products; norms, activations and softmax are not counted.
     """
     found = []
-    for index, layer in enumerate(adapter.layer_list(model)[1]):
+    for index, layer in enumerate(adapter.chain(model)):
         weights = sum(linear.weight(module).numel() for module in linear.linears(layer))
         attended = sum(site.columns for site in adapter.sites_of(model, index, ("heads",)))
         found.append(2 * weights + attended * _attention_flops(adapter.decoder, length))
@@ -257,7 +257,7 @@ def gradient_held_bytes(
 
 def kept_states(model: PreTrainedModel, adapter: Adapter, recipe: Recipe) -> int:
     """How many times the hidden states of its windows the gradient pass keeps."""
-    return len(adapter.layer_list(model)[1]) + 1 - (recipe.layers or (0,))[0]
+    return len(adapter.chain(model)) + 1 - (recipe.layers or (0,))[0]
 
 
 def held_beside(model: PreTrainedModel, site: Site, length: int) -> int:

@@ -47,11 +47,11 @@ def weights_of(
     Args:
         stored: the dtype of each tensor as safetensors names it. dtype: what is computed in.
     """
-    path, layers = adapter.layer_list(model)
+    layers = adapter.chain(model)
     backbone_path, backbone = adapter.backbone(model)
     most: dict[str, int] = {"layer": 0}
     for index, layer in enumerate(layers):
-        named = {f"{path}.{index}.{name}": p for name, p in layer.named_parameters()}
+        named = {f"{layers.path(index)}.{name}": p for name, p in layer.named_parameters()}
         count = sum(parameter.numel() for parameter in named.values())
         if count * dtype.itemsize > most["layer"]:
             read = {name: p.numel() * DTYPE_BYTES[stored[name]] for name, p in named.items()}
@@ -65,7 +65,7 @@ def weights_of(
     outside = {
         full: parameter
         for name, parameter in backbone.named_parameters()
-        if not (full := f"{backbone_path}.{name}".lstrip(".")).startswith(f"{path}.")
+        if layers.layer_of(full := f"{backbone_path}.{name}".lstrip(".")) is None
     }
     other = [
         parameter.numel() * DTYPE_BYTES[stored[name]]

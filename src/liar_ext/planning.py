@@ -325,7 +325,7 @@ def _shrink(
                 beside=beside,
             )
         )
-    for index in range(len(adapter.layer_list(model)[1])):
+    for index in range(len(adapter.chain(model))):
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)
     return sites
@@ -347,11 +347,10 @@ def _layer_written(
     model: PreTrainedModel, adapter: Adapter, stored: Mapping[str, str], dtype: str
 ) -> int:
     """Bytes of the largest layer of the result."""
-    path = adapter.layer_list(model)[0]
-    found: dict[str, int] = {}
+    layers = adapter.chain(model)
+    found: dict[int, int] = {}
     for name, size in _written_bytes(model, adapter, stored, dtype).items():
-        if name.startswith(f"{path}."):
-            layer = name.removeprefix(f"{path}.").partition(".")[0]
+        if (layer := layers.layer_of(name)) is not None:
             found[layer] = found.get(layer, 0) + size
     return max(found.values())
 
@@ -361,12 +360,12 @@ def _written_bytes(
 ) -> dict[str, int]:
     """Of each tensor of the result."""
     wanted = "" if dtype == "auto" else NAMES[getattr(torch, dtype)]
-    layers = f"{adapter.layer_list(model)[0]}."
+    layers = adapter.chain(model)
     sizes = {}
     for name, tensor in model.state_dict().items():
         # a bias that was added is written like its weight
         found = stored.get(name) or stored.get(f"{name.removesuffix('bias')}weight")
-        if found is not None and (name in stored or name.startswith(layers)):
+        if found is not None and (name in stored or layers.layer_of(name) is not None):
             kept = wanted if wanted and found in FLOATING else found
             sizes[name] = tensor.numel() * DTYPE_BYTES[kept]
     return sizes

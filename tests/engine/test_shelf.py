@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import liar_ext
 from liar_ext import Execution, InputError, Recipe
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine import capture
 from liar_ext.engine.capture import LayerRun, pausing, record_calls
 from liar_ext.engine.execution import choose_place, make_shelf

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.capture import LayerCall, record_calls
 from liar_ext.errors import InputError
 from liar_ext.latency import Workload
@@ -51,7 +51,8 @@ def calls_of(
     embedding = backbone.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     backbone.set_input_embeddings(nn.Embedding(1, embedding.embedding_dim, device="meta"))
-    for child in _outside(backbone, layers):
+    needed = [layers[0]] if adapter.hands_on else []
+    for child in (*_outside(backbone, layers), *needed):
         materialise(child, device, dtype)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)
     options = adapter.options
@@ -63,7 +64,9 @@ def calls_of(
             cache.update(narrow, narrow, index)
         options = {"use_cache": True, "past_key_values": cache}
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
-    hidden, calls = record_calls(backbone, layers, batch, device, options, adapter.returns)
+    hidden, calls = record_calls(
+        backbone, layers, batch, device, options, adapter.returns, hands_on=adapter.hands_on
+    )
     return torch.randn_like(hidden), calls
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,6 +234,7 @@ class CheckpointReader:
                     f"{tuple(expected.shape)}; the config does not belong to these weights"
                 )
             self._names[name] = found
+        self._untie(model, tied)
         computed = {} if rules is None else rules[1]
         for name in missing:
             if name in computed:
@@ -339,6 +340,26 @@ class CheckpointReader:
             )
         return counts.most_common(1)[0][0]
 
+    def _untie(self, model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+        """What is stored beside what the config ties it to, with other values, is itself, as
+        transformers takes it (T5 1.1, whose config has no other way to say it)."""
+        own = {
+            name
+            for name, source in tied.items()
+            if name in self._names and source in self._names and self._differ(name, source)
+        }
+        if own:
+            model._tied_weights_keys = {n: s for n, s in tied.items() if n not in own}
+
+    def _differ(self, name: str, other: str) -> bool:
+        one, two = (self._stored[self._names[n]] for n in (name, other))
+        if one is two or (one.dtype, one.shape) != (two.dtype, two.shape):
+            return one is not two
+        return any(
+            not torch.equal(a, b)
+            for a, b in zip(self.pieces(name), self.pieces(other), strict=True)
+        )
+
     def bytes(self) -> int:
         """Bytes of the tensors that belong to the model."""
         entries = [self._stored[own] for own in set(self._names.values())]
@@ -418,13 +439,13 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(value.numel() for name, value in model.named_parameters() if name not in tied)
 
 
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Parameters that are another one's alias when the config ties embeddings."""
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are another one's alias when the config ties embeddings, and of which."""
     # half of the config classes of transformers do not have the field
     configs = (model.config, model.config.get_text_config())
     if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
-        return set()
-    return set(getattr(model, "_tied_weights_keys", None) or ())
+        return {}
+    return dict(getattr(model, "_tied_weights_keys", None) or {})
 
 
 def _nothing_to_read(folder: Path) -> str:

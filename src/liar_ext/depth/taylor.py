@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth.methods import METHODS
 from liar_ext.engine.backward import BackwardPass
 from liar_ext.engine.capture import layer_output

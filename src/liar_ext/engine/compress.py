@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batch import Batch, first_samples
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity, sync_path
 from liar_ext.checkpoint.load import resolve
@@ -149,7 +149,7 @@ def compress(
                 store,
                 identity,
                 seconds=execution.journal_seconds,
-                layers=len(adapter.layer_list(model)[1]),
+                layers=len(adapter.chain(model)),
                 ranks=ranks,
                 source=sums,
                 since=began,
@@ -219,7 +219,7 @@ def held_bytes_of(
         search_held_bytes(recipe, _positions(tried, len(tried), ranks), hidden, item),
         choice_states(
             recipe,
-            len(adapter.layer_list(model)[1]),
+            len(adapter.chain(model)),
             own=own,
             gradients=theirs,
             losses=_positions(tried, 1, ranks),

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from liar_ext.allocation import Budget
-from liar_ext.calibration.batches import Batch, check_enough
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import check_enough
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.engine.clock import Clock
@@ -195,7 +196,7 @@ def few_tokens(
     repaired = [(index, recipe.target) for index in targets]
     if recipe.spans:
         # nobody knows yet which
-        every = range(len(adapter.layer_list(store.model)[1]))
+        every = range(len(adapter.chain(store.model)))
         repaired += [(index, (adapter.sites[-1].kind,)) for index in every]
     if not repaired:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.allocation import ALLOCATIONS, Budget, check_reachable
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.costs import pricing
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.block import LayerBlock
@@ -88,7 +88,7 @@ def _counting(store: LayerStore, known: Mapping[Key, Budget]) -> Key | None:
     no other layer of its type is sure to have some (`models.absent`)."""
     config = store.model.config
     adapter = adapter_for(config)
-    layers = len(adapter.layer_list(store.model)[1])
+    layers = len(adapter.chain(store.model))
     types = getattr(text_config(config), "layer_types", None) or [None] * layers
     like = [index for index in range(layers) if types[index] == types[0]]
     sure = any((index, "heads") not in known for index in like)
@@ -97,7 +97,7 @@ def _counting(store: LayerStore, known: Mapping[Key, Budget]) -> Key | None:
 
 def longest(batches: Sequence[Batch]) -> int:
     """Tokens of the longest calibration sequence."""
-    return max((batch.input_ids.shape[1] for batch in batches), default=1)
+    return max((batch.longest for batch in batches), default=1)
 
 
 def targeted_layers(store: LayerStore, recipe: Recipe) -> range:
@@ -108,7 +108,7 @@ def targeted_layers(store: LayerStore, recipe: Recipe) -> range:
     """
     if not recipe.narrows:
         return range(0)
-    count = len(adapter_for(store.model.config).layer_list(store.model)[1])
+    count = len(adapter_for(store.model.config).chain(store.model))
     start, stop = recipe.layers or (0, count)
     if stop > count:
         raise InputError(f"--layers {start}:{stop}: the model has {count} layers (0:{count})")

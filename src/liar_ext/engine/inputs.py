@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from liar_ext.calibration.batches import (
-    NO_CALIBRATION,
-    Batch,
-    Calibration,
-    cut_to,
-    make_batches,
-)
+from liar_ext.calibration.batch import Batch, cut_to
+from liar_ext.calibration.batches import NO_CALIBRATION, Calibration, make_batches
 from liar_ext.calibration.features import feature_batches
+from liar_ext.calibration.pairs import pair_batches, start_token
 from liar_ext.calibration.sources import read
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.engine.statistics import least_segments
@@ -57,16 +53,17 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
         return replace(found, batches=fit_to(found.batches, recipe))
     corpus = read(recipe.calibration)
     tokenizer = None if corpus.tokens is not None else load_tokenizer(folder)
-    found = make_batches(
-        corpus,
-        tokenizer,
-        packed=adapter.decoder,
-        samples=recipe.samples,
-        seq_len=min(recipe.seq_len, adapter.max_positions(text)),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        vocab_size=text.vocab_size,
-    )
+    options: dict[str, Any] = {
+        "samples": recipe.samples,
+        "seq_len": min(recipe.seq_len, adapter.max_positions(text)),
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "vocab_size": text.vocab_size,
+    }
+    if adapter.then is not None:
+        found = pair_batches(corpus, tokenizer, start=start_token(text), **options)
+    else:
+        found = make_batches(corpus, tokenizer, packed=adapter.decoder, **options)
     return replace(found, batches=fit_to(found.batches, recipe))
 
 

@@ -148,7 +148,9 @@ class PairStream(Stream):
             dense = self._outputs[site.kind, number].fetch()
             local = site.consumer(x)
         with self._clock.phase("gram"):
-            accumulator.add_pair(x, local, dense, self._valid[number], self._segments[number])
+            accumulator.add_pair(
+                x, local, dense, self.valid(number, site.layer), self._segments[number]
+            )
 
     def _part(self, dense: Mapping[int, Item]) -> None:
         free_all(self.dense)

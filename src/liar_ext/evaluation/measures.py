@@ -17,6 +17,7 @@ from liar_ext.evaluation.choice_tokens import encode
 from liar_ext.evaluation.choices import read_choices
 from liar_ext.evaluation.glue import GlueMeasure, read_glue
 from liar_ext.evaluation.measured import Dense, Measure, Measured
+from liar_ext.evaluation.pairs import PairsMeasure, read_pairs
 from liar_ext.evaluation.squad import SquadMeasure
 from liar_ext.evaluation.squad_sets import read_squad
 from liar_ext.evaluation.stsb import correlation
@@ -133,6 +134,7 @@ PREPARE: dict[str, Callable[[Evaluation, Any], Measure]] = {
     "lm-eval": lm_harness.HarnessMeasure,
     "glue": GlueMeasure,
     "squad": SquadMeasure,
+    "pairs": PairsMeasure,
 }
 
 CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
@@ -143,4 +145,5 @@ CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
     "lm-eval": lm_harness.corpus,
     "glue": lambda evaluation: read_glue(evaluation.path).corpus(),
     "squad": lambda evaluation: read_squad(evaluation.path).corpus(),
+    "pairs": lambda evaluation: read_pairs(evaluation.path),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.depth.replace.loss import state_error
