@@ -29,6 +29,7 @@ from liar_ext.checkpoint.reader import (
 from liar_ext.choice_costs import choice_plan
 from liar_ext.costs import (
     SitePlan,
+    Tokens,
     compression_flops,
     head_flops,
     held_beside,
@@ -109,7 +110,7 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     parameters_before = _parameters(whole)
-    all_layers = layer_flops(whole, adapter, tokens.seq_len)
+    all_layers = layer_flops(whole, adapter, tokens.seq_len, tokens.shares)
     held = held_bytes(whole, adapter, recipe, tokens.positions, weights.item, tokens.seq_len)
     choice = choice_plan(whole, adapter, recipe, tokens, ranks, weights.item)
     cut: Shortened | None = None
@@ -130,7 +131,7 @@ def plan(
         notes.append(said)
     targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths = layout.read(model)
-    by_layer = layer_flops(model, adapter, tokens.seq_len)
+    by_layer = layer_flops(model, adapter, tokens.seq_len, tokens.shares)
     units = sum(budget.units for budget in costs.values())
     prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
     beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
@@ -141,7 +142,7 @@ def plan(
     tied = bool(tied_names(model))
     search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
     also = fitted(model, adapter, driver, gaps, tokens.seq_len)
-    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps, tokens.seq_len)
+    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps, tokens)
     order: list[str] = [spec.kind for spec in adapter.sites]
     every = sorted([*sites, *also], key=lambda site: (site.layer, order.index(site.kind)))
     left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
@@ -201,7 +202,8 @@ def plan(
         "flops_per_token": {
             "context": tokens.seq_len,
             "before": sum(all_layers) + head_flops(whole),
-            "after": sum(layer_flops(model, adapter, tokens.seq_len)) + head_flops(model),
+            "after": sum(layer_flops(model, adapter, tokens.seq_len, tokens.shares))
+            + head_flops(model),
         },
         "calibration": asdict(tokens) | tokens_needed_by(every, tokens, recipe),
         "flops": flops,
@@ -226,7 +228,7 @@ def pruned_config(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     driver, before = check_model(store, recipe), layout.read(model)
     costs = budgets(store, recipe, 1)
     driver.check(costs, recipe.samples)
-    _shrink(model, adapter, recipe, driver, costs, [], {}, 1)
+    _shrink(model, adapter, recipe, driver, costs, [], {}, None)
     values = layout.equal_values(model, before)
     return layout.describe(dense, adapter, layout.read(model), values, driver.added_biases)
 
@@ -293,9 +295,14 @@ def _shrink(
     known: Mapping[tuple[int, str], Budget],
     notes: list[str],
     gaps: Mapping[int, range],
-    length: int,
+    tokens: Tokens | None,
 ) -> list[SitePlan]:
-    """Shrink the model on `meta` as the driver would, biases included."""
+    """Shrink the model on `meta` as the driver would, biases included.
+
+    Args:
+        tokens: of the calibration; None where only widths are wanted.
+    """
+    layers = adapter.chain(model)
     allocation = ALLOCATIONS[recipe.allocation]
     reads = reads_of(recipe)
     if reads is not None or allocation.search is not None:
@@ -316,13 +323,15 @@ def _shrink(
         before, columns, each = site.units, site.columns, site.columns_per_unit
         rows, outputs = producer_rows(site), site.weight().shape[0]
         across = index in gaps and kind == adapter.sites[-1].kind
-        beside = held_beside(model, site, length)
+        beside = 0 if tokens is None else held_beside(model, site, tokens.seq_len)
+        share = 1.0 if tokens is None else tokens.shares[layers.stack(index)]
         site.shrink(torch.arange(units))
         sites.append(
             SitePlan(
                 *(index, kind, site.name, before, units, columns, units * each, outputs, rows),
                 across=across,
                 beside=beside,
+                share=share,
             )
         )
     for index in range(len(adapter.chain(model))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,27 @@ from liar_families import (
     tree_hash,
     write_tokens,
 )
+from liar_kill import Work, compress, differences, resume
 from liar_stock import stock
-from transformers import T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import liar_ext
-from liar_ext import InputError, Recipe
+from liar_ext import InputError, Recipe, planning
 from liar_ext.calibration import Batch
+from liar_ext.cli import main
+from liar_ext.depth.drop import drop_layers
+from liar_ext.depth.surgery import layer_list
 from liar_ext.engine.capture import layer_output
+from liar_ext.engine.execution import Execution
 from liar_ext.engine.passage import passage_of
 from liar_ext.errors import UnsupportedModelError
+from liar_ext.export.servers import check
 from liar_ext.models import adapter_for, layout
 from liar_ext.ops.logits import logits
 
 HOST = torch.device("cpu")
+WORDS = [f"w{number}" for number in range(80)]
 # float32 forward passes whose products are summed in another order
 TOLERANCE = 1e-5
 
@@ -279,3 +288,174 @@ def test_other_encoder_decoders_stay_refused():
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         adapter_for(config)
     assert randomise(T5ForConditionalGeneration(T5Config(**config.to_dict()))) is not None
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-untied"])
+@pytest.mark.parametrize("changes", [{}, {"allocation": "global"}, {"round_to": 16}])
+def test_the_plan_is_what_compress_does(name, changes, tmp_path):
+    PAIRED[name].build().save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn",), **changes)
+    rates = {"forward": 1e9, "gram": 1e9, "solve": 1e9, "residual": 1e9}
+    found = planning.plan(tmp_path / "dense", recipe, rates=rates)
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    if found["exact"]:
+        for what in ("parameters", "bytes"):
+            now = {when: report.totals[f"{what}_{when}"] for when in ("before", "after")}
+            assert found[what] == now
+        assert found["loader"]["layout"] == report.layout
+    assert found["calibration"]["tokens"] == report.calibration["tokens"] == 2 * 48 * 12
+    assert found["calibration"]["shares"] == (0.5, 0.5)
+    assert [(s["name"], s["columns_before"]) for s in found["sites"]] == [
+        (site.name, 48) for site in report.sites
+    ]
+
+
+def test_forwards_are_counted_on_the_tokens_that_each_stack_reads(tmp_path):
+    """Against the rows that the linears of the layers are given in plain forwards."""
+    model = PAIRED["t5"].build()
+    model.save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn",))
+    flops = 0
+
+    def count(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal flops
+        flops += 2 * args[0][..., 0].numel() * module.weight.numel()
+
+    for stack in (model.encoder, model.decoder):
+        for module in stack.block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(count)
+    with torch.no_grad():
+        for batch in pairs_of(recipe):
+            source, target = batch.parts
+            model(input_ids=source.input_ids, decoder_input_ids=target.input_ids, use_cache=False)
+    rates = {"forward": 1e9, "gram": 1e9, "solve": 1e9, "residual": 1e9}
+    found = planning.plan(tmp_path / "dense", recipe, rates=rates)["flops"]
+    assert found["forward"] == flops
+    # 5 Sites of 48 columns, of half of the tokens each
+    assert found["gram"] == 5 * 48**2 * (48 * 12)
+
+
+@pytest.mark.parametrize("samples", [3, 48])
+def test_tokens_are_counted_for_each_stack(samples, tmp_path):
+    """36 tokens of each stack are fewer than 48 columns, though 72 of both are not."""
+    PAIRED["t5"].build().save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn",), samples=samples)
+    found = planning.plan(tmp_path / "dense", recipe, rates=None)["calibration"]
+    if samples == 48:
+        assert "only" not in str(found["problem"])
+        return
+    assert found["problem"].startswith("36 calibration tokens for 48 columns")
+    with pytest.raises(InputError, match="36 calibration tokens for 48 columns"):
+        liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "kills"),
+    [
+        ({}, "device", [("journal written", 2), ("site half pruned", 2)]),
+        (
+            {"target_signal": "dense"},
+            "disk",
+            [("journal written", 1), ("hidden states half written", 3), ("journal written", 2)],
+        ),
+        ({"allocation": "evolution"}, "disk", [("answers written", 1), ("journal written", 2)]),
+        ({"statistics": "oneshot"}, "disk", [("layer being written", 4)]),
+    ],
+    ids=["sequential", "dense", "search", "oneshot"],
+)
+def test_killed_and_resumed_in_either_stack_the_result_is_the_same(changes, place, kills, tmp_path):
+    PAIRED["t5"].build().save_pretrained(tmp_path / "dense")
+    searches = {"search_samples": 4, "search_evaluations": 8}
+    recipe = _recipe(tmp_path, target=("ffn",), **searches, **changes)
+    execution = Execution(hidden_states=place, journal_seconds=0)
+    work = Work(tmp_path / "dense", tmp_path / "out", recipe, execution)
+    assert compress(replace(work, out=tmp_path / "whole")).done
+    for point, nth in kills:
+        assert compress(work, at=point, nth=nth).killed, f"{point} was not reached {nth} times"
+        work = work.resumed()
+    resume(work)
+    assert differences(tmp_path / "whole", work.out) == []
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+@pytest.mark.parametrize("signal", ["local", "dense"])
+def test_where_hidden_states_wait_makes_no_difference(signal, place, tmp_path):
+    PAIRED["t5-gated"].build().save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn",), target_signal=signal)
+    for name, where in (("one", "device"), ("other", place)):
+        execution = Execution(hidden_states=where)
+        liar_ext.compress(tmp_path / "dense", tmp_path / name, recipe, execution=execution)
+    found = [outputs(liar_ext.load(tmp_path / name)) for name in ("one", "other")]
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_with_a_dense_target_the_decoder_is_nearer_to_the_dense_one(tmp_path):
+    """On the calibration tokens: drift of the encoder reaches the decoder by cross-attention."""
+    dense = PAIRED["t5"].build()
+    errors = {}
+    for signal in ("local", "dense"):
+        model = PAIRED["t5"].build()
+        recipe = _recipe(tmp_path, target=("ffn",), target_signal=signal)
+        batches = pairs_of(recipe)
+        liar_ext.prune(model, batches, recipe)
+        above = below = 0.0
+        for batch in batches:
+            source, target = batch.parts
+            inputs = {"input_ids": source.input_ids, "decoder_input_ids": target.input_ids}
+            said, wanted = (
+                own(**inputs, output_hidden_states=True).decoder_hidden_states[-1].double()
+                for own in (model, dense)
+            )
+            above += float((said - wanted).square().sum())
+            below += float(wanted.square().sum())
+        errors[signal] = above / below
+    assert errors["dense"] < errors["local"] < 1
+
+
+def test_what_works_on_one_stack_says_so(tmp_path):
+    """Whole layers: by name, before anything is written."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    model = PAIRED["t5"].build()
+    model.save_pretrained(dense)
+    with pytest.raises(UnsupportedModelError, match="two stacks of layers"):
+        drop_layers(dense, out, [1])
+    with pytest.raises(UnsupportedModelError, match="two stacks of layers"):
+        layer_list(model)
+    assert not out.exists()
+
+
+def test_engines_are_told_what_is_known_of_them(tmp_path):
+    PAIRED["t5"].build().save_pretrained(tmp_path / "dense")
+    engines = check(tmp_path / "dense")["engines"]
+    found = {verdict["engine"]: verdict["loads"] for verdict in engines}
+    assert found["transformers"] == "yes"
+    assert found["ONNX Runtime"] == "unknown"
+
+
+def test_a_grid_of_methods_compares_encoder_decoders(tmp_path):
+    """`liar compare` measures targets given their sources."""
+    dense = tmp_path / "dense"
+    PAIRED["t5"].build().save_pretrained(dense)
+    words = {word: place for place, word in enumerate(["[PAD]", "[END]", *WORDS])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[END]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", eos_token="[END]")
+    fast.save_pretrained(dense)
+    lines = [
+        json.dumps(
+            {"source": " ".join(WORDS[i : i + 9]), "target": " ".join(WORDS[i + 9 : i + 12])}
+        )
+        for i in range(60)
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(lines))
+    options = ["--sparsities", "0.5", "--criteria", "wanda,magnitude", "--targets", "ffn"]
+    tokens = str(write_tokens(tmp_path / "t.npy", samples=48))
+    options += ["--calibration", tokens, "--samples", "48", "--seq-len", "12"]
+    options += ["--eval", f"pairs={pairs}", "--out", str(tmp_path / "grid")]
+    assert main(["compare", str(dense), *options, "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "grid" / "comparison.json").read_text())
+    assert len(found["cells"]) == 2
+    assert all(cell["evaluations"] for cell in found["cells"])

@@ -24,7 +24,7 @@ from liar_ext.checkpoint.reader import (
 )
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.evaluation.mode import embedding_of, positions_of
-from liar_ext.models import adapter_for, layout, refusal, text_config
+from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import stated_dtype
 from liar_ext.planning import dense_config, pruned_config
 from liar_ext.recipe import Recipe
@@ -156,7 +156,10 @@ def outline(
             raise InputError(f"{source.given}: {error}") from error
     model = layout.empty(data)
     if getattr(text_config(model.config), "is_encoder_decoder", False):
-        raise InputError(f"{source.given}: {refusal(model.config)}; give a decoder or an encoder")
+        raise InputError(
+            f"{source.given}: it is an encoder-decoder; liar bench serve times decoders and "
+            "encoders"
+        )
     embedding = embedding_of(model) if model.main_input_name == "input_ids" else None
     if not isinstance(embedding, nn.Embedding):
         raise InputError(

@@ -85,8 +85,11 @@ class Batch:
         """
         if self.features is not None:
             return {name: value.to(device, dtype) for name, value in self.features.items()}
-        ids: Tensor | None = self.input_ids.to(device)
-        return {"input_ids": ids, "attention_mask": self.mask_on(device)}
+        found: dict[str, Tensor | None] = {}
+        for prefix, part in zip(("", "decoder_"), self.parts, strict=False):
+            found[f"{prefix}input_ids"] = part.input_ids.to(device)
+            found[f"{prefix}attention_mask"] = part.mask_on(device)
+        return found
 
     def samples(self, which: slice) -> Batch:
         """Some of its samples, as long as they are here."""
@@ -133,6 +136,13 @@ class Batch:
         if bool(self.attention_mask.all()):
             return None
         return self.attention_mask.flatten().nonzero().flatten().to(device)
+
+
+def shares(batches: Sequence[Batch]) -> tuple[float, ...]:
+    """What share of the valid tokens each stack reads; `(1.0,)` where there is one stack."""
+    read = [[part.tokens for part in batch.parts] for batch in batches]
+    total = sum(map(sum, read))
+    return tuple(sum(own) / total for own in zip(*read, strict=True)) if total else (1.0,)
 
 
 def first_samples(batches: Sequence[Batch], samples: int) -> tuple[Batch, ...]:

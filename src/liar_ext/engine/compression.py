@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from liar_ext.allocation import Budget
-from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batch import Batch, shares
 from liar_ext.calibration.batches import check_enough
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
@@ -200,12 +200,17 @@ def few_tokens(
         repaired += [(index, (adapter.sites[-1].kind,)) for index in every]
     if not repaired:
         return None
-    columns = [
-        site.columns
-        for index, kinds in repaired
-        for site in adapter.sites_of(store.model, index, kinds)
-    ]
-    return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
+    layers, read = adapter.chain(store.model), shares(batches)
+    # of each stack, which has its own tokens
+    widest = dict.fromkeys(range(len(read)), 0)
+    for index, kinds in repaired:
+        for site in adapter.sites_of(store.model, index, kinds):
+            stack = layers.stack(index) if len(read) > 1 else 0
+            widest[stack] = max(widest[stack], site.columns)
+    held = held_out_tokens(batches, recipe)
+    worst = max(widest, key=lambda stack: widest[stack] / read[stack])
+    own = round(tokens * read[worst])
+    return check_enough(own, widest[worst], round(held * read[worst]))
 
 
 def check_model(store: LayerStore, recipe: Recipe, left_out: LeftOut | None = None) -> Driver:
