@@ -24,6 +24,7 @@ from liar_ext.checkpoint.identity import (
 from liar_ext.checkpoint.names import candidates, library_names
 from liar_ext.errors import InputError
 
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -64,20 +65,49 @@ MOVED = ("rotary_emb.inv_freq", "position_ids")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; InputError names the file and what is wrong."""
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        InputError: there is none; it names the file, what is wrong with it, and what to do.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; {path.parent} is not a complete checkpoint") from error
+        raise InputError(
+            f"{path}: missing; {path.parent} is not a complete checkpoint: complete the download, "
+            "or give the folder that has this file"
+        ) from error
     except PermissionError as error:
         raise InputError(
             f"{path}: permission denied; run as a user who may read it, or chmod it and the "
             "folders above"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+        raise InputError(
+            f"{path}: cannot be read as JSON ({error}); download it again, or mend it there"
+        ) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(data).__name__}")
+        raise InputError(
+            f"{path}: must hold a JSON object, not {type(data).__name__}; download it again"
+        )
+    return data
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder, of which the family of models is known.
+
+    Raises:
+        InputError: as `read_json`, or it is of something else.
+    """
+    path = folder / CONFIG
+    data = read_json(path)
+    given = data.get("model_type")
+    if not isinstance(given, str):
+        what = "no model_type" if given is None else f"model_type {given!r} is no name"
+        raise InputError(
+            f"{path}: {what}, so this is not a transformers model; give a folder that "
+            "save_pretrained or liar-ext wrote"
+        )
     return data
 
 
@@ -107,9 +137,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
-        if "model_type" not in self.config:
-            raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
+        self.config = read_config(folder)
         self._files: dict[str, FileIdentity] = {}
         self._headers: dict[str, dict[str, _Stored]] = {}
         self._stored: dict[str, _Stored] = {}
