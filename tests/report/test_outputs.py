@@ -11,6 +11,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 from liar_chromium import chromium, needs_chromium
 from liar_images import resnet, write_pictures
 from liar_page import Page
@@ -114,6 +115,22 @@ def test_every_kind_of_output_has_a_page(made, name):
     shown = f"{millions:.3g} M" if millions >= 0.01 else f"{totals['parameters_after']:,}"
     assert shown in page.text
     assert "/" + str(made).strip("/") not in text, "a folder of this machine is on the page"
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_kind_of_output_has_a_card_for_the_hub(made, name):
+    card = (made / name / "README.md").read_text()
+    assert card.startswith("---\n")
+    _, front, body = card.split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert body.startswith("\n# ")
+    assert {"liar-ext", "resnet" if name == "fused" else "llama"} <= set(found["tags"])
+    assert len(found["tags"]) > 2, "what was done is a tag"
+    own = "liar_ext" in json.loads((made / name / "config.json").read_text())
+    assert found["library_name"] == ("liar-ext" if own else "transformers")
+    assert own or found["pipeline_tag"] == "text-generation"
+    # they were made from a folder of this machine
+    assert "base_model" not in found
 
 
 def test_several_outputs_stand_side_by_side(made):
