@@ -284,6 +284,39 @@ def test_an_interrupt_in_the_middle_leaves_no_trace(inputs, tmp_path, number):
     assert _tree(inputs.llama) == before
 
 
+CONFIGS = {
+    "missing": (None, "missing; ", "complete the download, or give the folder that has this file"),
+    "broken": ("{", "cannot be read as JSON (", "; download it again, or mend it there"),
+    "list": ("[1]", "must hold a JSON object, not list", "; download it again"),
+    "other": ("{}", "no model_type, so this is not a transformers model", "; give a folder that"),
+    "number": ('{"model_type": 3}', "model_type 3 is no name, so", "; give a folder that"),
+}
+READERS = {
+    "prune": ["prune", "{source}", "--out", "{out}", "--calibration", "{text}"],
+    "eval": ["eval", "{source}", "--text", "{text}"],
+    "trace": ["trace", "{source}"],
+    "grow": ["grow", "{source}", "--out", "{out}", "--layers", "3"],
+    "serve": ["bench", "serve", "{source}"],
+    "preset": ["plan", "{source}", "--preset", "best", "--calibration", "{text}"],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_none_names_the_file_and_the_next_step(
+    inputs, source, tmp_path, capsys, case, command
+):
+    text, what, step = CONFIGS[case]
+    (source / "config.json").unlink()
+    if text is not None:
+        (source / "config.json").write_text(text)
+    places = {"source": str(source), "out": str(tmp_path / "out"), "text": str(inputs.text)}
+    error = _run([word.format(**places) for word in READERS[command]], capsys)
+    assert error.startswith(f"error: {source / 'config.json'}: {what}")
+    assert step in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -293,6 +326,7 @@ def test_an_interrupt_in_the_middle_leaves_no_trace(inputs, tmp_path, number):
         (["eval", "{llama}", "--text", "{text}", "--seq-len", "0"], "--seq-len 0"),
         (["eval", "nowhere/at/all", "--text", "{text}"], "nowhere/at/all"),
         (["eval", "{llama}"], "--text"),
+        (["eval", "./nowhere", "--text", "{text}"], "or a hub id, OWNER/NAME"),
         (["report", "{llama}"], "liar_report.json"),
         (["report", "nowhere"], "nowhere"),
         (["plan", "{llama}", "--sparsity", "7"], "--sparsity 7.0"),

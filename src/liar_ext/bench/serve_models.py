@@ -15,11 +15,12 @@ from liar_ext.bench.measure import source_name
 from liar_ext.bench.workload import materialise
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.checkpoint.reader import (
+    CONFIG,
     INDEX,
     SINGLE,
     CheckpointReader,
     parameter_count,
-    read_json,
+    read_config,
     tied_names,
 )
 from liar_ext.errors import InputError, UnsupportedModelError
@@ -28,8 +29,6 @@ from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import stated_dtype
 from liar_ext.planning import dense_config, pruned_config
 from liar_ext.recipe import Recipe
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,7 @@ def outline(
         InputError: no such model or shape, or it neither generates nor encodes text.
     """
     folder = Path(source.folder)
-    data = read_json(folder / CONFIG)
-    if "model_type" not in data:
-        raise InputError(f"{folder / CONFIG}: no model_type; not a transformers model")
+    data = read_config(folder)
     if source.sparsity is not None:
         recipe = Recipe(sparsity=source.sparsity, target=target, round_to=round_to)
         try:

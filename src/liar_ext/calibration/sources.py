@@ -146,14 +146,17 @@ def refuse_missing_path(spec: str) -> None:
         raise InputError(f"{spec}: no such file or folder; check the path")
 
 
-def csv_rows(path: str | Path) -> list[tuple[int, list[str]]]:
+def csv_rows(path: str | Path, raw: bytes | None = None) -> list[tuple[int, list[str]]]:
     """The rows of a headerless RFC 4180 file as (number of the row's last line, values).
 
+    Args:
+        raw: its bytes, where they were read already.
     Raises:
         InputError: unreadable, badly quoted, or with rows of different lengths.
     """
     path = Path(path).expanduser()
-    return _csv_rows(str(path), decode(str(path), read_bytes(str(path), path)))
+    raw = read_bytes(str(path), path) if raw is None else raw
+    return _csv_rows(str(path), decode(str(path), raw))
 
 
 def _read_file(spec: str, path: Path) -> Corpus:

@@ -29,7 +29,10 @@ def resolve(source: str | Path, *, config_only: bool = False) -> Path:
         return path
     name = str(source)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"{source}: no such folder")
+        raise InputError(
+            f"{source}: no such folder; give one with config.json and weights, or a hub id, "
+            "OWNER/NAME"
+        )
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from liar_ext.checkpoint.reader import read_json
+from liar_ext.checkpoint.reader import read_config
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.evaluation.task import CLASSIFIER, DECODER, ENCODER, ENCODER_DECODER, READER
 from liar_ext.models import Adapter, check_reads_tokens, known_adapter, layout, text_config
@@ -37,7 +37,7 @@ def limits_of(folder: Path) -> Limits:
     Raises:
         InputError: the config is not usable, or the model cannot be evaluated.
     """
-    return limits_of_model(layout.empty(read_json(folder / "config.json")))
+    return limits_of_model(layout.empty(read_config(folder)))
 
 
 def limits_of_model(model: PreTrainedModel) -> Limits:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +35,18 @@ _CHUNK_LOGITS = 1 << 26
 _NO_TARGET = -100
 
 
-def read_pairs(path: str) -> Corpus:
+@dataclass(frozen=True)
+class Pairs:
+    """Attributes: `texts`, a Corpus with pairs."""
+
+    texts: Corpus
+
+    def corpus(self) -> Corpus:
+        """The texts, for `calibration.overlap`."""
+        return self.texts
+
+
+def read_pairs(path: str) -> Pairs:
     """Pairs of texts.
 
     Raises:
@@ -46,7 +58,7 @@ def read_pairs(path: str) -> Corpus:
             f"{path}: has no pairs of texts; give a .jsonl whose lines have the fields source and "
             "target, or NAME:CONFIG:SPLIT:SOURCE>TARGET of a data set"
         )
-    return corpus
+    return Pairs(corpus)
 
 
 class PairsMeasure:
@@ -57,10 +69,10 @@ class PairsMeasure:
             that has not these tokens.
     """
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, data: Pairs | None = None) -> None:
         assert evaluation.length is not None, "the metric has one of its own"
         self.evaluation = evaluation
-        corpus = read_pairs(evaluation.path)
+        corpus = (read_pairs(evaluation.path) if data is None else data).texts
         options = {"truncation": True, "max_length": evaluation.length, "padding": False}
         sources, targets = zip(*corpus.pairs, strict=True)
         self._sources: list[list[int]] = tokenizer(list(sources), **options)["input_ids"]

@@ -1,6 +1,6 @@
 """Evaluation: one metric on one source, for any number of models. `liar eval` and `liar compare`.
 
-A further metric is one entry of `METRICS`, and one each of `measures.PREPARE` and `CORPUS`.
+A further metric is one entry of `METRICS`, and one each of `measures.READ` and `PREPARE`.
 Importing this imports neither torch nor transformers: the command line builds its options from it.
 """
 
@@ -19,7 +19,7 @@ from liar_ext.evaluation.text_names import protocol_of
 if TYPE_CHECKING:
     from liar_ext.calibration.sources import Corpus
     from liar_ext.evaluation.limits import Limits
-    from liar_ext.evaluation.measured import Measure
+    from liar_ext.evaluation.measured import Measure, Readable
 
 DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
 # heads of encoders, as transformers names its classes
@@ -157,22 +157,28 @@ class Evaluation:
             **({"null_threshold": self.null_threshold} if self.kind == "squad" else {}),
         }
 
+    def read(self) -> Readable:
+        """The source. Raises InputError where it cannot be read."""
+        from liar_ext.evaluation.measures import READ
+
+        return READ[self.kind](self)
+
     def corpus(self) -> Corpus:
         """The texts. Raises InputError where there are none to be read."""
-        from liar_ext.evaluation.measures import CORPUS
+        return self.read().corpus()
 
-        return CORPUS[self.kind](self)
-
-    def on(self, tokenizer: Any) -> Measure:
+    def on(self, tokenizer: Any, source: Readable | None = None) -> Measure:
         """A function that measures models. Tokens are made once.
 
+        Args:
+            source: what `read` gave, for several tokenizers; None reads it here.
         Raises:
             InputError: the source cannot be read. The function raises it where a model, or what
                 was read, cannot be evaluated.
         """
         from liar_ext.evaluation.measures import PREPARE
 
-        return PREPARE[self.kind](self, tokenizer)
+        return PREPARE[self.kind](self, tokenizer, self.read() if source is None else source)
 
 
 def known(*, model: str | None = None, form: str = "{option}") -> str:

@@ -260,6 +260,8 @@ def _card(report: dict[str, Any]) -> str:
     )
     return export_card(
         report,
+        ("onnx",),
+        "onnx",
         "for ONNX Runtime",
         f"`{NAME}` in float32, with batch and length free. {how}\n\n"
         f"On {compared['tokens']} tokens ONNX Runtime is {compared['max_abs']:.2g} off "

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from liar_ext.report.schema import Report
-
 # the most specific first: a BERT head is also in the mapping of causal language models
 AUTO_CLASSES = (
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -48,7 +46,7 @@ def auto_class(config: Mapping[str, Any]) -> str:
     return "AutoModelForCausalLM" if decoder else "AutoModel"
 
 
-def base_model_type(report: Report) -> str:
+def base_model_type(config: Mapping[str, Any]) -> str:
     """The family the layers belong to, also where `model_type` is `liar_ext`."""
-    own = report.config.get("liar_ext")
-    return str(own["base_model_type"] if isinstance(own, dict) else report.config["model_type"])
+    own = config.get("liar_ext")
+    return str(own["base_model_type"] if isinstance(own, dict) else config["model_type"])

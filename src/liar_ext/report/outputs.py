@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,21 @@ def read(folders: Sequence[str | Path]) -> list[Output]:
         except KeyError as error:
             raise output.lacks(error) from error
         found.append(output)
-    names = [output.label for output in found]
-    return [
-        Output(o.folder, str(o.folder), o.data, o.report) if names.count(o.label) > 1 else o
-        for o in found
-    ]
+    labels = _labels([Path(each).resolve().parts[1:] for each in folders])
+    return [replace(output, label=label) for output, label in zip(found, labels, strict=True)]
+
+
+def _labels(folders: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of the parts of each path as many, from its end, as tell it from the others: pages are sent
+    to others, who need not learn where these folders are."""
+    found = []
+    for parts in folders:
+        others = [other for other in folders if other != parts]
+        count = 1
+        while any(other[-count:] == parts[-count:] for other in others):
+            count += 1
+        found.append("/".join(parts[-count:]))
+    return found
 
 
 def same(one: str, other: str) -> bool:
