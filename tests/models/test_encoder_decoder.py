@@ -458,4 +458,6 @@ def test_a_grid_of_methods_compares_encoder_decoders(tmp_path):
     assert main(["compare", str(dense), *options, "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "grid" / "comparison.json").read_text())
     assert len(found["cells"]) == 2
-    assert all(cell["evaluations"] for cell in found["cells"])
+    for cell in (found["dense"], *found["cells"]):
+        (metrics,) = cell["metrics"].values()
+        assert (metrics["metric"], metrics["pairs"]) == ("perplexity", 60)

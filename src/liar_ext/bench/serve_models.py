@@ -240,7 +240,7 @@ def serve(known: Outline, device: torch.device, dtype: torch.dtype) -> Served:
         torch.manual_seed(0)
         materialise(model, device, dtype)
         if tied_names(model):
-            model.tie_weights()
+            model.tie_weights(recompute_mapping=False)
         return Served(known, model.eval(), None)
     size = sum(own["size"] for own in reader_of(known).sizes().values())
     return Served(known, load(known.source.folder, dtype=dtype, device=device), size)

@@ -95,7 +95,7 @@ def fill(
             _assign(model, name, tensor, parameter.requires_grad)
     fill_buffers(model, reader, device, dtype)
     if tied_names(model):
-        model.tie_weights()
+        model.tie_weights(recompute_mapping=False)
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor, trainable: bool) -> None:

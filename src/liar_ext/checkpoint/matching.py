@@ -130,9 +130,6 @@ def left_over(
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that are another one's alias when the config ties embeddings, and of which."""
-    # half of the config classes of transformers do not have the field
-    configs = (model.config, model.config.get_text_config())
-    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
-        return {}
-    return dict(getattr(model, "_tied_weights_keys", None) or {})
+    """Parameters that are another one's alias, and whose: as transformers knows it of the model and
+    the models in it, by their configs."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -313,8 +313,8 @@ class CheckpointReader:
             for name, source in tied.items()
             if name in self._names and source in self._names and self._differ(name, source)
         }
-        if own:
-            model._tied_weights_keys = {n: s for n, s in tied.items() if n not in own}
+        for name in own:
+            model.all_tied_weights_keys.pop(name)
 
     def _differ(self, name: str, other: str) -> bool:
         one, two = (self._stored[self._names[n]] for n in (name, other))

@@ -60,7 +60,7 @@ def surgery(
     _fill(new, found)
     check_places(path, layers, kept, new, inserted)
     if tied_names(new):
-        new.tie_weights()
+        new.tie_weights(recompute_mapping=False)
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
     new.name_or_path = model.name_or_path
