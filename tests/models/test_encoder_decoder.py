@@ -461,3 +461,14 @@ def test_a_grid_of_methods_compares_encoder_decoders(tmp_path):
     for cell in (found["dense"], *found["cells"]):
         (metrics,) = cell["metrics"].values()
         assert (metrics["metric"], metrics["pairs"]) == ("perplexity", 60)
+
+
+def test_card_and_page_say_what_an_encoder_decoder_is_loaded_and_measured_with(tmp_path):
+    PAIRED["t5"].build().save_pretrained(tmp_path / "dense")
+    small = tmp_path / "small"
+    liar_ext.compress(tmp_path / "dense", small, _recipe(tmp_path, target=("ffn",)))
+    assert "AutoModelForSeq2SeqLM" in (small / "README.md").read_text()
+    assert main(["report", str(small)]) == 0
+    page = (small / "report.html").read_text()
+    assert "--pairs FILE.jsonl" in page
+    assert "--text FILE.txt" not in page and "bench serve" not in page

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from liar_ext.evaluation.task import METRICS
+from liar_ext.evaluation.task import DECODER, ENCODER, ENCODER_DECODER, METRICS
 from liar_ext.report.outputs import PRUNED, Output
 from liar_ext.report.page import without_folders
 from liar_ext.report.schema import CONVOLUTIONS, LAYERS, RECOVERED
@@ -56,14 +56,19 @@ def repeat(output: Output) -> str:
     return _line("liar", words, source, "--out", output.label, *flags)
 
 
-def evaluate(source: str, kind: str, dataset: str, *, decoder: bool = True) -> str:
+_FILES = {"text": "FILE.txt", "stsb": "FILE.csv", "pairs": "FILE.jsonl"}
+
+
+def evaluate(source: str, kind: str, dataset: str, *, model: str = DECODER) -> str:
     """The command that measures one model as another was, or as its kind is measured.
 
     Args:
         source: as the command takes it (`from_here`).
         kind, dataset: of the evaluation, as its JSON has them; empty where there was none.
+        model: what it is (`task`).
     """
-    given = ("--text", "FILE.txt") if decoder else ("--stsb", "FILE.csv")
+    usual = {DECODER: "text", ENCODER: "stsb", ENCODER_DECODER: "pairs"}[model]
+    given = str(METRICS[usual].option), _FILES[usual]
     if kind in METRICS and METRICS[kind].option and dataset:
         path = METRICS[kind].source(dataset)
         # tasks of the harness are names, and no paths

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError
+from liar_ext.evaluation.task import DECODER, ENCODER, ENCODER_DECODER
 from liar_ext.report.schema import CONVOLUTIONS, FILE, LAYERS, RECOVERED, VERSION, Report, read_data
 from liar_ext.report.text import layers, short_name
 
@@ -65,12 +66,13 @@ class Output:
         return self.data.get("config", {}).get("model_type") != "liar_ext"
 
     @property
-    def decoder(self) -> bool | None:
-        """Whether it continues texts; None where the config does not say."""
-        names = " ".join(self.data.get("config", {}).get("architectures") or ())
-        if "CausalLM" in names or "LMHead" in names:
-            return True
-        return False if names else None
+    def model_kind(self) -> str:
+        """As what it is evaluated (`task`); a decoder where the config does not say."""
+        config = self.data.get("config", {})
+        names = " ".join(config.get("architectures") or ())
+        if config.get("is_encoder_decoder") and "ForConditionalGeneration" in names:
+            return ENCODER_DECODER
+        return ENCODER if names and "CausalLM" not in names and "LMHead" not in names else DECODER
 
     def is_of(self, source: str) -> bool:
         """Whether a path or an id, as another command stated it, means this folder."""

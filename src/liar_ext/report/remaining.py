@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from liar_ext.evaluation.task import ENCODER, ENCODER_DECODER
 from liar_ext.report import commands, quality
 from liar_ext.report.material import Material
 from liar_ext.report.outputs import Output
@@ -35,7 +36,7 @@ def missing(
         found.append(join([element("span", what), shown], ""))
 
     told: list[bool] = []
-    decodes = first.decoder is not False
+    model = first.model_kind
     without = [o for o in own if not any(row.output is o for row in rows)]
     if without and (outputs[0].folder is not None or not rows):
         named = len(rows) > 0 or len(outputs) > 1
@@ -47,7 +48,7 @@ def missing(
             f"Quality of {whom} was not measured. Residuals are diagnostics on calibration tokens, "
             "not quality.",
             *(
-                f"{commands.evaluate(_place(output), kind, data, decoder=decodes)} > {file}"
+                f"{commands.evaluate(_place(output), kind, data, model=model)} > {file}"
                 for output, file in zip(without, files, strict=True)
             ),
             commands.command(*page, *(word for file in files for word in ("--eval", file))),
@@ -55,18 +56,19 @@ def missing(
     if own and not any(row.dense for row in rows) and (rows or not without):
         say(
             "How good the model was before is not known.",
-            f"{commands.evaluate(source, kind, data, decoder=decodes)} > dense.json",
+            f"{commands.evaluate(source, kind, data, model=model)} > dense.json",
             commands.command(*page, "--eval", "dense.json"),
         )
-    if own and not material.serves:
+    if own and not material.serves and model != ENCODER_DECODER:
         say(
             "Speed and memory in use were not measured. Fewer parameters are not always faster.",
             commands.command("bench", "serve", source, *map(_place, own), "--json", "serve.json"),
             commands.command(*page, "--serve", "serve.json"),
         )
     if own and material.examples is None:
-        what = "what the model writes" if decodes else "which sentences the model finds close"
-        how = ("--prompt", "TEXT") if decodes else ("--prompts", "SENTENCES.txt")
+        closes = model == ENCODER
+        what = "which sentences the model finds close" if closes else "what the model writes"
+        how = ("--prompts", "SENTENCES.txt") if closes else ("--prompt", "TEXT")
         say(f"Nothing here shows {what}.", commands.command(*page, "--dense", source, *how))
     found.append(
         Html(
