@@ -38,8 +38,9 @@ from liar_ext.costs import (
     measure,
     producer_rows,
 )
+from liar_ext.engine.budgets import budgets
 from liar_ext.engine.compression import check_model
-from liar_ext.engine.driver import Driver, budgets
+from liar_ext.engine.driver import Driver
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.source import with_trace
@@ -53,7 +54,7 @@ from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.planning_depth import Shortened, dense_path, fitted, shortened
 from liar_ext.planning_loader import loader_of
-from liar_ext.planning_tokens import tokens_needed_by, tokens_of
+from liar_ext.planning_tokens import features_bytes, tokens_needed_by, tokens_of
 from liar_ext.prior_costs import prior_plan
 from liar_ext.recipe import Recipe
 from liar_ext.search_costs import search_sizes
@@ -156,7 +157,7 @@ def plan(
         tokens,
         recipe,
         execution,
-        process=resident_bytes(),
+        process=resident_bytes() + features_bytes(model, adapter, tokens),
         written=_layer_written(model, adapter, stored, recipe.dtype),
         output=bytes_after,
         held=held,

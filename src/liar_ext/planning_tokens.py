@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batch import shares
@@ -23,7 +24,7 @@ from liar_ext.engine.statistics import (
     segments,
 )
 from liar_ext.errors import InputError
-from liar_ext.models import adapter_for, text_config
+from liar_ext.models import Adapter, adapter_for, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 
@@ -74,6 +75,15 @@ def tokens_of(
         *(total, total, recipe.samples, length, batch * length * stacks, parts, False, held),
         shares=(1 / stacks,) * stacks,
     )
+
+
+def features_bytes(model: PreTrainedModel, adapter: Adapter, tokens: Tokens) -> int:
+    """Bytes of what a model is calibrated on that reads no tokens, which waits in float32; tokens
+    themselves are next to nothing."""
+    if adapter.features is None:
+        return 0
+    sample = math.prod(adapter.features.shape(text_config(model.config)))
+    return tokens.samples * sample * torch.float32.itemsize
 
 
 def tokens_needed_by(sites: Sequence[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from liar_ext.calibration import Batch
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.cli import main
 from liar_ext.demo import MODEL
-from liar_ext.engine.capture import layer_output, record_calls
+from liar_ext.engine.calls import layer_output, record_calls
 from liar_ext.engine.source import with_trace
 from liar_ext.latency import LatencyTable, Workload, disturbances
 from liar_ext.models import adapter_for, layout, linear

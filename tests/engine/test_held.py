@@ -10,7 +10,8 @@ from torch import Tensor
 from liar_ext.calibration.batch import Batch
 from liar_ext.costs import held_beside, producer_rows
 from liar_ext.engine import capture
-from liar_ext.engine.capture import LayerRun, pausing, record_calls
+from liar_ext.engine.calls import record_calls
+from liar_ext.engine.capture import LayerRun, pausing
 from liar_ext.engine.shelf import Item
 from liar_ext.evaluation.mode import inference
 from liar_ext.models import adapter_for, text_config

@@ -30,7 +30,7 @@ from liar_ext.calibration import Batch
 from liar_ext.cli import main
 from liar_ext.depth.drop import drop_layers
 from liar_ext.depth.surgery import layer_list
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.passage import passage_of
 from liar_ext.errors import UnsupportedModelError

@@ -161,7 +161,7 @@ class _Chain(nn.Module):
 
 
 def _probe(layer: nn.Module, width: int) -> LayerProbe:
-    from liar_ext.engine.capture import LayerCall
+    from liar_ext.engine.calls import LayerCall
 
     return LayerProbe(layer, lambda count: (torch.zeros(count, 6, width), LayerCall((), {})))
 

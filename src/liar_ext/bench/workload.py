@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from liar_ext.calibration.batch import Batch
-from liar_ext.engine.capture import LayerCall, record_calls
+from liar_ext.engine.calls import LayerCall, record_calls
 from liar_ext.errors import InputError
 from liar_ext.latency import Workload
 from liar_ext.models import adapter_for, text_config

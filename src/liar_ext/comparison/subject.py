@@ -21,9 +21,9 @@ from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.checkpoint.writer import storage_dtype
 from liar_ext.comparison.grid import Cell, Grid
 from liar_ext.comparison.paired import kept
+from liar_ext.engine.budgets import targeted_layers
 from liar_ext.engine.compress import held_bytes_of
 from liar_ext.engine.compression import Compression, check_possible
-from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.identity import identity_of, moments_fingerprint
 from liar_ext.engine.inputs import (

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.frozen import frozen
 from liar_ext.engine.gates import Gates, gated
 from liar_ext.engine.runtime import Runtime

@@ -28,9 +28,9 @@ from liar_ext.checkpoint.writer import check_output, copy_other_files, write_jso
 from liar_ext.costs import gradient_held_bytes, held_bytes
 from liar_ext.depth.choice import LayerChoice, choice_states, choose
 from liar_ext.depth.shorten import shortened_checkpoint
+from liar_ext.engine.budgets import longest
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.compression import Compression, few_tokens, write_records
-from liar_ext.engine.driver import longest
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.identity import identity_of, library_of
 from liar_ext.engine.inputs import (

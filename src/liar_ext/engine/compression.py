@@ -16,8 +16,9 @@ from liar_ext.calibration.batch import Batch, shares
 from liar_ext.calibration.batches import check_enough
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
+from liar_ext.engine.budgets import budgets, longest, targeted_layers
 from liar_ext.engine.clock import Clock
-from liar_ext.engine.driver import Driver, budgets, longest, targeted_layers
+from liar_ext.engine.driver import Driver
 from liar_ext.engine.inputs import fit_to
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper

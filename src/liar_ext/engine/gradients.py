@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.batch import Batch
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.backward import BackwardPass
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.frozen import frozen
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item

@@ -15,7 +15,7 @@ from liar_ext.calibration.batches import Calibration
 from liar_ext.checkpoint.job import Job
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.store import CheckpointStore
-from liar_ext.engine.driver import targeted_layers
+from liar_ext.engine.budgets import targeted_layers
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import chosen_backends
 from liar_ext.engine.provenance import SourceSums

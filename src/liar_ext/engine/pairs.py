@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from liar_ext.engine.capture import layer_output, listening
+from liar_ext.engine.calls import layer_output
+from liar_ext.engine.capture import listening
 from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.repair import refuse_non_finite
 from liar_ext.engine.shelf import Item, free_all

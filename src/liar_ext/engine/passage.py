@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batch import Batch
-from liar_ext.engine.capture import ENCODED, LayerCall, last_hidden, left, record_calls, recorded
+from liar_ext.engine.calls import ENCODED, LayerCall, last_hidden, left, record_calls, recorded
 from liar_ext.models import Adapter
 from liar_ext.models.adapter import Decoder
 from liar_ext.models.chain import Chain
@@ -58,7 +58,7 @@ class Passage:
 
 
 class TwoStacks(Passage):
-    """Around an encoder and a decoder, with hidden states of both (`capture.LayerCall`)."""
+    """Around an encoder and a decoder, with hidden states of both (`calls.LayerCall`)."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, decoder: Decoder) -> None:
         super().__init__(model, adapter)

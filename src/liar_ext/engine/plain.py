@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batch import Batch
-from liar_ext.engine.capture import given
+from liar_ext.engine.calls import given
 from liar_ext.models import adapter_for
 
 

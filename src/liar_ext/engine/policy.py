@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batch import Batch
 from liar_ext.criteria import CRITERIA, Evidence, unit_scores
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.gates import gated
 from liar_ext.engine.keeper import beginning
 from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from liar_ext.calibration.batch import Batch
-from liar_ext.engine.capture import LayerCall, LayerRun, pausing, shared
+from liar_ext.engine.calls import LayerCall, shared
+from liar_ext.engine.capture import LayerRun, pausing
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.passage import Passage
 from liar_ext.engine.ranks import Ranks

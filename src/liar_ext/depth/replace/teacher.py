@@ -18,7 +18,7 @@ from liar_ext.checkpoint.load import fill
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.depth.shorten import shortened_checkpoint
 from liar_ext.depth.surgery import layer_list
-from liar_ext.engine.capture import LayerCall
+from liar_ext.engine.calls import LayerCall
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.models import adapter_for
 

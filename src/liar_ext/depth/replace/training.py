@@ -18,7 +18,7 @@ from liar_ext.depth.replace.network import NETWORKS, remove_attention
 from liar_ext.depth.replace.settings import Replacement
 from liar_ext.depth.replace.teacher import Teacher, read_teacher
 from liar_ext.depth.replace.window import Window
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.progress import Progress
 from liar_ext.models import adapter_for
