@@ -73,7 +73,7 @@ def test_the_loss_of_each_pair_is_the_models_own(build, batch_size, written, tok
     # in the order of the file, whatever the order of the forwards
     units = got.estimates["perplexity"].units / math.exp(mean) - 1 + mean
     assert units == pytest.approx(losses, rel=1e-4)
-    assert (got.unit, got.details["tokens"]) == ("pairs", 3 + 5 + 4 + 3)
+    assert (got.unit, got.details["tokens"]) == ("targets", 3 + 5 + 4 + 3)
 
 
 def test_beside_the_dense_model_differences_are_paired(written, tokenizer, tmp_path):

@@ -5,8 +5,8 @@ With targets y of n tokens, their end included, and the source x,
     loss = −1/n Σ_i log p(y_i | y_<i, x)          in nats a token
     top1 = share of the y_i that the model thinks most likely there, percent
 
-the decoder being given what it is to write (teacher forcing). A pair is a unit: figures are means
-over pairs, and the perplexity is `exp` of the mean loss.
+the decoder being given what it is to write (teacher forcing). A target is a unit: figures are means
+over targets, and the perplexity is `exp` of the mean loss.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ class PairsMeasure:
         losses, top1 = found
         return Measured(
             {
-                "perplexity": estimate.perplexity(losses.numpy(), "pairs"),
-                "top1_accuracy": estimate.mean(100 * top1.numpy(), "pairs", low=0, high=100),
+                "perplexity": estimate.perplexity(losses.numpy(), "targets"),
+                "top1_accuracy": estimate.mean(100 * top1.numpy(), "targets", low=0, high=100),
             },
-            "pairs",
+            "targets",
             {
                 **self.facts,
                 "loss": float(losses.mean()),
