@@ -52,6 +52,8 @@ def test_without_units_errors_are_independent():
     assert (found.value, found.paired) == (1.0, False)
     assert found.standard_error == pytest.approx(math.hypot(0.3, 0.3))
     dense, pruned = (_entry(_measured("mean", HARD + shift)) for shift in (0.0, 0.5))
+    pruned["units"]["text=a"]["figures"]["figure"]["values"].pop()
+    assert not from_base(pruned, dense, "text=a")["figure"].paired
     del pruned["units"]
     assert not from_base(pruned, dense, "text=a")["figure"].paired
 

@@ -46,15 +46,15 @@ def from_base(
 ) -> dict[str, Difference]:
     """`entry − base` of one evaluation, by metric; both entries of a ledger, with what `kept` says.
 
-    A figure whose units are not kept is no pair: its errors are taken as independent.
-
-    Raises:
-        InputError: they were measured on different numbers of units.
+    A figure whose units are not kept, or are not as many, is no pair: its errors are taken as
+    independent, for a grid that is measured must not be lost.
     """
     own, other = _estimates(entry, evaluation), _estimates(base, evaluation)
     unit = entry.get("units", {}).get(evaluation, {}).get("unit", "units")
     return {
-        metric: difference(other[metric], one, unit)
+        metric: difference(
+            other[metric], one, unit, paired=len(other[metric].units) == len(one.units)
+        )
         for metric, one in own.items()
         if metric in other
     }
