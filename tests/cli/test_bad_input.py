@@ -156,7 +156,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_config({"quantization_config": {"quant_method": "gptq"}}), "quantised"),
         (_weight(float("nan")), "model.layers.1.mlp.up_proj.weight: has NaN"),
         (_weight(float("inf")), "model.layers.1.mlp.up_proj.weight: has NaN or infinite"),
-        (_no_tokenizer, "no usable tokenizer"),
+        (_no_tokenizer, "; copy tokenizer.json and tokenizer_config.json there from"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
     ],
@@ -282,6 +282,22 @@ def test_an_interrupt_in_the_middle_leaves_no_trace(inputs, tmp_path, number):
     assert done.stderr.splitlines()[-1] == "error: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
     assert _tree(inputs.llama) == before
+
+
+TOKENIZERS = {
+    "damaged": ("tokenizer.json", "{"),
+    "of something else": ("tokenizer.json", '{"a": 1}'),
+    "a list": ("tokenizer_config.json", "[]"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_is_none_is_to_be_copied_again(inputs, source, capsys, case):
+    name, text = TOKENIZERS[case]
+    (source / name).write_text(text)
+    error = _run(["eval", str(source), "--text", str(inputs.text)], capsys)
+    assert error.startswith(f"error: {source}: no usable tokenizer (")
+    assert "; copy tokenizer.json and tokenizer_config.json there from" in error
 
 
 CONFIGS = {
