@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
+from liar_ext.checkpoint.dtypes import DTYPE_BYTES, DTYPES
 from liar_ext.choice_costs import ChoicePlan
 from liar_ext.costs import SitePlan, Tokens
 from liar_ext.criteria import CRITERIA

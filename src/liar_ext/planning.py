@@ -17,15 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
+from liar_ext.checkpoint.dtypes import DTYPE_BYTES
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import (
-    DTYPE_BYTES,
-    INDEX,
-    SINGLE,
-    CheckpointReader,
-    read_json,
-    tied_names,
-)
+from liar_ext.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json, tied_names
 from liar_ext.choice_costs import choice_plan
 from liar_ext.costs import (
     SitePlan,
