@@ -6,7 +6,7 @@ import json
 
 import pytest
 from liar_families import UNLISTED
-from transformers import BertConfig, GPT2Config, LlamaConfig, OPTConfig, T5Config
+from transformers import BartConfig, BertConfig, GPT2Config, LlamaConfig, OPTConfig
 
 import liar_ext
 from liar_ext.cli import main
@@ -41,7 +41,7 @@ def test_an_unknown_preset_and_an_unsupported_model_are_refused():
     with pytest.raises(InputError, match="--preset better: choose from best, fast"):
         preset_fields("better", LlamaConfig())
     with pytest.raises(UnsupportedModelError):
-        preset_fields("best", T5Config())
+        preset_fields("best", BartConfig())
 
 
 def test_a_folder_and_fields_that_win():

@@ -7,10 +7,10 @@ is pruned: a step is at most a `SMALLEST_SHARE` of a layer's width.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from liar_ext.benchmark_file import read_benchmark
 from liar_ext.errors import InputError
 
 VERSION = 1
@@ -43,18 +43,15 @@ def wanted(word: str, device_type: str) -> int:
     if word == AUTO:
         return DEFAULTS[device_type]
     where = f"--round-to {word}"
-    try:
-        data = json.loads(Path(word).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{where}: neither a number nor auto, and no such file; {HOW}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: cannot be read as JSON ({error}); {HOW}") from error
-    if not isinstance(data, dict) or data.get("benchmark") != "align":
-        raise InputError(f"{where}: is no result of liar bench align; {HOW}")
-    if data.get("version") != VERSION:
-        raise InputError(
-            f"{where}: version {data.get('version')!r}; this release reads {VERSION}; {HOW}"
-        )
+    data, _ = read_benchmark(
+        word,
+        where,
+        benchmark="align",
+        version=VERSION,
+        what="result of liar bench align",
+        how=HOW,
+        missing="neither a number nor auto, and no such file",
+    )
     found: Any = data.get("granule")
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise InputError(f"{where}: its granule {found!r} is no number of at least 1; {HOW}")
@@ -84,7 +81,7 @@ def round_to_for(
     multiple = wanted(word, resolve_device(device).type)
     data = dense_config(resolve(source, config_only=True))
     model = layout.empty_model(layout.config_object(with_trace(data, () if trace else None)))
-    layers = range(len(adapter_for(model.config).layer_list(model)[1]))
+    layers = range(len(adapter_for(model.config).chain(model)))
     widths = [
         site.units
         for index in layers

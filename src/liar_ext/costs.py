@@ -35,6 +35,7 @@ class SitePlan:
 
     Attributes:
         across: it stands in for layers that are left out behind it.
+        share: of the calibration tokens, those that pass it.
         beside: numbers for a token that a forward paused there holds beside what one of a LLaMA
             does, see `held_beside`.
     """
@@ -50,6 +51,7 @@ class SitePlan:
     producer_rows: int
     across: bool = False
     beside: int = 0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Tokens:
         samples: sequences; seq_len: tokens of the longest.
         batch: positions of the largest batch; segments: of tokens, see `engine.statistics`.
         counted: False when they are assumed from the recipe.
+        shares: of the tokens that each stack of layers reads.
     """
 
     tokens: int
@@ -71,18 +74,31 @@ class Tokens:
     segments: int
     counted: bool
     held_out: int = 0
+    shares: tuple[float, ...] = (1.0,)
+
+    @property
+    def row(self) -> int:
+        """Tokens of a sample, at most, of all stacks."""
+        return self.seq_len * len(self.shares)
 
 
-def layer_flops(model: PreTrainedModel, adapter: Adapter, length: int) -> list[int]:
+def layer_flops(
+    model: PreTrainedModel, adapter: Adapter, length: int, shares: Sequence[float] = (1.0,)
+) -> list[int]:
     """Forward FLOPs of each layer for one token of a sequence of `length`.
 
     Linears and the two attention products; norms, activations and softmax are not counted.
+
+    Args:
+        shares: of the tokens, those that the layers of each stack read.
     """
     found = []
-    for index, layer in enumerate(adapter.layer_list(model)[1]):
+    layers = adapter.chain(model)
+    for index, layer in enumerate(layers):
         weights = sum(linear.weight(module).numel() for module in linear.linears(layer))
         attended = sum(site.columns for site in adapter.sites_of(model, index, ("heads",)))
-        found.append(2 * weights + attended * _attention_flops(adapter.decoder, length))
+        each = 2 * weights + attended * _attention_flops(adapter.decoder, length)
+        found.append(round(shares[layers.stack(index)] * each))
     return found
 
 
@@ -167,11 +183,13 @@ def compression_flops(
         )
         for s in sites
     )
-    consumers = sum(2 * s.outputs * s.columns_before for s in sites if recipe.paired or s.across)
-    squares = grams * sum(s.columns_before**2 for s in sites)
+    consumers = sum(
+        s.share * 2 * s.outputs * s.columns_before for s in sites if recipe.paired or s.across
+    )
+    squares = grams * sum(s.share * s.columns_before**2 for s in sites)
     return {
-        "forward": tokens.positions * (passes * forward + beside + consumers),
-        "gram": (squares + consumers) * tokens.tokens,
+        "forward": round(tokens.positions * (passes * forward + beside + consumers)),
+        "gram": round((squares + consumers) * tokens.tokens),
         "solve": judged + survey + sum(solve_flops(s, recipe) for s in sites),
         "residual": sum(residual_flops(s) for s in sites),
     }
@@ -202,7 +220,7 @@ def residual_flops(site: SitePlan) -> int:
 def gradient_tokens(tokens: Tokens, recipe: Recipe) -> Tokens:
     """The windows that gradients are taken of, as full as the longest."""
     samples = min(recipe.gradient_samples, tokens.samples)
-    positions = samples * tokens.seq_len
+    positions = samples * tokens.row
     batches = -(-samples // recipe.batch_size)
     return Tokens(
         positions,
@@ -212,6 +230,7 @@ def gradient_tokens(tokens: Tokens, recipe: Recipe) -> Tokens:
         min(tokens.batch, positions),
         max(1, min(MOST_SEGMENTS, positions // CHUNK_TOKENS, batches)),
         tokens.counted,
+        shares=tokens.shares,
     )
 
 
@@ -225,7 +244,7 @@ def gradient_flops(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tok
     if not criterion.differentiates:
         return 0
     windows = gradient_tokens(tokens, recipe)
-    by_layer = layer_flops(model, adapter, windows.seq_len)
+    by_layer = layer_flops(model, adapter, windows.seq_len, windows.shares)
     start, stop = recipe.layers or (0, len(by_layer))
     each = sum(by_layer) + 2 * sum(by_layer[start:]) + 3 * head_flops(model)
     if criterion.needs == "weight_gradients":
@@ -257,7 +276,7 @@ def gradient_held_bytes(
 
 def kept_states(model: PreTrainedModel, adapter: Adapter, recipe: Recipe) -> int:
     """How many times the hidden states of its windows the gradient pass keeps."""
-    return len(adapter.layer_list(model)[1]) + 1 - (recipe.layers or (0,))[0]
+    return len(adapter.chain(model)) + 1 - (recipe.layers or (0,))[0]
 
 
 def held_beside(model: PreTrainedModel, site: Site, length: int) -> int:

@@ -7,7 +7,7 @@ import os
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import read_json
+from liar_ext.checkpoint.reader import read_config
 from liar_ext.engine.compress import dense_checkpoint
 from liar_ext.engine.compression import check_model
 from liar_ext.engine.store import InMemory
@@ -44,6 +44,6 @@ def _empty(source: str) -> PreTrainedModel:
     folder = resolve(source, config_only=True)
     if os.path.isdir(source):
         return dense_checkpoint(folder)[1]
-    config = layout.config_object(read_json(folder / "config.json"))
+    config = layout.config_object(read_config(folder))
     adapter_for(config)
     return layout.empty_model(config)

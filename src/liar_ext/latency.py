@@ -6,7 +6,6 @@ A file is JSON. What a budget needs of it is checked here; the rest says where i
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.allocation import Budget
 from liar_ext.allocation.prices import Prices
+from liar_ext.benchmark_file import read_benchmark
 from liar_ext.errors import InputError
 from liar_ext.models import Site, adapter_for, linear, text_config
 
@@ -144,19 +144,14 @@ class LatencyTable:
     def read(cls, path: str | Path) -> LatencyTable:
         """Raises InputError for a file that is missing, damaged or no such table."""
         where = f"--latency {path}"
-        try:
-            content = Path(path).expanduser().read_bytes()
-            data = json.loads(content)
-        except FileNotFoundError as error:
-            raise InputError(f"{where}: no such file; {HOW}") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{where}: cannot be read as JSON ({error}); {HOW}") from error
-        if not isinstance(data, dict) or data.get("benchmark") != "latency":
-            raise InputError(f"{where}: is no table of latencies; {HOW}")
-        if data.get("version") != VERSION:
-            raise InputError(
-                f"{where}: version {data.get('version')!r}; this release reads {VERSION}; {HOW}"
-            )
+        data, content = read_benchmark(
+            path,
+            where,
+            benchmark="latency",
+            version=VERSION,
+            what="table of latencies",
+            how=HOW,
+        )
         try:
             origin = {name: data[name] for name in _ORIGIN}
             Workload(**origin["workload"])

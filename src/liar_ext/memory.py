@@ -11,22 +11,12 @@ from collections.abc import Callable, Sequence
 from liar_ext.checkpoint.reader import PIECE_BYTES
 from liar_ext.costs import SitePlan
 from liar_ext.engine.moments_file import BLOCK_BYTES
-from liar_ext.engine.ranks import BUFFER_BYTES
-from liar_ext.engine.ridge import choice_bytes
-from liar_ext.engine.statistics import CHUNK_TOKENS
 from liar_ext.memory_parts import Phase, Sizes, next_layer, phase, power_of_two
 from liar_ext.ops.cosine import cosine_bytes
-from liar_ext.ops.gram import TOKENS
-from liar_ext.ops.interpolate import products_bytes, repair_bytes
 from liar_ext.ops.moments import column_bytes
-from liar_ext.ops.residual import residual_bytes
 from liar_ext.reconstruction import Reconstruction
+from liar_ext.site_memory import SiteBytes
 from liar_ext.survey import Reads
-
-# what `csrc/cpu/gram.cpp` packs at a time: fp32 bytes, or that many tokens if they are more
-_PACKED_BYTES, _PACKED_TOKENS = 16 << 20, 2048
-# columns of G that `ops.gram` multiplies at a time on a GPU
-_PANEL = 2048
 
 
 class Phases:
@@ -62,11 +52,10 @@ class Phases:
         judging: Callable[[SitePlan], int],
     ) -> None:
         self._sizes, self._sites = sizes, sites
-        # whether there are two paths at a Site
-        self._two = lambda site: paired or site.across
-        self._paired = any(map(self._two, sites))
-        self._reconstruction, self._chooses = reconstruction, chooses
-        self._judging = judging
+        self._of = SiteBytes(
+            sizes, reconstruction=reconstruction, chooses=chooses, paired=paired, judging=judging
+        )
+        self._paired = any(map(self._of.two_paths, sites))
         self._sequential, self._library = sequential, library
         self._survey, self._survey_bytes, self._learning = survey, survey_bytes, learning
 
@@ -111,7 +100,7 @@ class Phases:
         """
         most = [
             # a single unit has no levels
-            max((self._repair(own) for own in levels if own.kind == site.kind), default=0)
+            max((self._of.repair(own) for own in levels if own.kind == site.kind), default=0)
             for site in self._sites
         ]
         return self._forwards(written=False, when=" for levels") + self._made("level", *most)
@@ -145,7 +134,7 @@ class Phases:
         """Hidden states on both sides of a layer, and what their cosines take."""
         s = self._sizes
         device, host = self._standing(written=False, leaving=True)
-        widest = max(self._frame(site, s.batch) + self._passing(site) for site in self._sites)
+        widest = max(self._of.frame(site, s.batch) + self._of.passing(site) for site in self._sites)
         cosines = cosine_bytes(s.batch, s.hidden, s.item, "cuda" if s.cuda else "cpu")
         device["passing_batch"] = max(widest, cosines)
         return self._phase("comparing hidden states", device, host)
@@ -163,7 +152,9 @@ class Phases:
             widest = max(site.columns_before for site in self._sites)
             device["backward"] = passing + 2 * s.batch * widest * s.item
         else:
-            frames = [self._frame(site, s.batch) + self._passing(site) for site in self._sites]
+            frames = [
+                self._of.frame(site, s.batch) + self._of.passing(site) for site in self._sites
+            ]
             device["passing_batch"] = max(passing, *frames)
         return self._phase("learning rates of a layer", device, host)
 
@@ -173,7 +164,7 @@ class Phases:
         device, host = self._standing(written=False, leaving=True)
         rows = s.batch * site.columns_before * s.item if s.masks else 0
         made = rows + column_bytes(s.batch, site.columns_before)
-        device["passing_batch"] = self._frame(site, s.batch) + max(self._passing(site), made)
+        device["passing_batch"] = self._of.frame(site, s.batch) + max(self._of.passing(site), made)
         return self._phase(f"scoring {site.kind}", device, host)
 
     def _ahead(self) -> Phase:
@@ -182,7 +173,7 @@ class Phases:
         device, host = self._standing(written=True)
         self._outputs(self._sites, device, host)
         device["passing_batch"] = max(
-            self._frame(site, s.batch) + self._passing(site) for site in self._sites
+            self._of.frame(site, s.batch) + self._of.passing(site) for site in self._sites
         )
         return self._phase("dense forward", device, host)
 
@@ -201,7 +192,7 @@ class Phases:
         self._outputs(self._sites, device, host)
         device["layer_left_out"] = max(s.layer, s.outside)
         device["passing_batch"] = max(
-            self._frame(site, s.batch) + self._passing(site) for site in self._sites
+            self._of.frame(site, s.batch) + self._of.passing(site) for site in self._sites
         )
         return self._phase("across left-out layers", device, host)
 
@@ -210,7 +201,7 @@ class Phases:
     ) -> None:
         """Outputs of the dense path that wait for these Sites."""
         s = self._sizes
-        widths = [site.outputs for site in sites if self._two(site)]
+        widths = [site.outputs for site in sites if self._of.two_paths(site)]
         positions = s.positions if s.place == "device" else s.batch
         device["dense_outputs"] = positions * sum(widths) * s.item
         if s.place == "host":
@@ -222,27 +213,31 @@ class Phases:
         n = site.columns_before
         device, host = self._standing(written=written)
         self._outputs(self._sites[self._sites.index(site) :], device, host)
-        held = self._frame(site, s.batch if s.place != "device" else s.positions)
+        held = self._of.frame(site, s.batch if s.place != "device" else s.positions)
         if s.place == "host":
-            host["paused_forwards"] = self._pinned(self._widths(site))
-        sums = self._sums(site)
-        forward = device | {"paused_forwards": held, **sums, "passing_batch": self._passing(site)}
-        gram = device | {"paused_forwards": held, **sums, **self._gram(site)}
+            host["paused_forwards"] = self._pinned(self._of.widths(site))
+        sums = self._of.sums(site)
+        forward = device | {
+            "paused_forwards": held,
+            **sums,
+            "passing_batch": self._of.passing(site),
+        }
+        gram = device | {"paused_forwards": held, **sums, **self._of.gram(site)}
         moved = 0 if s.place != "device" else held
-        repair = self._repair(site)
-        solve = device | {"paused_forwards": moved, **self._moments(site), "repair": repair}
+        repair = self._of.repair(site)
+        solve = device | {"paused_forwards": moved, **self._of.moments(site), "repair": repair}
         found = [
             self._phase(f"forward to {site.kind}", forward, host),
             self._phase(f"statistics of {site.kind}", gram, host),
         ]
         if s.ranks > 1:
-            total = device | {"paused_forwards": moved} | sums | self._exchanged(n)
+            total = device | {"paused_forwards": moved} | sums | self._of.exchanged(n)
             found.append(self._phase(f"sum over ranks of {site.kind}", total, host))
         return [*found, self._phase(f"repair of {site.kind}", solve, host)]
 
     def _through(self) -> list[Phase]:
         """One pass for all Sites of a layer, whose Moments are then there together."""
-        repairs = [self._repair(site) for site in self._sites]
+        repairs = [self._of.repair(site) for site in self._sites]
         if self._library:
             repairs = [max(own, 2 * BLOCK_BYTES) for own in repairs]
         return self._forwards(written=True) + self._made("repair", *repairs)
@@ -250,32 +245,32 @@ class Phases:
     def _forwards(self, *, written: bool, when: str = "") -> list[Phase]:
         s = self._sizes
         device, host = self._standing(written=written, leaving=True)
-        parts: list[dict[str, int]] = [self._sums(site) for site in self._sites]
+        parts: list[dict[str, int]] = [self._of.sums(site) for site in self._sites]
         sums = {name: sum(part[name] for part in parts) for name in parts[0]}
         found = []
         for site in self._sites:
-            frame = self._frame(site, s.batch)
-            passing = {"passing_batch": frame + self._passing(site)}
+            frame = self._of.frame(site, s.batch)
+            passing = {"passing_batch": frame + self._of.passing(site)}
             found.append(
                 self._phase(f"forward to {site.kind}{when}", device | sums | passing, host)
             )
-            gram = {"passing_batch": frame, **self._gram(site)}
+            gram = {"passing_batch": frame, **self._of.gram(site)}
             found.append(
                 self._phase(f"statistics of {site.kind}{when}", device | sums | gram, host)
             )
         if s.ranks > 1:
-            exchanged = self._exchanged(max(site.columns_before for site in self._sites))
+            exchanged = self._of.exchanged(max(site.columns_before for site in self._sites))
             found.append(self._phase(f"sum over ranks{when}", device | sums | exchanged, host))
         return found
 
     def _made(self, what: str, *most: int) -> list[Phase]:
         """What is made of Moments that are there together; bytes of each Site, or of all."""
         device, host = self._standing(written=False)
-        squares = [sum(self._moments(site).values()) for site in self._sites]
+        squares = [sum(self._of.moments(site).values()) for site in self._sites]
         found = []
         for number, site in enumerate(self._sites):
             own = {
-                **self._moments(site),
+                **self._of.moments(site),
                 "statistics_of_other_sites": sum(squares[number + 1 :]),
                 what: most[min(number, len(most) - 1)],
             }
@@ -309,103 +304,6 @@ class Phases:
         device["hidden_states"] = times * s.batch * row
         host = times * self._pinned([s.hidden]) if s.place == "host" else 0
         return device, {"hidden_states": host} if host else {}
-
-    def _widths(self, site: SitePlan) -> list[int]:
-        """Columns of what a paused forward holds beside the layer's input.
-
-        The Site's input, what the module was given, and q, k and v or what is added to the output.
-        """
-        beside = site.producer_rows if site.kind == "heads" else self._sizes.hidden
-        return [site.columns_before, self._sizes.hidden, beside + site.beside]
-
-    def _frame(self, site: SitePlan, positions: int) -> int:
-        return positions * sum(self._widths(site)) * self._sizes.item
-
-    def _passing(self, site: SitePlan) -> int:
-        """What a batch makes on its way to a Site, beside what it holds there.
-
-        Three more copies of the queries while positions are turned into them; gate and product of
-        an FFN with its input; the float32 copies of a norm.
-        """
-        s = self._sizes
-        copies = 3 if site.kind == "heads" else 2
-        return s.batch * max(copies * site.columns_before * s.item, 8 * s.hidden)
-
-    def _beside(self, site: SitePlan) -> int:
-        """Rows of the products with the drift of a Site's output."""
-        return site.outputs if self._two(site) else 0
-
-    def _sums(self, site: SitePlan) -> dict[str, int]:
-        """Sums of a segment, of all segments, and rows that wait until they are a chunk."""
-        s = self._sizes
-        columns = site.columns_before
-        together = columns + self._beside(site)
-        return {
-            "moments": 4 * columns * together,
-            "float64_sums": 0 if s.alone else 8 * columns * together,
-            "held_out_sums": 8 * columns * together if self._chooses else 0,
-            "waiting_rows": self._rows() * together * s.item,
-        }
-
-    def _moments(self, site: SitePlan) -> dict[str, int]:
-        """Of all tokens, with the drift if there is one, and of those that are held out."""
-        own = 4 * site.columns_before * (site.columns_before + self._beside(site))
-        return {"moments": own, "held_out_moments": own if self._chooses else 0}
-
-    def _exchanged(self, columns: int) -> dict[str, int]:
-        """A buffer of the triangle, whose own rows do not wait any more."""
-        item = 4 if self._sizes.alone else 8
-        return {"exchange": min(BUFFER_BYTES, item * columns**2), "waiting_rows": 0}
-
-    def _rows(self) -> int:
-        s = self._sizes
-        if s.batch >= CHUNK_TOKENS:
-            return 0
-        return min(s.positions, -(-CHUNK_TOKENS // s.batch) * s.batch)
-
-    def _gram(self, site: SitePlan) -> dict[str, int]:
-        """One copy of the rows of a chunk, and what the kernel makes of them.
-
-        Of a pair also a batch of the output on both paths, their difference, and column statistics.
-        """
-        s = self._sizes
-        rows, columns = self._rows(), site.columns_before
-        tokens = rows or s.batch
-        if not s.cuda:
-            fit = max(_PACKED_TOKENS, _PACKED_BYTES // (4 * columns))
-            packed = 4 * min(tokens, fit) * columns
-        elif s.item == 2:
-            packed = 4 * columns * min(columns, _PANEL)
-        else:
-            # three bfloat16 planes
-            packed = 6 * min(tokens, TOKENS["cuda"]) * columns
-        beside = self._beside(site)
-        joined = rows * (columns + beside) * s.item if rows > s.batch else 0
-        found = {"joined_rows": joined, "packed_rows": packed}
-        if beside:
-            found["drift_rows"] = 3 * s.batch * beside * s.item + column_bytes(s.batch, beside)
-        return found
-
-    def _repair(self, site: SitePlan) -> int:
-        """Selection, solve, or the residual beside its result, whichever is most."""
-        n, kept, outputs = site.columns_before, site.columns_after, site.outputs
-        rows = -(-outputs // self._sizes.ranks)
-        # the repaired rows, and all of them once those of other ranks are here
-        repaired = 8 * kept * (rows if self._sizes.ranks == 1 else rows + outputs)
-        residual = repaired + residual_bytes(n, rows, kept)
-        solve = 0
-        if self._two(site):
-            solve = repair_bytes(kept, n - kept, outputs, rows, route="fold first")
-            if self._chooses:
-                solve = choice_bytes(kept, n - kept, rows, own=solve, drift=True)
-        elif kept < n:
-            given = outputs if self._reconstruction.whole else rows
-            solve = self._reconstruction.holds(kept, n - kept, outputs, given)
-            if self._chooses:
-                solve = choice_bytes(kept, n - kept, given, own=solve)
-        if solve and self._sizes.cuda:
-            solve += products_bytes(kept, max(outputs, n - kept))
-        return max(self._judging(site), solve, residual)
 
     def _pinned(self, widths: Sequence[int]) -> int:
         """Bytes of page-locked copies, one of each width for each batch."""

@@ -33,7 +33,7 @@ class Weights:
         layer: the largest layer in the compute dtype; read: as it is stored; pinned: that, each
             tensor rounded up to a power of two; largest: its largest tensor as it is stored, if
             that is another dtype.
-        layers: how many.
+        layers: how many. handed: numbers that a first layer hands on, for each pair of tokens.
     """
 
     item: int
@@ -45,6 +45,7 @@ class Weights:
     pinned: int
     largest: int
     layers: int
+    handed: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.checkpoint.reader import DTYPE_BYTES, DTYPES
+from liar_ext.checkpoint.dtypes import DTYPE_BYTES, DTYPES
 from liar_ext.choice_costs import ChoicePlan
 from liar_ext.costs import SitePlan, Tokens
 from liar_ext.criteria import CRITERIA
@@ -47,11 +47,11 @@ def weights_of(
     Args:
         stored: the dtype of each tensor as safetensors names it. dtype: what is computed in.
     """
-    path, layers = adapter.layer_list(model)
+    layers = adapter.chain(model)
     backbone_path, backbone = adapter.backbone(model)
     most: dict[str, int] = {"layer": 0}
     for index, layer in enumerate(layers):
-        named = {f"{path}.{index}.{name}": p for name, p in layer.named_parameters()}
+        named = {f"{layers.path(index)}.{name}": p for name, p in layer.named_parameters()}
         count = sum(parameter.numel() for parameter in named.values())
         if count * dtype.itemsize > most["layer"]:
             read = {name: p.numel() * DTYPE_BYTES[stored[name]] for name, p in named.items()}
@@ -65,7 +65,7 @@ def weights_of(
     outside = {
         full: parameter
         for name, parameter in backbone.named_parameters()
-        if not (full := f"{backbone_path}.{name}".lstrip(".")).startswith(f"{path}.")
+        if layers.layer_of(full := f"{backbone_path}.{name}".lstrip(".")) is None
     }
     other = [
         parameter.numel() * DTYPE_BYTES[stored[name]]
@@ -78,6 +78,7 @@ def weights_of(
         outside=sum(parameter.numel() for parameter in outside.values()) * dtype.itemsize,
         outside_read=max(other, default=0),
         layers=len(layers),
+        handed=_handed(model, adapter),
         **most,
     )
 
@@ -139,8 +140,7 @@ def needs(
         positions=_of_rank(tokens, ranks),
         batch=tokens.batch,
         # where layers are left out, the whole model has its own
-        masks=(2 if any(site.across for site in sites) else 1)
-        * (tokens.positions * tokens.seq_len if tokens.tokens < tokens.positions else 0),
+        masks=(2 if any(site.across for site in sites) else 1) * _masks(tokens, weights),
         alone=tokens.segments <= 1,
         **asdict(weights),
     )
@@ -197,6 +197,21 @@ def needs(
         "disk": disk,
         "library": library,
     }
+
+
+def _handed(model: PreTrainedModel, adapter: Adapter) -> int:
+    """Of T5 position biases: of each stack, and between the two."""
+    if not adapter.hands_on:
+        return 0
+    return int(text_config(model.config).num_attention_heads) * (3 if adapter.then else 1)
+
+
+def _masks(tokens: Tokens, weights: Weights) -> int:
+    """Bytes of attention masks and of what first layers hand on; full windows share theirs."""
+    padded = tokens.tokens < tokens.positions
+    batches = -(-tokens.positions // tokens.batch) if padded else 1
+    handed = weights.handed * tokens.seq_len**2 * weights.item * batches
+    return handed + (tokens.positions * tokens.seq_len if padded else 0)
 
 
 def _of_rank(tokens: Tokens, ranks: int) -> int:

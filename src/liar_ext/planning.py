@@ -17,18 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import ALLOCATIONS, Budget
+from liar_ext.checkpoint.dtypes import DTYPE_BYTES
 from liar_ext.checkpoint.load import resolve
-from liar_ext.checkpoint.reader import (
-    DTYPE_BYTES,
-    INDEX,
-    SINGLE,
-    CheckpointReader,
-    read_json,
-    tied_names,
-)
+from liar_ext.checkpoint.reader import INDEX, SINGLE, CheckpointReader, read_json, tied_names
 from liar_ext.choice_costs import choice_plan
 from liar_ext.costs import (
     SitePlan,
+    Tokens,
     compression_flops,
     head_flops,
     held_beside,
@@ -37,8 +32,9 @@ from liar_ext.costs import (
     measure,
     producer_rows,
 )
+from liar_ext.engine.budgets import budgets
 from liar_ext.engine.compression import check_model
-from liar_ext.engine.driver import Driver, budgets
+from liar_ext.engine.driver import Driver
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.source import with_trace
@@ -52,7 +48,7 @@ from liar_ext.models.adapter import Adapter, stated_dtype
 from liar_ext.needs import needs, resident_bytes, weights_of
 from liar_ext.planning_depth import Shortened, dense_path, fitted, shortened
 from liar_ext.planning_loader import loader_of
-from liar_ext.planning_tokens import tokens_needed_by, tokens_of
+from liar_ext.planning_tokens import features_bytes, tokens_needed_by, tokens_of
 from liar_ext.prior_costs import prior_plan
 from liar_ext.recipe import Recipe
 from liar_ext.search_costs import search_sizes
@@ -109,7 +105,7 @@ def plan(
         bytes_before = _written(model, adapter, stored, "auto")
     weights = weights_of(model, adapter, stored, dtype)
     parameters_before = _parameters(whole)
-    all_layers = layer_flops(whole, adapter, tokens.seq_len)
+    all_layers = layer_flops(whole, adapter, tokens.seq_len, tokens.shares)
     held = held_bytes(whole, adapter, recipe, tokens.positions, weights.item, tokens.seq_len)
     choice = choice_plan(whole, adapter, recipe, tokens, ranks, weights.item)
     cut: Shortened | None = None
@@ -130,7 +126,7 @@ def plan(
         notes.append(said)
     targeted = sum(budget.price(budget.units) for budget in costs.values())
     widths = layout.read(model)
-    by_layer = layer_flops(model, adapter, tokens.seq_len)
+    by_layer = layer_flops(model, adapter, tokens.seq_len, tokens.shares)
     units = sum(budget.units for budget in costs.values())
     prior = prior_plan(model, adapter, recipe, tokens, ranks, weights.item, units)
     beside = {"gradients": 0, "learning": 0} | (prior.flops if prior is not None else {})
@@ -141,7 +137,7 @@ def plan(
     tied = bool(tied_names(model))
     search = search_sizes(model, adapter, recipe, tokens, costs, tied, ranks)
     also = fitted(model, adapter, driver, gaps, tokens.seq_len)
-    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps, tokens.seq_len)
+    sites = _shrink(model, adapter, recipe, driver, costs, notes, gaps, tokens)
     order: list[str] = [spec.kind for spec in adapter.sites]
     every = sorted([*sites, *also], key=lambda site: (site.layer, order.index(site.kind)))
     left = sum(costs[s.layer, s.kind].price(s.units_after) for s in sites)
@@ -155,7 +151,7 @@ def plan(
         tokens,
         recipe,
         execution,
-        process=resident_bytes(),
+        process=resident_bytes() + features_bytes(model, adapter, tokens),
         written=_layer_written(model, adapter, stored, recipe.dtype),
         output=bytes_after,
         held=held,
@@ -201,7 +197,8 @@ def plan(
         "flops_per_token": {
             "context": tokens.seq_len,
             "before": sum(all_layers) + head_flops(whole),
-            "after": sum(layer_flops(model, adapter, tokens.seq_len)) + head_flops(model),
+            "after": sum(layer_flops(model, adapter, tokens.seq_len, tokens.shares))
+            + head_flops(model),
         },
         "calibration": asdict(tokens) | tokens_needed_by(every, tokens, recipe),
         "flops": flops,
@@ -226,7 +223,7 @@ def pruned_config(dense: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     driver, before = check_model(store, recipe), layout.read(model)
     costs = budgets(store, recipe, 1)
     driver.check(costs, recipe.samples)
-    _shrink(model, adapter, recipe, driver, costs, [], {}, 1)
+    _shrink(model, adapter, recipe, driver, costs, [], {}, None)
     values = layout.equal_values(model, before)
     return layout.describe(dense, adapter, layout.read(model), values, driver.added_biases)
 
@@ -293,9 +290,14 @@ def _shrink(
     known: Mapping[tuple[int, str], Budget],
     notes: list[str],
     gaps: Mapping[int, range],
-    length: int,
+    tokens: Tokens | None,
 ) -> list[SitePlan]:
-    """Shrink the model on `meta` as the driver would, biases included."""
+    """Shrink the model on `meta` as the driver would, biases included.
+
+    Args:
+        tokens: of the calibration; None where only widths are wanted.
+    """
+    layers = adapter.chain(model)
     allocation = ALLOCATIONS[recipe.allocation]
     reads = reads_of(recipe)
     if reads is not None or allocation.search is not None:
@@ -316,16 +318,18 @@ def _shrink(
         before, columns, each = site.units, site.columns, site.columns_per_unit
         rows, outputs = producer_rows(site), site.weight().shape[0]
         across = index in gaps and kind == adapter.sites[-1].kind
-        beside = held_beside(model, site, length)
+        beside = 0 if tokens is None else held_beside(model, site, tokens.seq_len)
+        share = 1.0 if tokens is None else tokens.shares[layers.stack(index)]
         site.shrink(torch.arange(units))
         sites.append(
             SitePlan(
                 *(index, kind, site.name, before, units, columns, units * each, outputs, rows),
                 across=across,
                 beside=beside,
+                share=share,
             )
         )
-    for index in range(len(adapter.layer_list(model)[1])):
+    for index in range(len(adapter.chain(model))):
         for site in adapter.sites_of(model, index, tuple(driver.added_biases)):
             site.add_biases(filler=site.spec.bias_flag is not None)
     return sites
@@ -347,11 +351,10 @@ def _layer_written(
     model: PreTrainedModel, adapter: Adapter, stored: Mapping[str, str], dtype: str
 ) -> int:
     """Bytes of the largest layer of the result."""
-    path = adapter.layer_list(model)[0]
-    found: dict[str, int] = {}
+    layers = adapter.chain(model)
+    found: dict[int, int] = {}
     for name, size in _written_bytes(model, adapter, stored, dtype).items():
-        if name.startswith(f"{path}."):
-            layer = name.removeprefix(f"{path}.").partition(".")[0]
+        if (layer := layers.layer_of(name)) is not None:
             found[layer] = found.get(layer, 0) + size
     return max(found.values())
 
@@ -361,12 +364,12 @@ def _written_bytes(
 ) -> dict[str, int]:
     """Of each tensor of the result."""
     wanted = "" if dtype == "auto" else NAMES[getattr(torch, dtype)]
-    layers = f"{adapter.layer_list(model)[0]}."
+    layers = adapter.chain(model)
     sizes = {}
     for name, tensor in model.state_dict().items():
         # a bias that was added is written like its weight
         found = stored.get(name) or stored.get(f"{name.removesuffix('bias')}weight")
-        if found is not None and (name in stored or name.startswith(layers)):
+        if found is not None and (name in stored or layers.layer_of(name) is not None):
             kept = wanted if wanted and found in FLOATING else found
             sizes[name] = tensor.numel() * DTYPE_BYTES[kept]
     return sizes

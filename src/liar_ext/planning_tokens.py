@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from liar_ext.calibration.batch import shares
 from liar_ext.calibration.batches import check_enough, tokens_needed
 from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.costs import SitePlan, Tokens
@@ -21,7 +24,7 @@ from liar_ext.engine.statistics import (
     segments,
 )
 from liar_ext.errors import InputError
-from liar_ext.models import adapter_for, text_config
+from liar_ext.models import Adapter, adapter_for, text_config
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
 
@@ -46,16 +49,18 @@ def tokens_of(
             found.tokens,
             positions=sum(shape.numel() for shape in shapes),
             samples=found.samples,
-            seq_len=max(shape[1] for shape in shapes),
+            seq_len=max(batch.longest for batch in found.batches),
             batch=max(shape.numel() for shape in shapes),
             segments=segments(found.batches, least_segments(recipe))[-1] + 1,
             counted=True,
             held_out=held_out_tokens(found.batches, recipe),
+            shares=shares(found.batches),
         )
     length = adapter.window(text_config(model.config), recipe.seq_len)
     if not recipe.reads_text:
         return Tokens(0, 0, 0, length, 1, 1, True)
-    total = recipe.samples * length
+    stacks = len(adapter.chain(model).stacks)
+    total = recipe.samples * length * stacks
     short = "" if adapter.decoder else "; an encoder's texts are mostly much shorter"
     notes.append(
         f"calibration not counted: {recipe.samples} samples of {length} tokens assumed{short}"
@@ -66,7 +71,19 @@ def tokens_of(
     parts = min(MOST_SEGMENTS, max(total // CHUNK_TOKENS, least), -(-recipe.samples // batch))
     parts = max(1, parts)
     held = total * len(held_out(parts)) // parts if recipe.chooses_ridge else 0
-    return Tokens(total, total, recipe.samples, length, batch * length, parts, False, held)
+    return Tokens(
+        *(total, total, recipe.samples, length, batch * length * stacks, parts, False, held),
+        shares=(1 / stacks,) * stacks,
+    )
+
+
+def features_bytes(model: PreTrainedModel, adapter: Adapter, tokens: Tokens) -> int:
+    """Bytes of what a model is calibrated on that reads no tokens, which waits in float32; tokens
+    themselves are next to nothing."""
+    if adapter.features is None:
+        return 0
+    sample = math.prod(adapter.features.shape(text_config(model.config)))
+    return tokens.samples * sample * torch.float32.itemsize
 
 
 def tokens_needed_by(sites: Sequence[SitePlan], tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
@@ -74,10 +91,16 @@ def tokens_needed_by(sites: Sequence[SitePlan], tokens: Tokens, recipe: Recipe) 
     solved = [s for s in sites if s.across or RECONSTRUCTIONS[recipe.reconstruct].solves]
     if not solved:
         return {"minimum": 1, "recommended": 1, "problem": None}
-    width = max(site.columns_before for site in solved)
+    # where stacks read other tokens, the Site that has fewest for its columns
+    worst = max(solved, key=lambda site: site.columns_before / site.share)
+    width = worst.columns_before
+    own, held = round(tokens.tokens * worst.share), round(tokens.held_out * worst.share)
     try:
-        problem = check_enough(tokens.tokens, width, tokens.held_out)
+        problem = check_enough(own, width, held)
     except InputError as error:
         problem = str(error)
-    least, recommended = tokens_needed(width, tokens.tokens, tokens.held_out)
+    # of all tokens, so that the stack which has fewest has these
+    least, recommended = (
+        math.ceil(number / worst.share) for number in tokens_needed(width, own, held)
+    )
     return {"minimum": least, "recommended": recommended, "problem": problem}

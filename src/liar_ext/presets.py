@@ -104,11 +104,11 @@ def fields_for(
     """
     _known(name)  # before anything is fetched
     from liar_ext.checkpoint.load import resolve
-    from liar_ext.checkpoint.reader import read_json
+    from liar_ext.checkpoint.reader import read_config
     from liar_ext.models import layout
 
     folder = resolve(source, config_only=True)
-    data = layout.base_data(read_json(folder / "config.json"))
+    data = layout.base_data(read_config(folder))
     if trace:
         from liar_ext.engine.source import with_trace
 

@@ -92,20 +92,22 @@ def search_sizes(
     if calls is None:
         return None
     samples = min(recipe.search_samples, tokens.samples)
-    positions = samples * tokens.seq_len
-    by_layer = layer_flops(model, adapter, tokens.seq_len)
+    positions, layers = samples * tokens.row, adapter.chain(model)
+    by_layer = layer_flops(model, adapter, tokens.seq_len, tokens.shares)
     first, stop = min(layer for layer, _ in known), max(layer for layer, _ in known) + 1
     gram = solve = disk = level = targeted = 0
     widest: dict[str, SitePlan] = {}
     plans: dict[str, list[SitePlan]] = {}
     for (index, kind), budget in known.items():
         (site,) = adapter.sites_of(model, index, (kind,))
-        targeted += site.units * unit_costs(site, adapter.decoder, tokens.seq_len)["flops"]
+        share = tokens.shares[layers.stack(index)]
+        each = unit_costs(site, adapter.decoder, tokens.seq_len)["flops"]
+        targeted += round(share * site.units * each)
         widths = level_grid(budget, recipe.round_to)
         disk += level_bytes(site, widths)
         level = max(level, *(level_bytes(site, (units, 0)) for units in widths[:-1]), 0)
         n, outputs, rows = site.columns, site.weight().shape[0], producer_rows(site)
-        gram += n**2 * tokens.tokens
+        gram += round(share * n**2 * tokens.tokens)
         own = [
             SitePlan(
                 index, kind, site.name, site.units, u, n, u * site.columns_per_unit, outputs, rows

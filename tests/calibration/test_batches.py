@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from liar_ext.calibration import batches as module
-from liar_ext.calibration.batches import Batch, Calibration, check_enough, make_batches
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import Calibration, check_enough, make_batches
 from liar_ext.calibration.sources import Corpus, TokenIds
 from liar_ext.errors import InputError
 

@@ -319,6 +319,30 @@ def test_a_large_data_set_is_read_only_as_far_as_needed(data_folder):
     assert not corpus.complete
 
 
+MODELS = {
+    "config": ("config.json", '{"model_type": "llama"}', "config.json has model_type 'llama'"),
+    "weights": ("model-00001-of-00002.safetensors", "", "it has model-00001-of-00002.safetensors"),
+    "adapter": ("adapter_model.safetensors", "", "it has adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_the_folder_of_a_model_is_no_data_set(data_folder, monkeypatch, case):
+    """Its JSON would be read as records."""
+    name, text, why = MODELS[case]
+    write(data_folder / name, text)
+    # nor does it take the package to say so
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(str(data_folder), f"the folder of a model ({why}), and no data set; give a .txt,")
+    refused(f"{data_folder}::train", f"({why})")
+
+
+def test_a_data_set_may_have_a_config_and_tokens_of_its_own(data_folder):
+    write(data_folder / "config.json", '{"made_by": "us"}')
+    write(data_folder / "tokens.safetensors", "")
+    assert read(str(data_folder)).documents == ("ab", "c")
+
+
 def test_a_folder_without_data_is_refused(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "empty").mkdir()

@@ -156,7 +156,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_config({"quantization_config": {"quant_method": "gptq"}}), "quantised"),
         (_weight(float("nan")), "model.layers.1.mlp.up_proj.weight: has NaN"),
         (_weight(float("inf")), "model.layers.1.mlp.up_proj.weight: has NaN or infinite"),
-        (_no_tokenizer, "no usable tokenizer"),
+        (_no_tokenizer, "; copy tokenizer.json and tokenizer_config.json there from"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
     ],
@@ -284,6 +284,55 @@ def test_an_interrupt_in_the_middle_leaves_no_trace(inputs, tmp_path, number):
     assert _tree(inputs.llama) == before
 
 
+TOKENIZERS = {
+    "damaged": ("tokenizer.json", "{"),
+    "of something else": ("tokenizer.json", '{"a": 1}'),
+    "a list": ("tokenizer_config.json", "[]"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_is_none_is_to_be_copied_again(inputs, source, capsys, case):
+    name, text = TOKENIZERS[case]
+    (source / name).write_text(text)
+    error = _run(["eval", str(source), "--text", str(inputs.text)], capsys)
+    assert error.startswith(f"error: {source}: no usable tokenizer (")
+    assert "; copy tokenizer.json and tokenizer_config.json there from" in error
+
+
+CONFIGS = {
+    "missing": (None, "missing; ", "complete the download, or give the folder that has this file"),
+    "broken": ("{", "cannot be read as JSON (", "; download it again, or mend it there"),
+    "list": ("[1]", "must hold a JSON object, not list", "; download it again"),
+    "other": ("{}", "no model_type, so this is not a transformers model", "; give a folder that"),
+    "number": ('{"model_type": 3}', "model_type 3 is no name, so", "; give a folder that"),
+}
+READERS = {
+    "prune": ["prune", "{source}", "--out", "{out}", "--calibration", "{text}"],
+    "eval": ["eval", "{source}", "--text", "{text}"],
+    "trace": ["trace", "{source}"],
+    "grow": ["grow", "{source}", "--out", "{out}", "--layers", "3"],
+    "serve": ["bench", "serve", "{source}"],
+    "preset": ["plan", "{source}", "--preset", "best", "--calibration", "{text}"],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_none_names_the_file_and_the_next_step(
+    inputs, source, tmp_path, capsys, case, command
+):
+    text, what, step = CONFIGS[case]
+    (source / "config.json").unlink()
+    if text is not None:
+        (source / "config.json").write_text(text)
+    places = {"source": str(source), "out": str(tmp_path / "out"), "text": str(inputs.text)}
+    error = _run([word.format(**places) for word in READERS[command]], capsys)
+    assert error.startswith(f"error: {source / 'config.json'}: {what}")
+    assert step in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -293,6 +342,7 @@ def test_an_interrupt_in_the_middle_leaves_no_trace(inputs, tmp_path, number):
         (["eval", "{llama}", "--text", "{text}", "--seq-len", "0"], "--seq-len 0"),
         (["eval", "nowhere/at/all", "--text", "{text}"], "nowhere/at/all"),
         (["eval", "{llama}"], "--text"),
+        (["eval", "./nowhere", "--text", "{text}"], "or a hub id, OWNER/NAME"),
         (["report", "{llama}"], "liar_report.json"),
         (["report", "nowhere"], "nowhere"),
         (["plan", "{llama}", "--sparsity", "7"], "--sparsity 7.0"),

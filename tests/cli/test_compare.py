@@ -8,6 +8,7 @@ import shutil
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from liar_families import outputs, tree_hash
@@ -23,6 +24,7 @@ from liar_ext.demo import CALIBRATION, HELDOUT, MODEL
 from liar_ext.engine.driver import Driver
 from liar_ext.engine.repair import Repairer
 from liar_ext.models.twin import twin
+from liar_ext.report.text import signed
 
 FIXED = ["--samples", "24", "--seq-len", "32", "--batch-size", "4"]
 # what differs between two runs of the same work
@@ -97,10 +99,12 @@ def test_every_cell_equals_prune_and_eval_of_its_recipe(inputs, tmp_path, capsys
         report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
         file = str(inputs.stsb if bert else inputs.other)
         measured = ["--stsb" if bert else "--text", file, "--seq-len", "32", "--json"]
-        assert main(["eval", str(folder), *measured]) == 0
+        assert main(["eval", str(folder), *measured, "--dense", arguments[1]]) == 0
         found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
         (own,) = cell["metrics"].values()
         assert own["value"] == found["value"], cell
+        assert [*cell["difference"].values()] == [found["difference"]]
+        assert all(one["paired"] for one in found["difference"].values())
         residuals = [site["relative_residual"] for site in report["sites"]]
         assert cell["residual"]["max"] == max(residuals)
         removed = report["totals"]["parameters_before"] - report["totals"]["parameters_after"]
@@ -138,6 +142,44 @@ def test_the_folder_holds_json_tables_and_a_plot_for_each_target_and_allocation(
     assert f"| **{best:.2f}** (" in text
     # each sparsity of each table has its best, and only that: the header's is the dense one
     assert text.count("**") == 2 * (1 + 4)
+    for cell in result["cells"]:
+        ((change,),) = [one.values() for one in cell["difference"].values()]
+        assert f"| {signed(change)} |" in text
+
+
+def test_cells_of_a_sparsity_are_compared_with_the_best_of_it(inputs, tmp_path):
+    """On the same windows: the interval is of what differs, and a tie is marked as one."""
+    out = tmp_path / "grid"
+    axes = ["--sparsities", "0.25,0.5", "--reconstructions", "none,liar", "--criteria", "wanda,obs"]
+    assert _compare(inputs, out, *axes) == 0
+    result, text = _result(out), (out / "comparison.md").read_text()
+    ledger = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    (name,) = result["evaluations"]
+    figures = {
+        (one["recipe"]["sparsity"], one["recipe"]["criterion"], one["recipe"]["reconstruct"]): (
+            one["metrics"][name]["value"],
+            np.array(one["units"][name]["figures"]["perplexity"]["values"]),
+        )
+        for one in ledger[1:]
+    }
+    tied = 0
+    for cell in result["cells"]:
+        assert "units" not in cell
+        own = figures[cell["sparsity"], cell["criterion"], cell["reconstruct"]]
+        rivals = [one for key, one in figures.items() if key[0] == cell["sparsity"]]
+        best = min(rivals, key=lambda one: one[0])
+        change = cell["from_best"][name]
+        if own is best:
+            assert change is None
+            continue
+        assert change["value"] == own[0] - best[0] > 0
+        error = np.std(own[1] - best[1], ddof=1) / len(own[1]) ** 0.5
+        assert change["standard_error"] == pytest.approx(error, rel=1e-12)
+        low, high = change["confidence_interval"]
+        tied += low <= 0 <= high
+        mark = " ≈" if low <= 0 <= high else ""
+        assert f"| {own[0]:.2f}{mark} ({cell['residual']['mean']:.3f})" in text
+    assert text.count(" ≈ (") == tied
 
 
 @pytest.mark.parametrize("statistics", ["sequential", "oneshot"])

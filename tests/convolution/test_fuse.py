@@ -183,6 +183,85 @@ def test_an_interrupted_run_keeps_what_it_measured(inputs, monkeypatch):
     assert report["quality"] == expected["quality"]
 
 
+@pytest.fixture
+def measured(inputs, tmp_path, monkeypatch):
+    """A table that is whole, as JSON lines, and the run that starts from it."""
+    fast_convolutions(monkeypatch)
+    dense, images = inputs
+    path, settings = tmp_path / "t.jsonl", FuseSettings(images=str(images), **ANY)
+    fuse(dense, tmp_path / "first", settings, tables=path)
+    # nothing has to be measured again
+    monkeypatch.setattr(tables, "_measured", None)
+    monkeypatch.setattr(tables, "interleave", None)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return path, lines, lambda: fuse(dense, tmp_path / "out", settings, tables=path)
+
+
+def _times(lines):
+    return next(line["latency"] for line in lines if "latency" in line)
+
+
+def _row(lines):
+    return next(line for line in lines if "segment" in line)
+
+
+# name -> (what is done to the lines, what is said of it)
+ROWS = {
+    "segment": (
+        lambda x: _row(x).update(segment=[0, 99, 3]),
+        "segment 0-99 with kernel 3 is of no",
+    ),
+    "kernel": (lambda x: _row(x)["segment"].__setitem__(2, 77), "with kernel 77 is of no segment"),
+    "dense": (lambda x: _row(x).update(segment=[0, 1, 3]), "segment 0-1 with kernel 3 is of no"),
+    "kept": (lambda x: _row(x)["importance"].update(kept=[42]), "keeps [42], and here it keeps ["),
+    "no loss": (lambda x: _row(x)["importance"].pop("loss"), "lacks a number: loss or accuracy"),
+    "a word": (lambda x: _row(x)["importance"].update(accuracy="x"), "lacks a number"),
+    "no row": (lambda x: _row(x).update(importance=[1]), "lacks a number"),
+    "no work": (lambda x: _times(x).pop("network folded"), "lacks 'network folded'"),
+    "other work": (lambda x: _times(x).update({"conv 3x9x9": [1.0]}), "has 'conv 3x9x9', which is"),
+    "nothing": (lambda x: _times(x).update({"network folded": []}), "no times above 0 for 'netw"),
+    "no time": (lambda x: _times(x).update({"network stock": [0.0]}), "no times above 0 for 'netw"),
+    "more": (
+        lambda x: _times(x)["network stock"].append(1.0),
+        "more rounds of some than of others",
+    ),
+    "list": (
+        lambda x: next(y for y in x if "latency" in y).update(latency=[1]),
+        "no times by name",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_table_with_a_row_that_is_not_of_this_network_is_refused(measured, name):
+    path, lines, run_again = measured
+    change, says = ROWS[name]
+    change(lines)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    before = path.read_bytes()
+    with pytest.raises(InputError) as found:
+        run_again()
+    message = str(found.value)
+    assert message.startswith(f"{path}: ") and says in message
+    assert message.endswith("; delete the file, or give another --tables")
+    assert path.read_bytes() == before
+    assert not (path.parent / "out").exists()
+
+
+def test_a_table_that_is_whole_or_only_begun_is_taken(measured, monkeypatch):
+    path, lines, run_again = measured
+    whole = run_again()
+    assert whole["plan"]
+    # the last of the segments was not measured yet: it is now, and nothing else
+    last = lines.pop()["importance"]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    calls = []
+    monkeypatch.setattr(tables, "_measured", lambda *given: calls.append(given) or last)
+    shutil.rmtree(path.parent / "out")
+    assert run_again()["plan"] == whole["plan"]
+    assert len(calls) == 1
+
+
 def test_a_table_of_something_else_is_refused(inputs, tmp_path, monkeypatch):
     fast_convolutions(monkeypatch)
     dense, images = inputs

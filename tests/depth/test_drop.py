@@ -150,11 +150,11 @@ def test_tensors_that_are_no_part_of_the_model_are_named(tmp_path, capsys):
 
 
 def test_a_model_without_a_list_of_layers_is_refused(tmp_path):
-    config = transformers.T5Config(
-        vocab_size=97, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
-    )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(InputError, match="has 4 lists of 2 layers; one is needed"):
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16}
+    ffn = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = transformers.BartConfig(vocab_size=97, **sizes, **ffn)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(InputError, match="has 2 lists of 2 layers; one is needed"):
         drop_layers(tmp_path / "dense", tmp_path / "out", [0])
     assert not (tmp_path / "out").exists()
 

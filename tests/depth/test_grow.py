@@ -419,7 +419,8 @@ def test_an_encoder_can_be_grown(tmp_path):
     assert torch.isfinite(outputs(model)).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# T5's first layer has a table of position biases that no other has, and no layer goes beside it
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "t5-encoder"])
 def test_families_of_two_layers_are_averaged(tmp_path, name):
     """All that have an adapter: biases, head sizes, nested configs; windows in one layer of two."""
     FAMILIES[name].build().save_pretrained(tmp_path / "dense")

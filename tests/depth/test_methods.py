@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from liar_depth import MODELS, build
 
 from liar_ext import InputError, Recipe
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth import surgery
 from liar_ext.depth.choice import LayerChoice, choice_states, choose, measure
 from liar_ext.depth.losses import losses_without

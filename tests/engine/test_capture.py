@@ -14,8 +14,9 @@ from torch import Tensor
 
 import liar_ext
 from liar_ext import Recipe
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import LayerRun, pausing, record_calls
+from liar_ext.calibration.batch import Batch
+from liar_ext.engine.calls import record_calls
+from liar_ext.engine.capture import LayerRun, pausing
 from liar_ext.engine.repair import Repairer
 from liar_ext.engine.shelf import DeviceShelf
 from liar_ext.models import adapter_for

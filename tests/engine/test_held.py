@@ -7,10 +7,11 @@ import torch
 from liar_families import FAMILIES
 from torch import Tensor
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.costs import held_beside, producer_rows
 from liar_ext.engine import capture
-from liar_ext.engine.capture import LayerRun, pausing, record_calls
+from liar_ext.engine.calls import record_calls
+from liar_ext.engine.capture import LayerRun, pausing
 from liar_ext.engine.shelf import Item
 from liar_ext.evaluation.mode import inference
 from liar_ext.models import adapter_for, text_config
@@ -56,7 +57,8 @@ def test_no_forward_holds_more_than_is_counted(name, monkeypatch):
     device, hidden_size = torch.device("cpu"), text_config(model.config).hidden_size
     with inference(model):
         hidden, calls = record_calls(
-            backbone, layers, batch, device, adapter.options, adapter.returns
+            *(backbone, layers, batch, device, adapter.options, adapter.returns),
+            hands_on=adapter.hands_on,
         )
         index = len(layers) - 1
         for site in adapter.sites_of(model, index, tuple(s.kind for s in adapter.sites)):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from liar_families import FAMILIES, VOCABULARY
 
 from liar_ext.allocation.search import TOGETHER
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import FiledLevels, HeldLevels, Level

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import liar_ext
 from liar_ext import Recipe
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.statistics import SiteColumns, SiteMoments, SitePairs, StateSimilarity
 from liar_ext.ops import gram_reference, row_cosines_reference

@@ -12,7 +12,7 @@ from liar_families import FAMILIES, batches_of, write_tokens
 
 import liar_ext
 from liar_ext import Execution, InputError, Recipe, planning
-from liar_ext.calibration.batches import Batch, cut_to
+from liar_ext.calibration.batch import Batch, cut_to
 from liar_ext.cli import main
 from liar_ext.engine import ridge as engine_ridge
 from liar_ext.engine import statistics

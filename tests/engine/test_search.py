@@ -17,7 +17,7 @@ from liar_ext import InputError, Recipe
 from liar_ext.allocation import ALLOCATIONS, Budget
 from liar_ext.checkpoint.store import CheckpointStore
 from liar_ext.costs import Tokens, layer_flops
-from liar_ext.engine.driver import budgets
+from liar_ext.engine.budgets import budgets
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.level_store import FiledLevels
 from liar_ext.engine.oracle import ModelOracle

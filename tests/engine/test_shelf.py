@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import liar_ext
 from liar_ext import Execution, InputError, Recipe
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine import capture
-from liar_ext.engine.capture import LayerRun, pausing, record_calls
+from liar_ext.engine.calls import LayerCall, record_calls, shared
+from liar_ext.engine.capture import LayerRun, pausing
 from liar_ext.engine.execution import choose_place, make_shelf
 from liar_ext.engine.shelf import DeviceShelf, DiskShelf, HostShelf, restored
 from liar_ext.models import adapter_for
@@ -153,9 +154,7 @@ def test_weights_and_shared_arguments_are_never_shelved(tmp_path, monkeypatch):
             hidden, calls = record_calls(
                 adapter.backbone(model)[1], layers, batch, CPU, {"use_cache": False}
             )
-            runs.append(
-                LayerRun(layers[0], shelf.put(hidden), capture.shared(calls, known)[0], shelf)
-            )
+            runs.append(LayerRun(layers[0], shelf.put(hidden), shared(calls, known)[0], shelf))
         for run in runs:
             run.to_next()
             run.shelve()
@@ -176,7 +175,7 @@ def test_equal_arguments_of_batches_are_held_once(tmp_path):
         _, calls = record_calls(
             adapter.backbone(model)[1], layers, Batch(ids, ids >= 0), CPU, {"use_cache": False}
         )
-        kept.append(capture.shared(calls, known))
+        kept.append(shared(calls, known))
     rotary = [call[0].kwargs["position_embeddings"][0] for call in kept]
     assert len({table.data_ptr() for table in rotary}) == 1
 
@@ -216,7 +215,7 @@ def test_a_layer_that_writes_to_its_input_gets_back_what_it_wrote(place, tmp_pat
             return site.consumer(torch.ones(4, site.columns)).sum() * 0 + states
 
     shelf = make_shelf(place, tmp_path, CPU)
-    run = LayerRun(Layer(), shelf.put(torch.full((4, 8), 3.0)), capture.LayerCall((), {}), shelf)
+    run = LayerRun(Layer(), shelf.put(torch.full((4, 8), 3.0)), LayerCall((), {}), shelf)
     with pausing([site]):
         run.to_next()
         run.shelve()

@@ -7,7 +7,7 @@ from liar_depth import MODELS, build
 from liar_families import randomise
 
 from liar_ext.errors import InputError
-from liar_ext.evaluation.limits import is_decoder, limits_of, max_positions
+from liar_ext.evaluation.limits import is_decoder, kind_of, limits_of, max_positions
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -55,8 +55,9 @@ def test_a_headless_decoder_and_an_encoder_decoder(tmp_path):
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     )
-    with pytest.raises(InputError, match="'t5' is an encoder-decoder and cannot be evaluated"):
-        is_decoder(t5)
+    with pytest.raises(InputError, match="T5Model is an encoder-decoder and cannot be evaluated"):
+        is_decoder(transformers.T5Model(t5.config))
+    assert kind_of(t5) == "encoder-decoder"
     # without a head, only an adapter knows
     phi = transformers.PhiModel(transformers.PhiConfig(**SMALL, **HEADS))
     assert not is_decoder(phi)

@@ -12,7 +12,7 @@ from liar_ext.evaluation.stsb import (
     embed,
     leave_one_out,
     rank_correlation,
-    read_pairs,
+    read_stsb,
     spearman,
 )
 
@@ -79,7 +79,8 @@ def test_a_model_with_a_head_is_evaluated_by_its_encoder(bert, tokenizer, pairs_
 
 
 def test_the_result_is_the_correlation_of_cosines_and_scores(bert, tokenizer, pairs_csv):
-    pairs, scores = read_pairs(pairs_csv)
+    found = read_stsb(pairs_csv)
+    pairs, scores = found.pairs, found.scores
     a, b = (embed(bert, tokenizer, [p[i] for p in pairs], 8, 64) for i in (0, 1))
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     rho = rank_correlation(cosine.numpy(), np.array(scores))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from liar_export import shrunk
 from liar_families import FAMILIES, UNLISTED, Family, probe_tokens, randomise, tree_hash
 from liar_stock import stock
@@ -70,7 +71,11 @@ def test_stock_transformers_computes_the_pruned_function(name: str, to: str, tmp
         # its config states no width of the FFN
         assert ffn["after"] == 4 * report["config"]["hidden_size"]
     assert "no FLOPs" in report["export"]["note"]
-    assert "no FLOPs" in (tmp_path / "padded" / "README.md").read_text()
+    card = (tmp_path / "padded" / "README.md").read_text()
+    assert "no FLOPs" in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "transformers"
+    assert report["config"]["model_type"] in front["tags"]
 
 
 @pytest.mark.parametrize("name", ["phi", "falcon", "glm", "modernbert", "bloom"])

@@ -18,7 +18,7 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_atten
     [
         (transformers.MixtralConfig(**SMALL), "mixture of experts"),
         (transformers.Qwen2MoeConfig(**SMALL), "mixture of experts"),
-        (transformers.T5Config(vocab_size=97, d_model=32), "encoder-decoder"),
+        (transformers.BartConfig(vocab_size=97, d_model=32), "encoder-decoder"),
         (transformers.BertConfig(**SMALL, is_decoder=True), "only encoders"),
         (transformers.BertConfig(**SMALL, add_cross_attention=True), "cross-attention"),
         (transformers.RobertaConfig(**SMALL, chunk_size_feed_forward=2), "set it to 0"),

@@ -21,6 +21,9 @@ import liar_ext
 from liar_ext import InputError, Recipe, planning
 from liar_ext.cli import main
 from liar_ext.engine.execution import Execution
+from liar_ext.engine.inputs import load_calibration
+from liar_ext.models import adapter_for, layout
+from liar_ext.planning_tokens import features_bytes, tokens_of
 
 SAMPLES = 14
 
@@ -189,6 +192,15 @@ def test_the_plan_counts_hidden_states(folder, family):
     assert found["parameters"]["after"] == report.totals["parameters_after"]
     guessed = planning.plan(folder / "model", recipe(folder, calibration=None, samples=9))
     assert guessed["calibration"]["tokens"] == 9 * LENGTHS[family]
+
+
+def test_what_is_read_waits_in_the_memory_of_the_plan(folder):
+    wanted = recipe(folder)
+    model = layout.empty_model(transformers.AutoConfig.from_pretrained(folder / "model"))
+    batches = load_calibration(folder / "model", model, wanted).batches
+    held = sum(t.nbytes for batch in batches for t in (batch.features or {}).values())
+    tokens = tokens_of(folder / "model", model, wanted, complete=True, notes=[])
+    assert features_bytes(model, adapter_for(model.config), tokens) == held > 0
 
 
 def test_a_folder_of_images_is_prepared_by_the_models_own_processor(tmp_path):

@@ -26,7 +26,6 @@ def config(model_type: str, **values):
     [
         (config("mixtral"), "mixture of experts"),
         (config("qwen2_moe"), "mixture of experts"),
-        (config("t5"), "encoder-decoder"),
         (config("bart"), "encoder-decoder"),
         (config("mpt"), "not a family this version knows"),
         (config("bert", is_decoder=True), "decoder"),

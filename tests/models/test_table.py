@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from liar_families import FAMILIES
+from liar_families import FAMILIES, PAIRED
 from liar_features import MODELS
 
 from liar_ext.errors import InputError
@@ -20,9 +20,10 @@ def test_the_readme_has_the_table_of_the_registry():
 
 
 def test_every_family_of_the_table_has_a_tiny_config_whose_round_trip_is_tested():
-    """By `test_round_trip`, which also holds the loader against what is written there."""
+    """By `test_round_trip` and `test_encoder_decoder`, which also hold the loader against what is
+    written there."""
     tested: dict[str, set[str]] = {}
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), *PAIRED.values()):
         model_type = adapter_for(family.build().config).model_type
         tested.setdefault(model_type, set()).update(table.NAMES[kind] for kind in family.kinds)
     found = {

@@ -8,6 +8,7 @@ import pytest
 import transformers
 import yaml
 
+from liar_ext.export.report import export_card
 from liar_ext.report.card import model_card
 from liar_ext.report.loading import auto_class
 
@@ -148,3 +149,32 @@ def test_names_from_outside_format_nothing(make_report):
     heading = next(line for line in card.splitlines() if line.startswith("# "))
     assert "<script>" not in heading
     assert "- &lt;b>\\*x\\*&lt;/b>" in card
+
+
+EXPORTS = {
+    "of the hub": ("owner/name", None, "owner/name"),
+    "of a pruned folder of the hub's": ("/data/small", "owner/name", "owner/name"),
+    "of a folder of a folder": ("/data/small", "/data/model", None),
+}
+
+
+@pytest.mark.parametrize("library", ["transformers", "gguf", None])
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_names_the_model_that_was_pruned(name, library):
+    source, before, base = EXPORTS[name]
+    report = {
+        "source": source,
+        "source_report": None if before is None else {"source": before},
+        "config": {"model_type": "liar_ext", "liar_ext": {"base_model_type": "llama"},
+                   "architectures": ["LlamaForCausalLM"]},
+        "totals": {"parameters_before": 2, "parameters_after": 3},
+        "environment": {"liar_ext": "0"},
+        "export": {},
+    }  # fmt: skip
+    card = export_card(report, ("gguf",), library, "for an engine", "It is a file.")
+    data = front_matter(card)
+    assert data.get("base_model") == base
+    assert data.get("library_name") == library
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == ["liar-ext", "pruned", "gguf", "llama"]
+    assert "/data" not in card

@@ -6,9 +6,12 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 from liar_chromium import chromium, needs_chromium
 from liar_images import resnet, write_pictures
 from liar_page import Page
@@ -114,6 +117,22 @@ def test_every_kind_of_output_has_a_page(made, name):
     assert "/" + str(made).strip("/") not in text, "a folder of this machine is on the page"
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_every_kind_of_output_has_a_card_for_the_hub(made, name):
+    card = (made / name / "README.md").read_text()
+    assert card.startswith("---\n")
+    _, front, body = card.split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert body.startswith("\n# ")
+    assert {"liar-ext", "resnet" if name == "fused" else "llama"} <= set(found["tags"])
+    assert len(found["tags"]) > 2, "what was done is a tag"
+    own = "liar_ext" in json.loads((made / name / "config.json").read_text())
+    assert found["library_name"] == ("liar-ext" if own else "transformers")
+    assert own or found["pipeline_tag"] == "text-generation"
+    # they were made from a folder of this machine
+    assert "base_model" not in found
+
+
 def test_several_outputs_stand_side_by_side(made):
     page = Page(_page(made, *MADE))
     assert len(page.ids) == len(set(page.ids))
@@ -212,6 +231,71 @@ def test_what_is_missing_is_asked_for_as_the_kind_of_model_is_measured(made):
     assert "liar eval" not in page and "liar bench" not in page and "--prompt" not in page
 
 
+@pytest.fixture
+def apart(made, tmp_path):
+    """Two outputs of one name in folders of their own; the model and the texts beside them."""
+    for name in ("model", "heldout.txt", "model.json", "serve.json"):
+        (tmp_path / name).symlink_to(made / name)
+    for name in ("pruned", "ranked"):
+        shutil.copytree(made / name, tmp_path / name / "small")
+        path = tmp_path / name / "small" / "liar_report.json"
+        report = {**json.loads(path.read_text()), "source": str(tmp_path / "model")}
+        path.write_text(json.dumps(report))
+    (tmp_path / "deeper").mkdir()
+    return tmp_path
+
+
+def _suggested(page: str) -> list[list[str]]:
+    """The words of every command in the section about what is missing."""
+    section = page.partition('id="missing"')[2].partition('id="repeat"')[0]
+    blocks = re.findall("<code>(.*?)</code>", section, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in unescape(block).splitlines()]
+
+
+def test_suggested_commands_run_where_the_page_is_made(apart, full, capsys):
+    # one as the user may type it, one as a script may
+    folders = ["pruned/small", str(apart / "ranked" / "small")]
+    evaluated = json.loads((full.parent / "model.json").read_text())
+    (apart / "dense.json").write_text(
+        json.dumps({**evaluated, "dataset": str(apart / "heldout.txt"), "kind": "text"})
+    )
+    with contextlib.chdir(apart):
+        assert main(["report", *folders, "--eval", "dense.json", "--out", "page.html"]) == 0
+        page = (apart / "page.html").read_text()
+        assert str(apart) not in page
+        both = ["pruned/small", "ranked/small"]
+        commands = _suggested(page)
+        served = ["liar", "bench", "serve", "model", *both, "--json", "serve.json"]
+        assert served in commands
+        assert all(Path(word).is_dir() for word in served[3:6])
+        for number, folder in enumerate(both, 1):
+            text = ["--text", "heldout.txt", "--json", ">", f"eval-{number}.json"]
+            assert ["liar", "eval", folder, *text] in commands
+            evaluation = ["eval", folder, "--text", "heldout.txt", "--windows", "2"]
+            capsys.readouterr()
+            assert main([*evaluation, "--seq-len", "64", "--json"]) == 0
+            Path(f"eval-{number}.json").write_text(capsys.readouterr().out.splitlines()[-1])
+        reports = [words[1:] for words in commands if words[1] == "report"]
+        assert len(reports) == 3
+        for words in reports:
+            assert words[1:3] == both
+            assert main([*words, *["--new-tokens", "2"] * ("--prompt" in words)]) == 0
+
+
+def test_elsewhere_no_folder_of_this_machine_is_named(apart):
+    """Where the outputs are not below the folder that the user stands in, a command says so."""
+    folders = [str(apart / name / "small") for name in ("pruned", "ranked")]
+    with contextlib.chdir(apart / "deeper"):
+        page = html.render(read(folders))
+        assert str(apart) not in page and apart.name not in page
+        places = ["PATH/TO/model", "PATH/TO/small", "PATH/TO/small"]
+        assert ["liar", "bench", "serve", *places, "--json", "serve.json"] in _suggested(page)
+        assert page.count("For PATH/TO give the folder") == 1
+        assert "pruned/small" in page and "ranked/small" in page
+        near = html.render(read(["../pruned/small"]))
+        assert ["liar", "report", "../pruned/small", "--serve", "serve.json"] in _suggested(near)
+
+
 def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     folder, sentences = inputs_of_encoder
     out = tmp_path / "small"
@@ -219,7 +303,7 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
     assert main(["prune", str(folder), *place, "--seq-len", "16"]) == 0
     assert main(["report", str(out), "--prompts", str(sentences)]) == 0
     text = (out / "report.html").read_text()
-    assert "liar eval small --stsb FILE.csv" in text
+    assert "liar eval PATH/TO/small --stsb FILE.csv" in text
     assert "Nearest sentences" in text
     assert "The same nearest sentence as the dense model: small" in text
 

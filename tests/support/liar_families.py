@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from liar_ext import Recipe
 from liar_ext.calibration import Batch, make_batches, read
+from liar_ext.calibration.pairs import pair_batches
 from liar_ext.models import ADAPTERS
 
 VOCABULARY = 97
@@ -162,6 +163,17 @@ _BLOOM = {
     "n_head": 4,
     "bos_token_id": 1,
     "eos_token_id": None,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    # the deeper one: transformers 5.23 makes a cache of as many layers as the encoder has
+    "num_layers": LAYERS + 1,
+    "num_decoder_layers": LAYERS,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
 }
 _CAUSAL = transformers.AutoModelForCausalLM
 _MASKED = transformers.AutoModelForMaskedLM
@@ -401,6 +413,15 @@ FAMILIES: dict[str, Family] = {
             "camembert", "CamembertForMaskedLM", _MASKED, False, _WORDS, max_position_embeddings=66
         ),
         _family("electra", "ElectraForMaskedLM", _MASKED, False, _ENCODER, embedding_size=16),
+        _family(
+            "t5-encoder",
+            "T5EncoderModel",
+            transformers.AutoModelForTextEncoding,
+            False,
+            _T5,
+            kinds=("ffn",),
+            num_layers=LAYERS,
+        ),
         _family("modernbert-mixed", "ModernBertForMaskedLM", _MASKED, False, _MODERNBERT),
         _family(
             "modernbert-biases-mixed",
@@ -411,6 +432,36 @@ FAMILIES: dict[str, Family] = {
             norm_bias=True,
             **_BIASES,
         ),
+    )
+}
+
+
+def _untied() -> PreTrainedModel:
+    """As T5 1.1, whose files have an output embedding of its own and whose config ties it."""
+    model = PAIRED["t5-gated"].build()
+    noise = torch.randn(VOCABULARY, 32, generator=torch.Generator().manual_seed(5))
+    model.lm_head.weight = torch.nn.Parameter(0.2 * noise)
+    return model
+
+
+_SEQ2SEQ = transformers.AutoModelForSeq2SeqLM
+# with an encoder and a decoder
+PAIRED: dict[str, Family] = {
+    family.name: family
+    for family in (
+        _family("t5", "T5ForConditionalGeneration", _SEQ2SEQ, True, _T5, kinds=("ffn",)),
+        _family(
+            "t5-gated",
+            "T5ForConditionalGeneration",
+            _SEQ2SEQ,
+            True,
+            _T5,
+            kinds=("ffn",),
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        ),
+        Family("t5-untied", _untied, _SEQ2SEQ, True, ("ffn",)),
+        _family("mt5", "MT5ForConditionalGeneration", _SEQ2SEQ, True, _T5, kinds=("ffn",)),
     )
 }
 
@@ -461,6 +512,21 @@ def batches_of(recipe: Recipe, *, decoder: bool) -> tuple[Batch, ...]:
     ).batches
 
 
+def pairs_of(recipe: Recipe) -> tuple[Batch, ...]:
+    """The same for an encoder-decoder."""
+    assert recipe.calibration is not None
+    return pair_batches(
+        read(recipe.calibration),
+        None,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        vocab_size=VOCABULARY,
+        start=0,
+    ).batches
+
+
 def probe_tokens(batch: int = 3, length: int = LENGTH) -> Tensor:
     """Token ids (batch, length) that no calibration has seen."""
     generator = torch.Generator().manual_seed(99)
@@ -470,7 +536,10 @@ def probe_tokens(batch: int = 3, length: int = LENGTH) -> Tensor:
 @torch.no_grad()
 def outputs(model: PreTrainedModel, ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
     """Logits, or last hidden states of a headless model, in float32."""
-    result = model(input_ids=probe_tokens() if ids is None else ids, **inputs)
+    ids = probe_tokens() if ids is None else ids
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = ids[:, 5:12]
+    result = model(input_ids=ids, **inputs)
     found = result.logits if "logits" in result else result.last_hidden_state
     return found.float()
 

@@ -30,7 +30,8 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# a layer of T5's encoder does not run alone: it is given what the first one hands on
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "t5-encoder"])
 def test_the_trace_is_what_the_adapter_declares(name):
     model = FAMILIES[name].build()
     adapter, config = adapter_for(model.config), text_config(model.config)
@@ -160,7 +161,7 @@ class _Chain(nn.Module):
 
 
 def _probe(layer: nn.Module, width: int) -> LayerProbe:
-    from liar_ext.engine.capture import LayerCall
+    from liar_ext.engine.calls import LayerCall
 
     return LayerProbe(layer, lambda count: (torch.zeros(count, 6, width), LayerCall((), {})))
 
@@ -201,7 +202,7 @@ def test_what_is_no_site_is_refused_by_name(trouble, says):
     ("config", "says"),
     [
         (transformers.MixtralConfig(**SMALL), "mixture of experts"),
-        (transformers.T5Config(vocab_size=97, d_model=32), "encoder-decoder"),
+        (transformers.BartConfig(vocab_size=97, d_model=32), "encoder-decoder"),
         (transformers.AlbertConfig(**SMALL, embedding_size=16), "do not simply follow each other"),
         (
             transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=48),

@@ -29,7 +29,7 @@ from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged,
 from liar_ext.checkpoint.load import resolve
 from liar_ext.cli.output import Watcher, print_table
 from liar_ext.cli.prune import add_trace
-from liar_ext.engine.capture import LayerCall
+from liar_ext.engine.calls import LayerCall
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.source import with_trace

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.bench.measure import machine_state, source_name
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.cli.options import add_recipe_options, recipe_of
 from liar_ext.engine.allocator import steady_allocator

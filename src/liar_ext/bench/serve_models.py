@@ -15,21 +15,20 @@ from liar_ext.bench.measure import source_name
 from liar_ext.bench.workload import materialise
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.checkpoint.reader import (
+    CONFIG,
     INDEX,
     SINGLE,
     CheckpointReader,
     parameter_count,
-    read_json,
+    read_config,
     tied_names,
 )
 from liar_ext.errors import InputError, UnsupportedModelError
 from liar_ext.evaluation.mode import embedding_of, positions_of
-from liar_ext.models import adapter_for, layout, refusal, text_config
+from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.models.adapter import stated_dtype
 from liar_ext.planning import dense_config, pruned_config
 from liar_ext.recipe import Recipe
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,7 @@ def outline(
         InputError: no such model or shape, or it neither generates nor encodes text.
     """
     folder = Path(source.folder)
-    data = read_json(folder / CONFIG)
-    if "model_type" not in data:
-        raise InputError(f"{folder / CONFIG}: no model_type; not a transformers model")
+    data = read_config(folder)
     if source.sparsity is not None:
         recipe = Recipe(sparsity=source.sparsity, target=target, round_to=round_to)
         try:
@@ -156,7 +153,10 @@ def outline(
             raise InputError(f"{source.given}: {error}") from error
     model = layout.empty(data)
     if getattr(text_config(model.config), "is_encoder_decoder", False):
-        raise InputError(f"{source.given}: {refusal(model.config)}; give a decoder or an encoder")
+        raise InputError(
+            f"{source.given}: it is an encoder-decoder; liar bench serve times decoders and "
+            "encoders"
+        )
     embedding = embedding_of(model) if model.main_input_name == "input_ids" else None
     if not isinstance(embedding, nn.Embedding):
         raise InputError(
@@ -240,7 +240,7 @@ def serve(known: Outline, device: torch.device, dtype: torch.dtype) -> Served:
         torch.manual_seed(0)
         materialise(model, device, dtype)
         if tied_names(model):
-            model.tie_weights()
+            model.tie_weights(recompute_mapping=False)
         return Served(known, model.eval(), None)
     size = sum(own["size"] for own in reader_of(known).sizes().values())
     return Served(known, load(known.source.folder, dtype=dtype, device=device), size)

@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from liar_ext.caches import cache_option
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import LayerCall, record_calls
+from liar_ext.calibration.batch import Batch
+from liar_ext.engine.calls import LayerCall, record_calls
 from liar_ext.errors import InputError
 from liar_ext.latency import Workload
 from liar_ext.models import adapter_for, text_config
@@ -52,7 +52,8 @@ def calls_of(
     embedding = backbone.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     backbone.set_input_embeddings(nn.Embedding(1, embedding.embedding_dim, device="meta"))
-    for child in _outside(backbone, layers):
+    needed = [layers[0]] if adapter.hands_on else []
+    for child in (*_outside(backbone, layers), *needed):
         materialise(child, device, dtype)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)
     options = adapter.options
@@ -64,7 +65,9 @@ def calls_of(
             cache.update(narrow, narrow, index)
         options = {"use_cache": True, cache_option(backbone): cache}
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
-    hidden, calls = record_calls(backbone, layers, batch, device, options, adapter.returns)
+    hidden, calls = record_calls(
+        backbone, layers, batch, device, options, adapter.returns, hands_on=adapter.hands_on
+    )
     return torch.randn_like(hidden), calls
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from liar_ext.calibration.batch import Batch
 from liar_ext.calibration.overlap import sketch
 from liar_ext.calibration.sources import Corpus, TokenIds
 from liar_ext.errors import InputError
@@ -27,97 +28,6 @@ _PIECE_CHARACTERS = 1 << 18
 _POOL = 4
 # characters a token covers in English; a wrong guess costs one more round, not a wrong result
 _CHARACTERS_PER_TOKEN = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One forward pass.
-
-    Attributes:
-        input_ids: (b, t) int64.
-        attention_mask: (b, t) bool, True for valid tokens.
-        answers: (b, t) bool, True for tokens whose prediction counts in a loss; None where that of
-            every token does.
-        features: what a model is given that reads no tokens, by the names of its forward, (b, ...)
-            each; `input_ids` are then zeros, one for each hidden state, all valid.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    answers: Tensor | None = None
-    features: Mapping[str, Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        ids, mask = self.input_ids, self.attention_mask
-        if ids.dim() != 2 or ids.dtype != torch.int64:
-            raise InputError(
-                f"input_ids are {tuple(ids.shape)} {ids.dtype}; give a (b, t) int64 tensor"
-            )
-        if mask.shape != ids.shape or mask.dtype != torch.bool:
-            raise InputError(
-                f"attention_mask is {tuple(mask.shape)} {mask.dtype}; give bool {tuple(ids.shape)}"
-            )
-
-    @classmethod
-    def of_features(cls, features: Mapping[str, Tensor], length: int) -> Batch:
-        """Of a model that makes `length` hidden states of each sample."""
-        places = torch.zeros(len(next(iter(features.values()))), length, dtype=torch.int64)
-        return cls(places, torch.ones_like(places, dtype=torch.bool), features=features)
-
-    def given(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        """What a model's forward is called with.
-
-        Args:
-            dtype: of features.
-        """
-        if self.features is not None:
-            return {name: value.to(device, dtype) for name, value in self.features.items()}
-        ids: Tensor | None = self.input_ids.to(device)
-        return {"input_ids": ids, "attention_mask": self.mask_on(device)}
-
-    def samples(self, which: slice) -> Batch:
-        """Some of its samples, as long as they are here."""
-        own = self.features
-        return Batch(
-            self.input_ids[which],
-            self.attention_mask[which],
-            None if self.answers is None else self.answers[which],
-            None if own is None else {name: value[which] for name, value in own.items()},
-        )
-
-    def rows(self, rows: Sequence[int] | Tensor) -> Batch:
-        """Some of its sequences, without the columns on the right that are padding for all of
-        them."""
-        mask = self.attention_mask[rows]
-        valid = mask.any(0).nonzero()
-        length = int(valid.max()) + 1 if len(valid) else mask.shape[1]
-        return Batch(
-            self.input_ids[rows][:, :length],
-            mask[:, :length],
-            None if self.answers is None else self.answers[rows][:, :length],
-            None
-            if self.features is None
-            else {name: value[rows] for name, value in self.features.items()},
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Valid tokens."""
-        return int(self.attention_mask.sum())
-
-    def mask_on(self, device: torch.device) -> Tensor | None:
-        """The mask on a device; None where all tokens are valid."""
-        return None if bool(self.attention_mask.all()) else self.attention_mask.to(device)
-
-    def valid_on(self, device: torch.device) -> Tensor | None:
-        """Where valid tokens are in the flattened batch, (valid,) int64 on a device; None where all
-        are.
-
-        Found on the CPU, once: to index by a mask that is on a GPU waits for it, to find how many.
-        """
-        if bool(self.attention_mask.all()):
-            return None
-        return self.attention_mask.flatten().nonzero().flatten().to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,20 +119,14 @@ def make_batches(
         InputError: a number below its minimum, no full window, no usable pad token, or token ids
             outside the vocabulary.
     """
-    for flag, value, least in (
-        ("--samples", samples, 1),
-        ("--seq-len", seq_len, 2),
-        ("--batch-size", batch_size, 1),
-    ):
-        if value < least:
-            raise InputError(f"{flag} {value} is too small; give at least {least}")
+    check_sizes(samples, seq_len, batch_size)
     if corpus.tokens is not None:
         drawn, ids = _from_token_file(corpus, corpus.tokens, samples, seq_len, seed)
         batches = _cut(drawn, batch_size)
     elif tokenizer is None:
         raise InputError(f"{corpus.name}: text needs a tokenizer and the model has none; add one")
     elif packed:
-        windows, total = _windows(corpus, tokenizer, samples, seq_len, seed)
+        windows, total = windows_of(corpus, tokenizer, samples, seq_len, seed)
         ids = draw(total, samples, seed)
         chosen = windows[ids]
         batches = _cut(Batch(chosen, torch.ones_like(chosen, dtype=torch.bool)), batch_size)
@@ -230,7 +134,7 @@ def make_batches(
         sentences = corpus.sentences()
         ids = draw(len(sentences), samples, seed)
         batches = _padded([sentences[i] for i in ids], tokenizer, seq_len, batch_size)
-    _check_vocabulary(corpus.name, batches, vocab_size)
+    check_vocabulary(corpus.name, batches, vocab_size)
     return Calibration(
         batches=batches,
         source=corpus.name,
@@ -241,29 +145,6 @@ def make_batches(
         sample_ids=tuple(ids),
         sketch=tuple(sketch(corpus)),
     )
-
-
-def first_samples(batches: Sequence[Batch], samples: int) -> tuple[Batch, ...]:
-    """The first `samples` samples of all batches, or as many as there are, in batches as before."""
-    found: list[Batch] = []
-    for batch in batches:
-        if samples <= 0:
-            break
-        found.append(batch.samples(slice(samples)))
-        samples -= len(batch.input_ids)
-    return tuple(found)
-
-
-def cut_to(batches: Sequence[Batch], least: int) -> tuple[Batch, ...]:
-    """At least `least` batches where there are so many sequences: the same, fewer at a time."""
-    if not batches or len(batches) >= least:
-        return tuple(batches)
-    pieces = -(-least // len(batches))
-    found = []
-    for batch in batches:
-        places = torch.arange(len(batch.input_ids)).tensor_split(pieces)
-        found += [batch.samples(slice(int(p[0]), int(p[-1]) + 1)) for p in places if len(p)]
-    return tuple(found)
 
 
 def tokens_needed(width: int, tokens: int, held_out: int = 0) -> tuple[int, int]:
@@ -323,7 +204,18 @@ def draw(available: int, samples: int, seed: int) -> list[int]:
     return torch.randperm(available, generator=generator)[:samples].tolist()
 
 
-def _windows(
+def check_sizes(samples: int, seq_len: int, batch_size: int) -> None:
+    """Raises InputError where one is below its minimum."""
+    for flag, value, least in (
+        ("--samples", samples, 1),
+        ("--seq-len", seq_len, 2),
+        ("--batch-size", batch_size, 1),
+    ):
+        if value < least:
+            raise InputError(f"{flag} {value} is too small; give at least {least}")
+
+
+def windows_of(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
 ) -> tuple[Tensor, int]:
     """The windows to choose from, (windows, seq_len) int64, and how many there are."""
@@ -339,10 +231,15 @@ def _windows(
         characters += len(pieces[position])
     # in the order of the text, so that a text tokenised whole is one continuous stream
     stream = [token for position in sorted(ids) for token in ids[position]]
-    return _cut_stream(corpus.name, torch.tensor(stream, dtype=torch.int64), seq_len)
+    return stream_windows(corpus.name, torch.tensor(stream, dtype=torch.int64), seq_len)
 
 
-def _cut_stream(name: str, stream: Tensor, seq_len: int) -> tuple[Tensor, int]:
+def stream_windows(name: str, stream: Tensor, seq_len: int) -> tuple[Tensor, int]:
+    """A stream of tokens cut into windows (windows, seq_len), and how many there are.
+
+    Raises:
+        InputError: it is shorter than one.
+    """
     windows = stream.numel() // seq_len
     if not windows:
         raise InputError(
@@ -390,7 +287,7 @@ def _from_token_file(
 ) -> tuple[Batch, list[int]]:
     ids = tokens.input_ids
     if ids.dim() == 1:
-        ids, _ = _cut_stream(corpus.name, ids, seq_len)
+        ids, _ = stream_windows(corpus.name, ids, seq_len)
     drawn = draw(ids.shape[0], samples, seed)
     chosen = ids[drawn, :seq_len]
     mask = torch.ones_like(chosen, dtype=torch.bool)
@@ -419,7 +316,8 @@ def _cut(samples: Batch, batch_size: int) -> tuple[Batch, ...]:
     return tuple(batches)
 
 
-def _check_vocabulary(name: str, batches: Sequence[Batch], vocab_size: int) -> None:
+def check_vocabulary(name: str, batches: Sequence[Batch], vocab_size: int) -> None:
+    """Raises InputError where a token is in no row of the model's embedding."""
     for batch in batches:
         highest = int(batch.input_ids.max())
         if highest >= vocab_size:

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liar_ext.calibration.batches import Batch, Calibration, draw
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import Calibration, draw
 from liar_ext.calibration.media import (
     SUFFIXES,
     feature_extractor,

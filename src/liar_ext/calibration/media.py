@@ -61,7 +61,10 @@ def _processor(auto: Any, folder: Path) -> Any:
             return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder}: its processor is not usable ({reason})") from error
+        raise InputError(
+            f"{folder}: its processor is not usable ({reason}); copy {' or '.join(PROCESSORS)} "
+            "from the original checkpoint again, or give a .safetensors or .npy with its inputs"
+        ) from error
 
 
 def pixels_of(files: Sequence[Path], processor: Any, option: str) -> Tensor:

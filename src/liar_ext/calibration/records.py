@@ -95,10 +95,17 @@ def dataset_records(
     Args:
         spec: what the user gave; instead: what else could be given, for messages.
     Raises:
-        InputError: there is no such data set, or the package `datasets` is missing.
+        InputError: there is no such data set, it is the folder of a model, or the package
+            `datasets` is missing.
     """
     path = Path(name).expanduser()
     local = path if path.is_dir() else None
+    if local is not None and not _saved_to_disk(local) and (why := _model_in(local)):
+        # the package would take its JSON files for records
+        raise InputError(
+            f"{spec}: the folder of a model ({why}), and no data set; give {instead}, or a folder "
+            "with data files"
+        )
     datasets = _package(spec, instead)
     try:
         if local is not None and _saved_to_disk(local):
@@ -149,6 +156,19 @@ def _package(spec: str, instead: str) -> Any:
             f"install it (pip install datasets) or give {instead}"
         ) from error
     return datasets
+
+
+def _model_in(folder: Path) -> str | None:
+    """What says that a folder is that of a model; None where nothing does."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if isinstance(config, dict) and "model_type" in config:
+        return f"config.json has model_type {config['model_type']!r}"
+    # model, model-00001-of-00002, adapter_model, ...: tokens of one's own have another name
+    weights = min(folder.glob("*model*.safetensors"), default=None)
+    return None if weights is None else f"it has {weights.name}"
 
 
 def _saved_to_disk(folder: Path) -> bool:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from liar_ext.errors import InputError
 
 Kind = Literal["text", "jsonl", "csv", "tokens", "dataset"]
 
+# fields of what is read and of what is written of it; and what is between two fields so named
+PAIR, PAIR_SIGN = ("source", "target"), ">"
 READABLE = (".txt", ".jsonl", ".csv", ".npy", ".safetensors")
 
 
@@ -82,6 +84,8 @@ class Corpus:
         documents: the texts, in order, without the blank ones; empty for token ids.
         tokens: the token ids, or None for text.
         complete: False when only the beginning of a data set was read.
+        pairs: what an encoder-decoder reads and what it writes of it, where the source says which
+            is which; both are documents as well.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Corpus:
     documents: tuple[str, ...] = ()
     tokens: TokenIds | None = None
     complete: bool = True
+    pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.tokens is None) != bool(self.documents):
@@ -110,14 +115,15 @@ def read(spec: str, *, max_characters: int = 50_000_000) -> Corpus:
     Args:
         spec: one of
             `FILE.txt` (one document);
-            `FILE.jsonl` (per line: field `text`, else `sentence1` and `sentence2`, else the only
-            string field);
+            `FILE.jsonl` (per line: field `text`, else `source` and `target`, else `sentence1` and
+            `sentence2`, else the only string field);
             `FILE.csv` (STS-B layout: sentence1,sentence2,score; RFC 4180, no header; each value of
             a column that is not numeric is a document);
             `FILE.npy` (1-D stream or 2-D windows of integers);
             `FILE.safetensors` (`input_ids` and optionally `attention_mask`; others are ignored);
             `NAME[:CONFIG][:SPLIT][:FIELD]`, a data set for the package `datasets`: a hub name or a
-            local folder. An empty part keeps its default: split `train`, field as for `.jsonl`.
+            local folder. An empty part keeps its default: split `train`, field as for `.jsonl`;
+            `SOURCE>TARGET` names the two fields of a pair.
         max_characters: a data set is streamed until this many characters are read, so that a large
             one is never downloaded whole; `Corpus.complete` tells. Files are always read whole.
     Raises:
@@ -140,14 +146,17 @@ def refuse_missing_path(spec: str) -> None:
         raise InputError(f"{spec}: no such file or folder; check the path")
 
 
-def csv_rows(path: str | Path) -> list[tuple[int, list[str]]]:
+def csv_rows(path: str | Path, raw: bytes | None = None) -> list[tuple[int, list[str]]]:
     """The rows of a headerless RFC 4180 file as (number of the row's last line, values).
 
+    Args:
+        raw: its bytes, where they were read already.
     Raises:
         InputError: unreadable, badly quoted, or with rows of different lengths.
     """
     path = Path(path).expanduser()
-    return _csv_rows(str(path), decode(str(path), read_bytes(str(path), path)))
+    raw = read_bytes(str(path), path) if raw is None else raw
+    return _csv_rows(str(path), decode(str(path), raw))
 
 
 def _read_file(spec: str, path: Path) -> Corpus:
@@ -165,7 +174,9 @@ def _read_file(spec: str, path: Path) -> Corpus:
     if suffix == ".txt":
         return Corpus(spec, "text", digest, _present([text]))
     if suffix == ".jsonl":
-        return Corpus(spec, "jsonl", digest, _present(_jsonl_texts(spec, text)))
+        found = [_record(where, record) for where, record in json_records(spec, text)]
+        texts = [text for record in found for text in record.texts]
+        return Corpus(spec, "jsonl", digest, _present(texts), pairs=_pairs(found))
     return Corpus(spec, "csv", digest, _present(_csv_texts(spec, text)))
 
 
@@ -177,15 +188,35 @@ def _present(texts: list[str]) -> tuple[str, ...]:
     return tuple(text for text in texts if text.strip())
 
 
-def _record_texts(where: str, record: Any, field: str = "") -> list[str]:
-    """The texts of one record: `field`, else `text`, else a sentence pair, else the only string."""
+class _Record(NamedTuple):
+    """The texts of one record; paired: they are what is read, and what is written of it."""
+
+    texts: list[str]
+    paired: bool
+
+
+def _pairs(records: Sequence[_Record]) -> tuple[tuple[str, str], ...]:
+    """Of records that are all pairs; those with a blank side are left out."""
+    if not all(record.paired for record in records):
+        return ()
+    return tuple((r.texts[0], r.texts[1]) for r in records if all(map(str.strip, r.texts)))
+
+
+def _record(where: str, record: Any, field: str = "") -> _Record:
+    """`field` (`SOURCE>TARGET` are two), else `text`, else `source` and `target`, else a sentence
+    pair, else the only string."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with a field 'text', got {record!r:.40}")
     strings = [key for key, value in record.items() if isinstance(value, str)]
+    paired = PAIR_SIGN in field or (
+        not field and "text" not in record and all(name in record for name in PAIR)
+    )
     if field:
-        names = [field]
+        names = field.split(PAIR_SIGN, 1) if paired else [field]
     elif "text" in record:
         names = ["text"]
+    elif paired:
+        names = list(PAIR)
     elif "sentence1" in record and "sentence2" in record:
         names = ["sentence1", "sentence2"]
     else:
@@ -203,15 +234,7 @@ def _record_texts(where: str, record: Any, field: str = "") -> list[str]:
             raise InputError(
                 f"{where}: field {name!r} has an unpaired surrogate; remove it"
             ) from None
-    return [record[name] for name in names]
-
-
-def _jsonl_texts(spec: str, text: str) -> list[str]:
-    return [
-        found
-        for where, record in json_records(spec, text)
-        for found in _record_texts(where, record)
-    ]
+    return _Record([record[name] for name in names], paired)
 
 
 def _csv_rows(spec: str, text: str) -> list[tuple[int, list[str]]]:
@@ -305,15 +328,24 @@ def _token_ids(spec: str, ids: Tensor, mask: Tensor | None) -> TokenIds:
 
 def _read_dataset(spec: str, records: Iterator[Any], field: str, max_characters: int) -> Corpus:
     documents: list[str] = []
+    found: list[_Record] = []
     digest = hashlib.sha256()
     characters, complete = 0, True
     for number, record in enumerate(records, 1):
         if characters >= max_characters:
             complete = False
             break
-        for text in _present(_record_texts(f"{spec}: record {number}", record, field)):
+        found.append(_record(f"{spec}: record {number}", record, field))
+        for text in _present(found[-1].texts):
             documents.append(text)
             characters += len(text)
             # the separator keeps ("ab", "c") and ("a", "bc") apart
             digest.update(text.encode() + b"\0")
-    return Corpus(spec, "dataset", digest.hexdigest(), tuple(documents), complete=complete)
+    return Corpus(
+        spec,
+        "dataset",
+        digest.hexdigest(),
+        tuple(documents),
+        complete=complete,
+        pairs=_pairs(found),
+    )

@@ -29,7 +29,10 @@ def resolve(source: str | Path, *, config_only: bool = False) -> Path:
         return path
     name = str(source)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"{source}: no such folder")
+        raise InputError(
+            f"{source}: no such folder; give one with config.json and weights, or a hub id, "
+            "OWNER/NAME"
+        )
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -92,7 +95,7 @@ def fill(
             _assign(model, name, tensor, parameter.requires_grad)
     fill_buffers(model, reader, device, dtype)
     if tied_names(model):
-        model.tie_weights()
+        model.tie_weights(recompute_mapping=False)
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor, trainable: bool) -> None:

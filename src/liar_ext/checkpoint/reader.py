@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from liar_ext.checkpoint.dtypes import DTYPES, TORCH_DTYPES
 from liar_ext.checkpoint.identity import (
     FileHasher,
     FileIdentity,
@@ -21,63 +21,60 @@ from liar_ext.checkpoint.identity import (
     opened,
     read_into,
 )
-from liar_ext.checkpoint.names import candidates, library_names
+from liar_ext.checkpoint.matching import KeptLayers, left_over, matched, tied_names
 from liar_ext.errors import InputError
 
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1} | {
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-# every dtype of safetensors that torch has, element by element; F4 and F6 are packed
-TORCH_DTYPES = DTYPES | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-}
 PIECE_BYTES = 64 * 1024**2
-# buffers that old checkpoints hold, of every layer, and that the model now makes for itself: left
-# out where the model has one of that name anywhere, as transformers does (Pythia, first LLaMAs)
-MOVED = ("rotary_emb.inv_freq", "position_ids")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; InputError names the file and what is wrong."""
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        InputError: there is none; it names the file, what is wrong with it, and what to do.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; {path.parent} is not a complete checkpoint") from error
+        raise InputError(
+            f"{path}: missing; {path.parent} is not a complete checkpoint: complete the download, "
+            "or give the folder that has this file"
+        ) from error
     except PermissionError as error:
         raise InputError(
             f"{path}: permission denied; run as a user who may read it, or chmod it and the "
             "folders above"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+        raise InputError(
+            f"{path}: cannot be read as JSON ({error}); download it again, or mend it there"
+        ) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(data).__name__}")
+        raise InputError(
+            f"{path}: must hold a JSON object, not {type(data).__name__}; download it again"
+        )
+    return data
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder, of which the family of models is known.
+
+    Raises:
+        InputError: as `read_json`, or it is of something else.
+    """
+    path = folder / CONFIG
+    data = read_json(path)
+    given = data.get("model_type")
+    if not isinstance(given, str):
+        what = "no model_type" if given is None else f"model_type {given!r} is no name"
+        raise InputError(
+            f"{path}: {what}, so this is not a transformers model; give a folder that "
+            "save_pretrained or liar-ext wrote"
+        )
     return data
 
 
@@ -107,9 +104,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
-        if "model_type" not in self.config:
-            raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
+        self.config = read_config(folder)
         self._files: dict[str, FileIdentity] = {}
         self._headers: dict[str, dict[str, _Stored]] = {}
         self._stored: dict[str, _Stored] = {}
@@ -123,7 +118,7 @@ class CheckpointReader:
         else:
             raise InputError(_nothing_to_read(folder))
         self._names: dict[str, str] = {}
-        self._layers: tuple[str, tuple[int, ...]] | None = None
+        self._layers: KeptLayers | None = None
         # of the model with all layers, where it was bound before
         self._whole: dict[str, str] = {}
 
@@ -189,18 +184,8 @@ class CheckpointReader:
         """
         if self._layers is None:
             self._whole = self._names
-        self._layers = path, tuple(kept)
+        self._layers = KeptLayers(path, tuple(kept))
         self._names = {}
-
-    def _stored_name(self, name: str) -> str:
-        """The name that a tensor of the model has where all layers are in the files."""
-        if self._layers is None:
-            return name
-        path, kept = self._layers
-        if not name.startswith(f"{path}."):
-            return name
-        at, _, rest = name.removeprefix(f"{path}.").partition(".")
-        return f"{path}.{kept[int(at)]}.{rest}"
 
     def bind(self, model: PreTrainedModel) -> list[str]:
         """Match the files to the parameters and persistent buffers of an (empty) model.
@@ -210,58 +195,10 @@ class CheckpointReader:
         Raises:
             InputError: a tensor is missing or its shape contradicts the config.
         """
-        tied = tied_names(model)
-        prefix = model.base_model_prefix
-        missing = []
-        rules: tuple[dict[str, str], dict[str, str]] | None = None
-        for name, expected in model.state_dict().items():
-            own = self._stored_name(name)
-            found = next((c for c in candidates(own, prefix) if c in self._stored), None)
-            if found is None:
-                found = self._whole.get(own)
-            if found is None and name not in tied and self._layers is None:
-                # only here: the usual names need no knowledge of a release's renamings
-                rules = library_names(model, list(self._stored)) if rules is None else rules
-                found = rules[0].get(name)
-            if found is None:
-                if name not in tied:
-                    missing.append(name)
-                continue
-            shape = self._stored[found].shape
-            if shape != tuple(expected.shape):
-                raise InputError(
-                    f"{self.folder}: {found} has shape {shape}, config.json implies "
-                    f"{tuple(expected.shape)}; the config does not belong to these weights"
-                )
-            self._names[name] = found
-        computed = {} if rules is None else rules[1]
-        for name in missing:
-            if name in computed:
-                raise InputError(
-                    f"{self.folder}: {name} is not in the checkpoint, which has {computed[name]} "
-                    "instead, stored in another layout (fused or transposed) that only "
-                    "transformers takes apart: load it with from_pretrained, then liar_ext.prune "
-                    "and liar_ext.save"
-                )
-        if missing:
-            raise InputError(
-                f"{self.folder}: {len(missing)} tensors of {type(model).__name__} are not in the "
-                f"checkpoint, first {missing[0]}; check architectures and num_hidden_layers in "
-                "config.json, or complete the download"
-            )
-        # buffers that modules now make themselves (position ids, causal masks) are no loss
-        made = [name for name, _ in model.named_buffers()]
-        ignored = [
-            *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-            *(rf"{re.escape(end)}$" for end in MOVED if any(name.endswith(end) for name in made)),
-        ]
-        buffers = {c for name in made for c in candidates(name, prefix)}
-        left_over = set(self._stored) - set(self._names.values()) - buffers
-        if self._layers is not None:
-            # what is of layers that are not kept is no loss
-            out = tuple(candidates(f"{self._layers[0]}.", prefix))
-            left_over = {name for name in left_over if not name.startswith(out)}
-        return sorted(n for n in left_over if not any(re.search(p, n) for p in ignored))
+        shapes = {name: entry.shape for name, entry in self._stored.items()}
+        self._names |= matched(model, shapes, self.folder, kept=self._layers, whole=self._whole)
+        self._untie(model, tied_names(model))
+        return left_over(model, shapes, self._names.values(), self._layers)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -338,6 +275,26 @@ class CheckpointReader:
                 f"{self.folder}: no float tensors; quantised weights are not supported"
             )
         return counts.most_common(1)[0][0]
+
+    def _untie(self, model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+        """What is stored beside what the config ties it to, with other values, is itself, as
+        transformers takes it (T5 1.1, whose config has no other way to say it)."""
+        own = {
+            name
+            for name, source in tied.items()
+            if name in self._names and source in self._names and self._differ(name, source)
+        }
+        for name in own:
+            model.all_tied_weights_keys.pop(name)
+
+    def _differ(self, name: str, other: str) -> bool:
+        one, two = (self._stored[self._names[n]] for n in (name, other))
+        if one is two or (one.dtype, one.shape) != (two.dtype, two.shape):
+            return one is not two
+        return any(
+            not torch.equal(a, b)
+            for a, b in zip(self.pieces(name), self.pieces(other), strict=True)
+        )
 
     def bytes(self) -> int:
         """Bytes of the tensors that belong to the model."""
@@ -416,15 +373,6 @@ def parameter_count(model: PreTrainedModel) -> int:
     """Parameters of a model, what is tied once; on `meta` it is there twice."""
     tied = tied_names(model)
     return sum(value.numel() for name, value in model.named_parameters() if name not in tied)
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Parameters that are another one's alias when the config ties embeddings."""
-    # half of the config classes of transformers do not have the field
-    configs = (model.config, model.config.get_text_config())
-    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
-        return set()
-    return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from liar_ext.checkpoint.dtypes import TORCH_DTYPES
 from liar_ext.checkpoint.identity import read_into
 from liar_ext.checkpoint.journal import sync_path
-from liar_ext.checkpoint.reader import INDEX, PIECE_BYTES, SINGLE, TORCH_DTYPES, raw_bytes
+from liar_ext.checkpoint.reader import INDEX, PIECE_BYTES, SINGLE, raw_bytes
 from liar_ext.checkpoint.writer import SHARD_BYTES, write_json
 from liar_ext.errors import InputError
 

@@ -64,11 +64,11 @@ class CheckpointStore:
         self._reader, self._place = reader, placement
         self._compute_dtype = placement.compute_dtype or reader.main_dtype()
         adapter = adapter_for(model.config)
-        self._layers_path, self._layers = adapter.layer_list(model)
+        self._layers = adapter.chain(model)
         self._backbone_path, self._backbone = adapter.backbone(model)
         # names by layer, as in the source: pruning adds biases to the tree
         self._names = [
-            [f"{self._layers_path}.{index}.{name}" for name, _ in layer.named_parameters()]
+            [f"{self._layers.path(index)}.{name}" for name, _ in layer.named_parameters()]
             for index, layer in enumerate(self._layers)
         ]
         self._buffers = {name for name, _ in model.named_buffers()}
@@ -82,8 +82,14 @@ class CheckpointStore:
         self._order: dict[str, int] = {}
 
     def open_outside(self) -> None:
+        alike = []
         for name, full, _ in self._outside():
-            self._set(self._backbone, name, full, self._reader.get(full))
+            if full in self._reader:
+                self._set(self._backbone, name, full, self._reader.get(full))
+            else:
+                alike.append((name, tied_names(self.model)[full]))
+        for name, source in alike:
+            _assign(self._backbone, name, self.model.get_parameter(source))
         # those of the layers as well: they are small and stay
         fill_buffers(self.model, self._reader, self._place.device, self._compute_dtype)
 
@@ -151,12 +157,12 @@ class CheckpointStore:
         if wanted and 0 <= following < len(self._layers):
             self._next = following, self._reads.submit(self._read, following)
         layer = self._layers[index]
-        prefix = f"{self._layers_path}.{index}."
+        prefix = f"{self._layers.path(index)}."
         for full in self._names[index]:
             self._set(layer, full.removeprefix(prefix), full, tensors.pop(full))
 
     def close(self, index: int, *, final: bool) -> None:
-        layer, prefix = self._layers[index], f"{self._layers_path}.{index}."
+        layer, prefix = self._layers[index], f"{self._layers.path(index)}."
         mine = final and self._mine(index)
         stored: list[tuple[str, Tensor]] = []
         for name, parameter in list(layer.named_parameters()):
@@ -192,7 +198,7 @@ class CheckpointStore:
         assert self.writer is not None, "prepare comes first"
         self._wait()
         ranks = self._place.ranks
-        outside = [n for n in self.writer.names if not n.startswith(f"{self._layers_path}.")]
+        outside = [n for n in self.writer.names if self._layers.layer_of(n) is None]
         for position, name in enumerate(outside):
             if self._mine(position):
                 self.writer.write_pieces(
@@ -227,16 +233,16 @@ class CheckpointStore:
             known = name in self._reader
             # a bias that was added takes the dtype of its own weight
             like = name if known else f"{name.removesuffix('bias')}weight"
-            if known or (name.startswith(f"{self._layers_path}.") and like in self._reader):
+            if known or (self._layers.layer_of(name) is not None and like in self._reader):
                 specs.append(TensorSpec(name, shape, self._stored_dtype(like)))
         return specs
 
     def _by_layer(self, specs: list[TensorSpec]) -> list[list[str]]:
         """Names as `close` writes them."""
-        found: list[list[str]] = []
-        for index in range(len(self._layers)):
-            prefix = f"{self._layers_path}.{index}."
-            found.append([spec.name for spec in specs if spec.name.startswith(prefix)])
+        found: list[list[str]] = [[] for _ in self._layers]
+        for spec in specs:
+            if (index := self._layers.layer_of(spec.name)) is not None:
+                found[index].append(spec.name)
         return found
 
     def _stored_dtype(self, name: str) -> torch.dtype:
@@ -297,12 +303,18 @@ class CheckpointStore:
         return self._read(index)
 
     def _outside(self) -> list[tuple[str, str, nn.Parameter]]:
-        """The backbone's parameters outside its layers: name in it, name in the model, itself."""
+        """The backbone's parameters outside its layers and its head, where that is in it: name in
+        it, name in the model, itself."""
         named = [
             (name, f"{self._backbone_path}.{name}".lstrip("."), parameter)
             for name, parameter in self._backbone.named_parameters()
         ]
-        return [entry for entry in named if not entry[1].startswith(f"{self._layers_path}.")]
+        head = {full for _, _, full in self._head()}
+        return [
+            entry
+            for entry in named
+            if self._layers.layer_of(entry[1]) is None and entry[1] not in head
+        ]
 
     def _head(self) -> list[tuple[nn.Module, str, str]]:
         """Parameters of the output embedding: it, name in it, name in the model."""

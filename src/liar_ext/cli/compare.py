@@ -187,7 +187,7 @@ def summary(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
     from liar_ext.comparison.tables import groups
-    from liar_ext.report.text import number, short_name
+    from liar_ext.report.text import number, short_name, signed
 
     evaluations = result["evaluations"]
     # what tells them apart: the file only where there are several
@@ -196,11 +196,12 @@ def summary(result: dict[str, Any]) -> Table:
         for name, evaluation in evaluations.items()
     }
     table = Table(title=f"{result['source']}: the best of each sparsity", title_justify="left")
-    for name in ("pruned", "sparsity", "evaluation", "value", "criterion", "repair", "residual"):
-        numeric = name in ("sparsity", "value", "residual")
+    columns = "pruned", "sparsity", "evaluation", "value", "− dense (95 %)", "criterion", "repair"
+    for name in (*columns, "residual"):
+        numeric = name in ("sparsity", "value", "− dense (95 %)", "residual")
         table.add_column(name, justify="right" if numeric else "left")
     for name, measured in result["dense"]["metrics"].items():
-        table.add_row("dense", "", names[name], number(measured["value"], 5), "", "", "")
+        table.add_row("dense", "", names[name], number(measured["value"], 5), *[""] * 4)
     for group in groups(result):
         table.add_section()
         for sparsity in dict.fromkeys(cell["sparsity"] for cell in group.cells):
@@ -208,13 +209,12 @@ def summary(result: dict[str, Any]) -> Table:
             for name, evaluation in evaluations.items():
                 where = (group.title, f"{sparsity:g}", names[name])
                 if not done:
-                    table.add_row(*where, "failed", "", "", "")
+                    table.add_row(*where, "failed", *[""] * 4)
                     continue
                 values = [cell["metrics"][name]["value"] for cell in done]
                 value = max(values) if evaluation["higher"] else min(values)
                 best = done[values.index(value)]
-                residual = f"{best['residual']['mean']:.4f}"
-                table.add_row(
-                    *where, number(value, 5), best["criterion"], best["variant"], residual
-                )
+                change = best["difference"][name][best["metrics"][name]["metric"]]
+                shown = number(value, 5), signed(change), best["criterion"], best["variant"]
+                table.add_row(*where, *shown, f"{best['residual']['mean']:.4f}")
     return table

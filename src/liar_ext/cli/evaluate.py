@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from liar_ext.errors import InputError, unknown_choice
 from liar_ext.evaluation.task import METRICS, WINDOWED, Evaluation, known
 
 if TYPE_CHECKING:
-    from liar_ext.calibration.sources import Corpus
     from liar_ext.evaluation.beside import Result
+    from liar_ext.evaluation.measured import Readable
 
 
 LEAST = {"seq_len": 1, "batch_size": 1, "windows": 1, "num_fewshot": 0, "limit": 1}
@@ -196,7 +196,7 @@ def _measure(arguments: argparse.Namespace, evaluations: list[Evaluation]) -> di
     if not arguments.json:
         show(found)
     _warn_of_figures(arguments, results)
-    _warn_of_overlap(arguments, folder, [evaluation.corpus for evaluation in evaluations])
+    _warn_of_overlap(arguments, folder, [result.source for result in results])
     about = {"environment": environment(device)}
     if len(found) == 1:
         return {**found[0], **about}
@@ -241,7 +241,7 @@ def _stability(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if not arguments.json:
         print_table(stability_table(result))
-    _warn_of_overlap(arguments, pruned, [each.corpus for each in sets])
+    _warn_of_overlap(arguments, pruned, sets)
     return result
 
 
@@ -264,7 +264,7 @@ def _warn_of_figures(arguments: argparse.Namespace, results: Iterable[Result]) -
 
 
 def _warn_of_overlap(
-    arguments: argparse.Namespace, folder: Path, evaluated: Iterable[Callable[[], Corpus]]
+    arguments: argparse.Namespace, folder: Path, evaluated: Iterable[Readable]
 ) -> None:
     """Say so when a pruned model is evaluated on the text it was calibrated on."""
     from liar_ext.calibration.overlap import warning
@@ -274,11 +274,11 @@ def _warn_of_overlap(
     calibration = calibration_of(folder)
     if calibration is None:
         return
-    for corpus in evaluated:
+    for source in evaluated:
         try:
-            message = warning(calibration, corpus())
+            message = warning(calibration, source.corpus())
         except InputError as error:
-            # everything is measured: what is read once more must not lose it
+            # everything is measured: a source without any text must not lose it
             message = f"whether this text was calibrated on is not known ({error})"
         if message is not None:
             warn(arguments, message)

@@ -79,6 +79,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("liar eval encoder --stsb sts-dev.csv", "rank correlation of an encoder"),
         ("liar eval classifier --glue sst2=dev.tsv --dense whole", "GLUE"),
         ("liar eval reader --squad dev-v2.0.json --dense whole", "SQuAD"),
+        ("liar eval summariser --pairs held-out.jsonl --dense whole", "an encoder-decoder"),
         ("liar eval small --lm-eval piqa,arc_easy --dense llama", "tasks of lm-eval"),
         ("liar eval small --stability questions.jsonl --dense llama", "are answers the same?"),
     ),

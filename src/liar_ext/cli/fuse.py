@@ -5,54 +5,49 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from liar_ext.cli.option_table import Options, add_options, given_of
 from liar_ext.cli.options import refuse_torchrun
 
-# option -> (type, metavar, help, field of FuseSettings)
-OPTIONS: dict[str, tuple[Any, str, str, str]] = {
+# of FuseSettings, but for the learning rate's name there
+OPTIONS: Options = {
     "images": (
         str,
         "IMAGES",
         "a folder with a folder for each class, or an .npz or .safetensors with images (n, "
         "channels, h, w), as the network takes them, and labels (n,)",
-        "images",
     ),
-    "time": (float, "F", "fraction of the dense network's time, batch norms folded in", "time"),
-    "top": (int, "N", "plans that are built and compared as whole networks", "top"),
+    "time": (float, "F", "fraction of the dense network's time, batch norms folded in"),
+    "top": (int, "N", "plans that are built and compared as whole networks"),
     "repair": (
         str,
         "NAME",
         "liar (merged convolutions refitted by least squares) or none",
-        "repair",
     ),
     "importance": (
         str,
         "NAME",
         "what a segment is worth: loss, accuracy, or paper (exp of the change in accuracy)",
-        "importance",
     ),
-    "largest-kernel": (int, "N", "of merged convolutions", "largest_kernel"),
-    "held-out": (
+    "largest_kernel": (int, "N", "of merged convolutions"),
+    "held_out": (
         float,
         "F",
         "fraction of the images to measure on, and to fit nothing to",
-        "held_out",
     ),
-    "patches": (int, "N", "positions that a convolution is refitted to, at most", "patches"),
-    "table-steps": (int, "N", "updates of each segment before it is measured", "table_steps"),
-    "finetune-steps": (int, "N", "updates of the whole network at the end", "finetune_steps"),
-    "lr": (float, "F", "learning rate of these", "learning_rate"),
-    "batch-size": (int, "N", "images at a time; also what is timed", "batch_size"),
-    "repeats": (int, "N", "rounds of each latency", "repeats"),
-    "steps": (int, "N", "units that the budget is cut into; times are rounded up", "steps"),
-    "seed": (int, "N", "of which images are held out, and the order of training", "seed"),
-    "device": (str, "NAME", "auto, cpu, cuda", "device"),
+    "patches": (int, "N", "positions that a convolution is refitted to, at most"),
+    "table_steps": (int, "N", "updates of each segment before it is measured"),
+    "finetune_steps": (int, "N", "updates of the whole network at the end"),
+    "lr": (float, "F", "learning rate of these"),
+    "batch_size": (int, "N", "images at a time; also what is timed"),
+    "repeats": (int, "N", "rounds of each latency"),
+    "steps": (int, "N", "units that the budget is cut into; times are rounded up"),
+    "seed": (int, "N", "of which images are held out, and the order of training"),
+    "device": (str, "NAME", "auto, cpu, cuda"),
 }
 REQUIRED = ("images", "time")
 
 
 def add_parser(commands: Any) -> None:
-    from liar_ext.convolution.settings import FuseSettings
-
     parser = commands.add_parser(
         "fuse",
         help="merge convolutions of a ResNet or MobileNetV2",
@@ -62,17 +57,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
-    for option, (kind, metavar, text, name) in OPTIONS.items():
-        required = option in REQUIRED
-        default = "" if required else f" (default {getattr(FuseSettings, name)})"
-        parser.add_argument(
-            *(f"--{option}",),
-            type=kind,
-            metavar=metavar,
-            required=required,
-            dest=name,
-            help=text + default,
-        )
+    options = {
+        name: (kind, metavar, text if name in REQUIRED else f"{text} (default {_usual(name)})")
+        for name, (kind, metavar, text) in OPTIONS.items()
+    }
+    add_options(parser, options, required=REQUIRED)
     parser.add_argument(
         "--tables",
         metavar="FILE",
@@ -83,14 +72,24 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _usual(name: str) -> Any:
+    from liar_ext.convolution.settings import FuseSettings
+
+    return getattr(FuseSettings, _field(name))
+
+
+def _field(name: str) -> str:
+    """Of FuseSettings."""
+    return "learning_rate" if name == "lr" else name
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_torchrun("liar fuse is one process; run it without torchrun")
     from liar_ext.cli.output import Watcher
     from liar_ext.convolution import FuseSettings, fuse
 
-    names = [name for *_, name in OPTIONS.values()]
-    given = {name: getattr(arguments, name) for name in names}
-    settings = FuseSettings(**{name: value for name, value in given.items() if value is not None})
+    given = given_of(arguments, OPTIONS)
+    settings = FuseSettings(**{_field(name): value for name, value in given.items()})
     with Watcher.of(arguments) as progress:
         report = fuse(
             arguments.source,

@@ -78,7 +78,7 @@ def growth_of(arguments: argparse.Namespace) -> Any:
     from dataclasses import replace
 
     from liar_ext.checkpoint.load import resolve
-    from liar_ext.checkpoint.reader import read_json
+    from liar_ext.checkpoint.reader import read_config
     from liar_ext.depth.config import count_of
     from liar_ext.depth.grow import Growth
     from liar_ext.depth.grow.mlp import HYPER_PARAMETERS
@@ -102,10 +102,7 @@ def growth_of(arguments: argparse.Namespace) -> Any:
     if arguments.insert is not None:
         gaps = parse_layers(arguments.insert, "--insert")
     else:
-        folder = resolve(arguments.source, config_only=True)
-        data = read_json(folder / "config.json")
-        if "model_type" not in data:
-            raise InputError(f"{folder / 'config.json'}: no model_type; not a transformers model")
+        data = read_config(resolve(arguments.source, config_only=True))
         gaps = default_gaps(count_of(data), arguments.layers)
     return Growth(
         gaps,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from liar_ext.cli.option_table import Options, add_options, given_of
 from liar_ext.cli.options import refuse_torchrun
 from liar_ext.cli.prune import add_trace, add_waiting
 
-# option -> (type, metavar, help); the option's name is the MergeSettings field's. its defaults are
-# said here again: to import it takes seconds, which help should not
-OPTIONS: dict[str, tuple[Any, str, str]] = {
+# of MergeSettings. its defaults are said here again: to import it takes seconds, which help should
+# not
+OPTIONS: Options = {
     "rule": (
         str,
         "NAME",
@@ -64,8 +65,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or hub id; it is only read")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     group = parser.add_argument_group("merge")
-    for name, (kind, metavar, text) in OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    add_options(group, OPTIONS)
     group = parser.add_argument_group("execution")
     group.add_argument(
         "--weights",
@@ -89,8 +89,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.engine.execution import Execution
 
     refuse_torchrun("liar merge is one process; run it without torchrun")
-    given = {name: getattr(arguments, name) for name in OPTIONS}
-    settings = MergeSettings(**{name: v for name, v in given.items() if v is not None})
+    settings = MergeSettings(**given_of(arguments, OPTIONS))
     execution = Execution(hidden_states=arguments.hidden_states, scratch=arguments.scratch)
     where = arguments.source, arguments.out, settings
     how = {

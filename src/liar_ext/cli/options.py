@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from liar_ext.cli.option_table import Options
 from liar_ext.errors import InputError
 
 
@@ -69,8 +70,8 @@ def _named(field: str) -> str:
     return ", ".join(NAMES[field])
 
 
-# option -> (type, metavar, help); the option's name is the Recipe field's
-OPTIONS: dict[str, tuple[Any, str, str]] = {
+# of the Recipe
+OPTIONS: Options = {
     "sparsity": (
         float,
         "F",

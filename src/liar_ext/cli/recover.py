@@ -5,23 +5,23 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from liar_ext.cli.option_table import Options, add_options, given_of
 from liar_ext.cli.options import refuse_torchrun
 from liar_ext.cli.training import TEXT, TRAINING, add_training, carried_out
 from liar_ext.errors import InputError, unknown_choice
 
 # of the training, in words
 DEFAULTS = {"lr": "default 1e-5 for partial, 1e-4 for lora"}
-# option -> (type, metavar, help)
-PARTIAL: dict[str, tuple[Any, str, str]] = {
+PARTIAL: Options = {
     "last": (int, "K", "layers that are trained, counted from the end (default 3)"),
 }
-LORA: dict[str, tuple[Any, str, str]] = {
+LORA: Options = {
     "ranks": (str, "NAME", "uniform; residual (by what a layer lost, no training; needs --dense); "
         "performance (RankAdaptor: short trainings and a model of them); default uniform"),
     "rank": (int, "R", "of every layer, alpha 2R; others spend as many parameters (default 8)"),
     "dense": (str, "DIR", "the model before pruning, for --ranks residual"),
 }  # fmt: skip
-TRIALS: dict[str, tuple[Any, str, str]] = {
+TRIALS: Options = {
     "initial": (int, "N", "choices that are tried first (default 8)"),
     "rounds": (int, "N", "and after them, one in each round (default 8)"),
     "proposals": (int, "N", "that a round picks from (default 64)"),
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     # required, and said above
     add_training(parser.add_argument_group("training"), DEFAULTS, without=("steps",))
     partial = parser.add_argument_group("--method partial")
-    _add(partial, PARTIAL)
+    add_options(partial, PARTIAL)
     partial.add_argument(
         "--untie", action="store_true", help="of tied embeddings, give the head weights of its own"
     )
@@ -65,20 +65,14 @@ def add_parser(commands: Any) -> None:
         help="keep what enters the first trained layer on disk: layers below run once for a window",
     )
     lora = parser.add_argument_group("--method lora (needs peft)")
-    _add(lora, LORA)
+    add_options(lora, LORA)
     lora.add_argument(
         "--keep-adapter", action="store_true", help="PEFT's adapter for SRC in DIR/adapter as well"
     )
-    _add(parser.add_argument_group("--ranks performance"), TRIALS, "trial_")
+    add_options(parser.add_argument_group("--ranks performance"), TRIALS, "trial_")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR when it exists")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(run=run)
-
-
-def _add(group: Any, options: dict[str, tuple[Any, str, str]], prefix: str = "") -> None:
-    for name, (kind, metavar, text) in options.items():
-        flag = f"--{prefix}{name}".replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,9 +109,9 @@ def recovery_of(arguments: argparse.Namespace) -> Any:
         raise unknown_choice("--device", arguments.device, CHOICES["device"])
     if method not in METHODS:
         raise unknown_choice("--method", method, METHODS)
-    of_partial = _given(arguments, [*PARTIAL, "untie", "no_head", "cache_states"])
-    of_lora = _given(arguments, [*LORA, "keep_adapter"])
-    of_trials = _given(arguments, [f"trial_{name}" for name in TRIALS])
+    of_partial = given_of(arguments, [*PARTIAL, "untie", "no_head", "cache_states"])
+    of_lora = given_of(arguments, [*LORA, "keep_adapter"])
+    of_trials = given_of(arguments, [f"trial_{name}" for name in TRIALS])
     for owner, given in (("partial", of_partial), ("lora", of_lora | of_trials)):
         if given and owner != method:
             raise InputError(f"{_flag(given)}: is of --method {owner}, not of {method}")
@@ -125,7 +119,9 @@ def recovery_of(arguments: argparse.Namespace) -> Any:
         if name in of_lora | of_trials and of_lora.get("ranks") != owner:
             raise InputError(f"{_flag({name: None})}: is of --ranks {owner}")
     # these two are of the windows
-    schedule = _given(arguments, [n for n in TRAINING if n not in ("steps", "seq_len", "held_out")])
+    schedule = given_of(
+        arguments, [n for n in TRAINING if n not in ("steps", "seq_len", "held_out")]
+    )
     schedule["learning_rate"] = schedule.pop("lr", RATES[method])
     if of_partial.pop("no_head", False):
         of_partial["head"] = False
@@ -136,17 +132,10 @@ def recovery_of(arguments: argparse.Namespace) -> Any:
         method=method,
         device=arguments.device,
         search=RankSearch(**trials),
-        **_given(arguments, ("seq_len", "held_out")),
+        **given_of(arguments, ("seq_len", "held_out")),
         **of_partial,
         **of_lora,
     )
-
-
-def _given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
-    """Options that were given, with their values."""
-    found = {name: getattr(arguments, name) for name in names}
-    # not `in`: 0 is a value, and equals False
-    return {n: value for n, value in found.items() if value is not None and value is not False}
 
 
 def _flag(given: dict[str, Any]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from liar_ext.cli.option_table import Options, add_options, given_of
 from liar_ext.cli.options import refuse_torchrun
 from liar_ext.cli.training import TEXT, add_training, carried_out, trained_line, training_of
 from liar_ext.errors import InputError
 
-# option -> (type, metavar, help); the option's name is the Replacement field's. its defaults are
-# said here again: to import it takes seconds, which help should not
-OPTIONS: dict[str, tuple[Any, str, str]] = {
+# of a Replacement. its defaults are said here again: to import it takes seconds, which help should
+# not
+OPTIONS: Options = {
     "depth": (
         str,
         "NAME",
@@ -76,8 +77,7 @@ def add_parser(commands: Any) -> None:
     where.add_argument(
         "--window", metavar="A-B", help="these layers are replaced, counted from 0 (20-28)"
     )
-    for name, (kind, metavar, text) in OPTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    add_options(parser, OPTIONS)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     group = parser.add_argument_group("training of what stands in")
     group.add_argument("--train", metavar="TEXT", help=f"{TEXT} (required)")
@@ -108,8 +108,7 @@ def replacement_of(arguments: argparse.Namespace) -> Any:
     from liar_ext.depth.replace import Replacement
     from liar_ext.depth.replace.settings import SCHEDULES
 
-    given = {name: getattr(arguments, name) for name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_of(arguments, OPTIONS)
     if arguments.train is None:
         raise InputError("--train is missing: give the text that the new layers are trained on")
     if arguments.window is not None:

@@ -24,16 +24,16 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from liar_ext.checkpoint.load import resolve
-    from liar_ext.checkpoint.reader import read_json
+    from liar_ext.checkpoint.reader import CONFIG, read_config
     from liar_ext.models import layout
     from liar_ext.tracing import trace
 
-    path = resolve(arguments.source, config_only=True) / "config.json"
-    data = read_json(path)
-    if "model_type" not in data:
-        raise InputError(f"{path}: no model_type; not a transformers model")
+    folder = resolve(arguments.source, config_only=True)
+    data = read_config(folder)
     if layout.KEY in data:
-        raise InputError(f"{path}: pruned already, to shapes of its own; trace the dense one")
+        raise InputError(
+            f"{folder / CONFIG}: pruned already, to shapes of its own; trace the dense one"
+        )
     found = trace(layout.config_object(data)).to_json()
     result = {"source": arguments.source, **found}
     if not arguments.json:

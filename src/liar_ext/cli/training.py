@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from liar_ext.cli.option_table import add_options, given_of
 from liar_ext.errors import InputError
 
 # option -> (type, metavar, help, default in words)
@@ -45,12 +46,12 @@ def add_training(
         group: of a parser; defaults: in words, those that are not the usual ones.
         without: options that the command has in another way.
     """
-    for name, (kind, metavar, text, usual) in TRAINING.items():
-        if name in without:
-            continue
-        default = (defaults or {}).get(name, usual)
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, type=kind, metavar=metavar, help=f"{text} ({default})")
+    options = {
+        name: (kind, metavar, f"{text} ({(defaults or {}).get(name, usual)})")
+        for name, (kind, metavar, text, usual) in TRAINING.items()
+        if name not in without
+    }
+    add_options(group, options)
     group.add_argument(
         "--resume", action="store_true", help="go on with what an interrupted run left beside DIR"
     )
@@ -67,8 +68,7 @@ def training_of(arguments: argparse.Namespace, defaults: Mapping[str, Any] | Non
     from liar_ext.recovery.schedule import Schedule
     from liar_ext.recovery.text import TextTraining
 
-    given = {name: getattr(arguments, name) for name in TRAINING}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_of(arguments, TRAINING)
     if arguments.train is None:
         if given:
             option = f"--{next(iter(given)).replace('_', '-')}"

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liar_ext.comparison.grid import Grid
+from liar_ext.comparison.grid import Cell, Grid
 from liar_ext.comparison.ledger import PLOTS, RESULT, TABLES, VERSION, Ledger, write_whole
+from liar_ext.comparison.paired import best, from_base, rivals
 from liar_ext.comparison.plots import draw
 from liar_ext.comparison.tables import markdown
 from liar_ext.environment import environment
 
 if TYPE_CHECKING:
     from liar_ext.comparison.subject import Subject
+    from liar_ext.evaluation.task import Evaluation
 
+# of a ledger's entry: what the result says otherwise, or makes differences of
+_INTERNAL = ("key", "recipe", "units")
 # of a calibration: what says which text it was, not how to recognise it elsewhere
 _CALIBRATION = ("source", "sha256", "seed", "seq_len", "samples", "tokens")
 
@@ -29,15 +33,26 @@ def assemble(
     identity: dict[str, Any],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The whole result as JSON data; a cell that is the same computation as another says so."""
+    """The whole result as JSON data; a cell that is the same computation as another says so.
+
+    Every finished cell has, by evaluation, its `difference` from the dense model, by metric, and
+    `from_best`, that of the main metric from the best cell of its target, allocation and sparsity
+    (None for that one itself): `evaluation.estimate.Difference.to_json`.
+    """
     cells: list[dict[str, Any]] = []
     first: dict[str, str] = {}
+    beside_each: dict[Any, list[dict[str, Any]]] = {}
     for cell in grid.cells:
-        entry = {n: v for n, v in ledger.entries[cell.key].items() if n not in ("key", "recipe")}
+        beside_each.setdefault(rivals(cell), []).append(ledger.entries[cell.key])
+    for cell in grid.cells:
+        entry = {n: v for n, v in ledger.entries[cell.key].items() if n not in _INTERNAL}
         same = first.get(cell.key)
         first.setdefault(cell.key, cell.label)
         where = {**cell.coordinates, "variant": cell.variant, "same_as": same}
-        cells.append({**where, **entry, "recipe": cell.recipe.to_json()})
+        beside = {}
+        if entry["status"] == "done":
+            beside = _differences(ledger, cell, beside_each[rivals(cell)], subject.evaluations)
+        cells.append({**where, **entry, **beside, "recipe": cell.recipe.to_json()})
     computed = [ledger.entries[key] for key in first]
     counts = Counter(cell["status"] for cell in cells)
     calibration = subject.calibration.to_json()
@@ -56,7 +71,7 @@ def assemble(
             e.name: {"metric": metrics[e.name], "higher": e.metric.higher, **e.identity()}
             for e in subject.evaluations
         },
-        "dense": {name: value for name, value in ledger.dense.items() if name != "key"},
+        "dense": {n: v for n, v in ledger.dense.items() if n not in _INTERNAL},
         "cells": cells,
         "skipped": [{**where, "reason": reason} for where, reason in grid.skipped],
         "counts": {
@@ -72,6 +87,28 @@ def assemble(
         ),
         "warnings": list(notes),
     }
+
+
+def _differences(
+    ledger: Ledger,
+    cell: Cell,
+    others: Sequence[dict[str, Any]],
+    evaluations: Sequence[Evaluation],
+) -> dict[str, Any]:
+    """A finished cell's `difference` and `from_best`; `others`: entries of its rivals."""
+    assert ledger.dense is not None, "it is measured before the cells"
+    own = ledger.entries[cell.key]
+    found: dict[str, dict[str, Any]] = {"difference": {}, "from_best": {}}
+    for evaluation in evaluations:
+        name = evaluation.name
+        changes = from_base(own, ledger.dense, name)
+        found["difference"][name] = {metric: one.to_json() for metric, one in changes.items()}
+        first = best(others, name, evaluation.metric.higher)
+        metric = own["metrics"][name]["metric"]
+        found["from_best"][name] = (
+            None if first is own else from_base(own, first, name)[metric].to_json()
+        )
+    return found
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:

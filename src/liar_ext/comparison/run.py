@@ -21,7 +21,7 @@ from liar_ext.comparison.grid import Cell, Grid
 from liar_ext.comparison.ledger import HELD_OUT, MOMENTS, Ledger, check_folder, open_ledger
 from liar_ext.comparison.result import assemble, write
 from liar_ext.comparison.subject import SCRATCH, Subject
-from liar_ext.engine.driver import targeted_layers
+from liar_ext.engine.budgets import targeted_layers
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.moments_store import MomentsStore
 from liar_ext.engine.store import InMemory

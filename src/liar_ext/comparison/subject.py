@@ -20,9 +20,10 @@ from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.checkpoint.writer import storage_dtype
 from liar_ext.comparison.grid import Cell, Grid
+from liar_ext.comparison.paired import kept
+from liar_ext.engine.budgets import targeted_layers
 from liar_ext.engine.compress import held_bytes_of
 from liar_ext.engine.compression import Compression, check_possible
-from liar_ext.engine.driver import targeted_layers
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.identity import identity_of, moments_fingerprint
 from liar_ext.engine.inputs import (
@@ -135,13 +136,12 @@ class Subject:
         return {evaluation.name: evaluation.on(tokenizer) for evaluation in self.evaluations}
 
     def _measured(self, model: PreTrainedModel) -> dict[str, Any]:
-        return {
-            name: measure(model, self.model).to_json() for name, measure in self._measures.items()
-        }
+        """`metrics`, and `units` to pair them by, as JSON data."""
+        return kept({name: measure(model, self.model) for name, measure in self._measures.items()})
 
     def dense(self) -> dict[str, Any]:
         """The dense model's figures, and the seconds of one plain forward of the calibration."""
-        metrics = self._measured(self.model)
+        measured = self._measured(self.model)
         # the first pass pays for threads and libraries; a batch is enough for that
         plain_forward(self.model, self.calibration.batches[:1], self.device)
         start = time.perf_counter()
@@ -149,7 +149,7 @@ class Subject:
         seconds = time.perf_counter() - start
         tied = tied_names(self.model)
         parameters = sum(p.numel() for n, p in self.model.named_parameters() if n not in tied)
-        return {"metrics": metrics, "parameters": parameters, "forward_seconds": seconds}
+        return {**measured, "parameters": parameters, "forward_seconds": seconds}
 
     def measure(
         self, cell: Cell, library: MomentsStore | None, forward_seconds: float, scratch: Path
@@ -164,13 +164,13 @@ class Subject:
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=scratch) as temporary:
             model, report = self._pruned(cell.recipe, library, Path(temporary))
         start = time.perf_counter()
-        metrics = self._measured(model)
+        measured = self._measured(model)
         evaluation = time.perf_counter() - start
         residuals = [site.relative_residual for site in report.sites]
         before, after = report.totals["parameters_before"], report.totals["parameters_after"]
         peaks = {name: value for name, value in report.run.items() if name.startswith("peak")}
         return {
-            "metrics": metrics,
+            **measured,
             "sparsity_reached": report.totals["sparsity"],
             "parameters_removed": before - after,
             "parameters_after": after,

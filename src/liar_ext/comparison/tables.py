@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from liar_ext.report.text import NONE, budgeted, number, percent, short_name
+from liar_ext.report.text import NONE, budgeted, number, percent, short_name, signed
 
 Cell = dict[str, Any]
 
@@ -32,8 +32,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "In brackets: mean relative residual of the Sites on the calibration tokens. Bold: the "
-        f"best of a sparsity. `%` is the share of the targeted {budgeted(result['recipe'])} that "
-        "was asked for; where units allow only another, the one reached is in brackets.",
+        "best of a sparsity; ≈: the interval of its difference from that one holds 0. `%` is the "
+        f"share of the targeted {budgeted(result['recipe'])} that was asked for; where units allow "
+        "only another, the one reached is in brackets. Differences are of the same samples; each "
+        "interval is of one difference, and of many some miss.",
     ]
     several = len(result["evaluations"]) > 1
     for group in groups(result):
@@ -45,6 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
                 lines += ["", f"![plot]({group.plot(result, name)})"]
             lines += [""]
             lines += _table(group.cells, name, evaluation["higher"])
+            lines += _changes(group.cells, name)
     lines += _cost(result)
     if counts["failed"]:
         lines += ["", "## Failed", ""]
@@ -111,6 +114,22 @@ def best_of(cells: Sequence[Cell], evaluation: str, higher: bool) -> float | Non
 
 
 def _table(cells: Sequence[Cell], evaluation: str, higher: bool) -> list[str]:
+    def entries(of_sparsity: Sequence[Cell]) -> Callable[[Cell | None], str]:
+        best = best_of(of_sparsity, evaluation, higher)
+        return lambda cell: _entry(cell, evaluation, best)
+
+    return _filled(cells, entries)
+
+
+def _filled(
+    cells: Sequence[Cell], entries: Callable[[Sequence[Cell]], Callable[[Cell | None], str]]
+) -> list[str]:
+    """A row a sparsity and criterion, a column a variant.
+
+    Args:
+        entries: given the cells of one sparsity, what says what is in a place: that of a cell, or
+            of None where there is none.
+    """
     variants = list(dict.fromkeys(cell["variant"] for cell in cells))
     lines = [
         "| removed | criterion | " + " | ".join(variants) + " |",
@@ -118,10 +137,10 @@ def _table(cells: Sequence[Cell], evaluation: str, higher: bool) -> list[str]:
     ]
     for sparsity in dict.fromkeys(cell["sparsity"] for cell in cells):
         of_sparsity = [cell for cell in cells if cell["sparsity"] == sparsity]
-        best = best_of(of_sparsity, evaluation, higher)
+        entry = entries(of_sparsity)
         for criterion in dict.fromkeys(cell["criterion"] for cell in of_sparsity):
             row = {c["variant"]: c for c in of_sparsity if c["criterion"] == criterion}
-            shown = [_entry(row.get(variant), evaluation, best) for variant in variants]
+            shown = [entry(row.get(variant)) for variant in variants]
             removed = _removed(sparsity, list(row.values()))
             lines.append(f"| {removed} | {criterion} | " + " | ".join(shown) + " |")
     return lines
@@ -136,7 +155,35 @@ def _entry(cell: Cell | None, evaluation: str, best: float | None) -> str:
     value = _value(measured)
     if measured["value"] == best:
         value = f"**{value}**"
+    elif _holds_nothing(cell["from_best"][evaluation]):
+        value = f"{value} ≈"
     return f"{value} ({cell['residual']['mean']:.3f})"
+
+
+def _changes(cells: Sequence[Cell], evaluation: str) -> list[str]:
+    """The differences from the dense model, with their intervals, in the places of the values."""
+    done = [cell for cell in cells if cell["status"] == "done"]
+    if not done:
+        return []
+    metric = done[0]["metrics"][evaluation]["metric"]
+    changes = [cell["difference"][evaluation][metric] for cell in done]
+    methods = dict.fromkeys(change["interval_method"] for change in changes)
+    table = _filled(cells, lambda _: lambda cell: _change(cell, evaluation, metric))
+    return ["", f"Difference from dense ({'; '.join(methods)}):", "", *table]
+
+
+def _change(cell: Cell | None, evaluation: str, metric: str) -> str:
+    if cell is None:
+        return NONE
+    if cell["status"] == "failed":
+        return "failed"
+    return signed(cell["difference"][evaluation][metric])
+
+
+def _holds_nothing(change: dict[str, Any] | None) -> bool:
+    """Whether the interval of a difference holds 0."""
+    interval = None if change is None else change["confidence_interval"]
+    return interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _removed(sparsity: float, cells: Sequence[Cell]) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from liar_ext.convolution.chain import Segment
 from liar_ext.errors import InputError
 
 VERSION = 1
+# numbers that the importance of a segment is made of
+_MEASURED = ("loss", "accuracy")
 
 
 class TableFile:
@@ -56,6 +61,44 @@ class TableFile:
         names = self.rounds[0] if self.rounds else {}
         return {name: [s for part in self.rounds for s in part[name]] for name in names}
 
+    def check(self, segments: Sequence[Segment], works: Collection[str]) -> None:
+        """Whether what is here is of one network: a plan would be made of it as it stands.
+
+        Args:
+            segments: those of which the importance is measured; some may be missing yet.
+            works: names of all that is timed, once in every round; they tell shapes.
+        Raises:
+            InputError: a row is of another segment or work, lacks one, or has no numbers.
+        """
+        known = frozenset(works)
+        kept = {segment.key: list(segment.kept) for segment in segments}
+        for key, row in self.importance.items():
+            start, end, kernel = key
+            name = f"the row of segment {start}-{end} with kernel {kernel}"
+            if key not in kept:
+                self._refuse(f"{name} is of no segment of this network")
+            if not isinstance(row, dict) or not all(map(_number, map(row.get, _MEASURED))):
+                self._refuse(f"{name} lacks a number: {' or '.join(_MEASURED)}")
+            if row.get("kept") != kept[key]:
+                self._refuse(f"{name} keeps {row.get('kept')}, and here it keeps {kept[key]}")
+        for number, times in enumerate(self.rounds, 1):
+            name = f"entry {number} of latencies"
+            if not isinstance(times, dict):
+                self._refuse(f"{name} has no times by name")
+            for work in works:
+                if work not in times:
+                    self._refuse(f"{name} lacks {work!r}")
+            for work, samples in times.items():
+                if work not in known:
+                    self._refuse(f"{name} has {work!r}, which is nothing of this network")
+                if not (isinstance(samples, list) and samples and all(map(_time, samples))):
+                    self._refuse(f"{name} has no times above 0 for {work!r}")
+            if len({len(samples) for samples in times.values()}) > 1:
+                self._refuse(f"{name} has more rounds of some than of others")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise InputError(f"{self.path}: {what}; delete the file, or give another --tables")
+
     def _take(self, entry: dict[str, Any]) -> None:
         if "latency" in entry:
             self.rounds.append(entry["latency"])
@@ -85,6 +128,14 @@ class TableFile:
             raise InputError(
                 f"{self.path}: is no table of `liar fuse` ({error!r}); give another --tables"
             ) from error
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _time(value: Any) -> bool:
+    return _number(value) and value > 0
 
 
 def _line(entry: dict[str, Any]) -> bytes:

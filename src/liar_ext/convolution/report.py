@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from liar_ext.report.front_matter import OWN, front_matter
+from liar_ext.report.markdown import plain
 from liar_ext.report.schema import FILE
+from liar_ext.report.text import short_name
 
 
 def card(report: dict[str, Any]) -> str:
@@ -18,7 +20,8 @@ def card(report: dict[str, Any]) -> str:
         for segment in report["plan"]
     )
     return (
-        f"# {Path(report['source']).name} with {network['convolutions_after']} of "
+        front_matter(report, ("pruned", "layer-merging"), OWN)
+        + f"\n# {plain(short_name(report['source']))} with {network['convolutions_after']} of "
         f"{network['convolutions_before']} convolutions\n\n"
         f"{network['activations_after']} of {network['activations_before']} activations stay; what "
         "lies between two of them is one convolution with the batch norms folded in (LayerMerge, "

@@ -104,10 +104,14 @@ def measure_latency(
 
     Returns:
         what each segment costs.
+    Raises:
+        InputError: what the table has already is of something else.
     """
     sizes = input_shapes(dense, size)
     works = {segment: works_of(dense.chain, segment, sizes) for segment in segments}
     every = {work.name: work for found in works.values() for work in found}
+    # before anything is made of what is there, or added to it
+    table.check([s for s in segments if not is_dense(dense, s)], [*every, STOCK, FOLDED])
     first, batch = next(dense.model.parameters()), settings.batch_size
     done = sum(len(part[FOLDED]) for part in table.rounds)
     progress.begin(settings.repeats, "latency", min(done, settings.repeats))

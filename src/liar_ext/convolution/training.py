@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.convolution.images import Images
 from liar_ext.convolution.settings import FuseSettings
 from liar_ext.engine.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batch import Batch, first_samples
 from liar_ext.depth.losses import losses_without
 from liar_ext.depth.methods import METHODS, check_count, check_finite, pick, placed
 from liar_ext.depth.states import turns

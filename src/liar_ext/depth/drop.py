@@ -80,6 +80,7 @@ def _card(report: dict[str, Any]) -> str:
     gone = ", ".join(map(str, layers["dropped"]))
     return layer_card(
         report,
+        ("pruned", "layer-pruning"),
         f"without {len(layers['dropped'])} of its {layers['before']} layers",
         f"Left out, counted from 0: {gone}. Nothing else was changed, nothing was trained, and "
         "what the layers did was not repaired: the quality was not measured.",

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item, free_all

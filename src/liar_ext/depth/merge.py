@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth.collapse import Outcome, State, collapse, listed
 from liar_ext.depth.merge_facts import layer_facts, merge_facts, mixed_types
 from liar_ext.depth.merge_settings import MergeSettings, Schedule

@@ -95,6 +95,7 @@ def card(report: dict[str, Any]) -> str:
     ]
     return layer_card(
         report,
+        ("pruned", "layer-merging"),
         f"with {layers['after']} of its {layers['before']} layers",
         "Layers were merged (LaCo, arXiv 2402.11187), each into the one before it; counted from "
         "0:\n\n| layer | takes in | similarity to the original |\n|---|---|---|\n"

@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.environment import environment
 from liar_ext.models import layout
+from liar_ext.report.front_matter import front_matter, library_of
+from liar_ext.report.markdown import plain
 from liar_ext.report.schema import FILE, LAYERS
+from liar_ext.report.text import short_name
 
 VERSION = 1
 
@@ -64,10 +67,11 @@ def layer_report(
     }
 
 
-def layer_card(report: Mapping[str, Any], what: str, body: str) -> str:
+def layer_card(report: Mapping[str, Any], tags: Sequence[str], what: str, body: str) -> str:
     """`README.md` of such a checkpoint.
 
     Args:
+        tags: of what was done, for the hub.
         what: behind the source's name in the title; body: what was done and is known of it.
     """
     totals = report["totals"]
@@ -75,7 +79,8 @@ def layer_card(report: Mapping[str, Any], what: str, body: str) -> str:
         "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
     )
     return (
-        f"# {Path(report['source']).name} {what}\n\n"
+        front_matter(report, tags, library_of(report["config"]))
+        + f"\n# {plain(short_name(report['source']))} {what}\n\n"
         f"{body}\n\n"
         f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} after. "
         f"Loads with {loader}.\n\n"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item, free_all
 from liar_ext.engine.statistics import StateSimilarity, Turn
@@ -47,7 +47,9 @@ def turns(
                     with runtime.clock.phase("hold"):
                         before, after = entered[-span][number].fetch(), later[number].fetch()
                     with runtime.clock.phase("gram"):
-                        similarity.add(before, after, stream.valid(number), stream.segment(number))
+                        similarity.add(
+                            before, after, stream.valid(number, index), stream.segment(number)
+                        )
                 found[span].append(similarity.finish(runtime.ranks))
         if len(entered) == longest:
             free_all(entered.popleft())

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from liar_ext.checkpoint.reader import tied_names
 from liar_ext.depth.config import COUNT, check_kept, remapped
 from liar_ext.errors import InputError, UnsupportedModelError
-from liar_ext.models import adapter_for, layout, text_config
+from liar_ext.models import adapter_for, known_adapter, layout, text_config
 from liar_ext.models.absent import INDEX
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -60,7 +60,7 @@ def surgery(
     _fill(new, found)
     check_places(path, layers, kept, new, inserted)
     if tied_names(new):
-        new.tie_weights()
+        new.tie_weights(recompute_mapping=False)
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
     new.name_or_path = model.name_or_path
@@ -82,11 +82,14 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         InputError: there is none, or more than one.
     """
+    config = text_config(model.config)
+    known = known_adapter(config)
+    if known is not None:
+        known.check_one_stack()
     try:
         return adapter_for(model.config).layer_list(model)
     except UnsupportedModelError:
         pass
-    config = text_config(model.config)
     if not isinstance(count := getattr(config, COUNT, None), int):
         raise InputError(f"{type(model).__name__} has no {COUNT}: it is no list of layers")
     lists = [

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from liar_ext.calibration.batches import NO_CALIBRATION, Batch
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import NO_CALIBRATION
 from liar_ext.checkpoint.load import resolve
 from liar_ext.checkpoint.store import CheckpointStore, Placement
 from liar_ext.depth.choice import measure

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth.methods import METHODS
 from liar_ext.engine.backward import BackwardPass
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item
 from liar_ext.recipe import Recipe

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth.collapse import State
 from liar_ext.depth.mixture import Mixture, Source, mixed
 from liar_ext.depth.rules import norm_names

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.calibration.features import check_features
 from liar_ext.checkpoint.reader import parameter_count, tied_names
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec
@@ -33,6 +33,9 @@ from liar_ext.models.traced import KEY as TRACE
 from liar_ext.recipe import Recipe
 from liar_ext.report import Report
 
+# of an encoder-decoder
+_DECODER = "decoder_input_ids"
+
 
 def prune(
     model: PreTrainedModel,
@@ -49,7 +52,8 @@ def prune(
         batches: calibration tokens: `Batch`, a mapping with `input_ids` and optionally
             `attention_mask`, or a (b, t) tensor of ids; of a model that reads something else, that:
             a mapping with `pixel_values` (b, c, h, w) or `input_features` (b, mel, frames), or the
-            tensor.
+            tensor; of an encoder-decoder a mapping with `decoder_input_ids`, too (and optionally
+            `decoder_attention_mask`).
         recipe: what to do; its calibration, device and dtype fields are not used. One that leaves
             out layers puts modules of its own in the place of the model's.
         trace: of a family without an adapter, find the Sites by running its layers.
@@ -134,6 +138,11 @@ def _adopt(model: PreTrainedModel, recipe: Recipe, trace: bool) -> None:
             setattr(model.config, TRACE, data[TRACE])
 
 
+def _tokens(ids: Tensor, mask: Tensor | None) -> Batch:
+    ones = torch.ones(ids.shape, dtype=torch.bool)
+    return Batch(ids.cpu(), ones if mask is None else mask.cpu().bool())
+
+
 def _batch(
     batch: Batch | Mapping[str, Tensor] | Tensor, adapter: Adapter, config: PretrainedConfig
 ) -> Batch:
@@ -151,11 +160,16 @@ def _batch(
         if features is not None:
             check_features("a calibration batch", name, ids, features.shape(config))
             return Batch.of_features({name: ids.cpu()}, features.length(config))
-        mask = batch.get("attention_mask")
-        ones = torch.ones(ids.shape, dtype=torch.bool)
-        batch = Batch(ids.cpu(), ones if mask is None else mask.cpu().bool())
+        mapping, batch = batch, _tokens(ids, batch.get("attention_mask"))
+        if adapter.then is not None and isinstance(own := mapping.get(_DECODER), Tensor):
+            batch = Batch.of_pair(batch, _tokens(own, mapping.get("decoder_attention_mask")))
     if name not in (batch.features or {"input_ids"}):
         raise InputError(f"a Batch has no {name}, which {adapter.model_type} reads")
+    if adapter.then is not None and not batch.cut:
+        raise InputError(
+            f"a calibration batch has no {_DECODER}, which {adapter.model_type} needs; give a "
+            "mapping with them, or a Batch.of_pair"
+        )
     vocabulary = config.vocab_size if features is None else None
     if vocabulary and batch.input_ids.numel() and not 0 <= int(batch.input_ids.max()) < vocabulary:
         raise InputError(

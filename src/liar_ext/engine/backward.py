@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batch import Batch, first_samples
 from liar_ext.engine.loss import NO_TARGET, loss_gradient, next_tokens
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item, free_all
@@ -149,7 +149,7 @@ def _refuse_without_loss(runtime: Runtime, asked: str, instead: Sequence[str]) -
         return
     model, adapter = runtime.model, runtime.adapter
     reason = "has no language-model head" if adapter.plain_head else "scales or bounds its logits"
-    if not adapter.decoder:
+    if not adapter.decoder and adapter.then is None:
         reason = "is an encoder, which predicts none"
     raise InputError(
         f"{asked}: needs the loss of the next token, and {type(model).__name__} "

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.frozen import frozen
 from liar_ext.engine.gates import Gates, gated
 from liar_ext.engine.runtime import Runtime
@@ -63,7 +63,7 @@ class LayerBlock:
             with clock.phase("hold"):
                 states = stream.hidden[number].fetch()
             with clock.phase("forward"):
-                rows = valid_rows(states, stream.valid(number)).double()
+                rows = self._rows(number, states).double()
                 own[number] = len(rows), rows.square().sum(0).cpu()
         every = _in_order(ranks.gather(own))
         self._tokens = [tokens for tokens, _ in every]
@@ -117,6 +117,12 @@ class LayerBlock:
         opened.values = [value.to(self._device) for value in values]
         return float(self._of_batch(number, "forward"))
 
+    def _rows(self, number: int, states: Tensor) -> Tensor:
+        """The valid tokens that the layer reads, (tokens, d)."""
+        index = self.sites[0].layer
+        own = self._stream.own(number, index, states)
+        return valid_rows(own, self._stream.valid(number, index))
+
     def _of_batch(self, number: int, phase: str) -> Tensor:
         """The error summed over a batch's tokens, float64, with the gates that are on."""
         stream = self._stream
@@ -124,8 +130,7 @@ class LayerBlock:
             entering, leaving = stream.entered[number].fetch(), stream.hidden[number].fetch()
         with self._clock.phase(phase):
             output = layer_output(self._layer, entering, stream.call(number, self.sites[0].layer))
-            change = valid_rows(output, stream.valid(number)).float()
-            change = change - valid_rows(leaving, stream.valid(number)).float()
+            change = self._rows(number, output).float() - self._rows(number, leaving).float()
             return (change.square() @ self._weights).sum(dtype=torch.float64)
 
 

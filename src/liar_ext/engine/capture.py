@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import greenlet
@@ -24,152 +23,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.engine.calls import LayerCall, layer_output
 from liar_ext.engine.shelf import Item, Shelf
 from liar_ext.models import linear
 from liar_ext.models.site import Site
 
 # smaller tensors stay: rotary tables and the like, which batches may share
 SHELVED_BYTES = 1 << 18
-
-
-@dataclass
-class LayerCall:
-    """The arguments a model passes to one layer beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Stop(Exception):
-    """Raised after the last layer's arguments are known: the rest of the model is not needed."""
-
-
-def record_calls(
-    backbone: nn.Module,
-    layers: nn.ModuleList,
-    batch: Batch,
-    device: torch.device,
-    options: dict[str, Any],
-    returns: int = 0,
-) -> tuple[Tensor, list[LayerCall]]:
-    """Embed one batch and record how the model calls each of its layers, without running them.
-
-    Every layer has its own arguments (masks and rotary tables differ by layer type), and they
-    come from the model itself: no attention mask or position is built here.
-
-    Args:
-        options: further arguments of the model (`use_cache=False` for decoders).
-        returns: entries of the tuple that a layer gives back, see `Adapter`.
-    Returns:
-        the hidden states that enter layer 0 (b, t, d), and one call for each layer.
-    """
-    calls: list[LayerCall] = []
-    first: list[Tensor] = []
-
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        if "hidden_states" in kwargs:
-            hidden = kwargs.pop("hidden_states")
-        else:
-            hidden, args = args[0], args[1:]
-        first.append(hidden)
-        calls.append(LayerCall(args, kwargs))
-        if len(calls) == len(layers):
-            raise _Stop
-        return _given_back(hidden, returns)
-
-    with _replaced(layers, stub), suppress(_Stop):
-        backbone(**given(backbone, batch, device), **options)
-    return first[0], calls
-
-
-def last_hidden(
-    backbone: nn.Module,
-    layers: nn.ModuleList,
-    batch: Batch,
-    device: torch.device,
-    options: dict[str, Any],
-    final: Tensor,
-    returns: int = 0,
-) -> Tensor:
-    """What the model makes of the output of its last layer, by its own code: its final norm.
-
-    Args:
-        final: (b, t, d), for the batch; the other arguments are those of `record_calls`.
-    """
-    calls = 0
-
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        passed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return _given_back(final if calls == len(layers) else passed, returns)
-
-    with _replaced(layers, stub):
-        found = backbone(**given(backbone, batch, device), **options)
-    return found[0]
-
-
-def given(backbone: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-    """What a model is called with for a batch; features in the dtype of what reads them, which is
-    the first that it has."""
-    return batch.given(device, next(backbone.parameters()).dtype)
-
-
-def _given_back(states: Tensor, returns: int) -> Any:
-    """Hidden states as a layer gives them back."""
-    return (states, *[None] * (returns - 1)) if returns else states
-
-
-@contextmanager
-def _replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Layers that do something else when they are called."""
-    # accelerate and others put a forward of their own on the instance: it is put back
-    own = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward
-        yield
-    finally:
-        for layer, before in zip(layers, own, strict=True):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
-
-
-def shared(calls: list[LayerCall], known: dict[tuple[Any, ...], list[Tensor]]) -> list[LayerCall]:
-    """The same calls, with tensors that another batch has already replaced by that one's.
-
-    Rotary tables and masks of full windows are the same in every batch; held once, they do not
-    grow with the number of batches.
-
-    Args:
-        known: tensors by shape, dtype and device; what is new is added.
-    """
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            key = (tuple(value.shape), value.dtype, value.device)
-            like = known.setdefault(key, [])
-            for other in like:
-                if other is value or torch.equal(other, value):
-                    return other
-            like.append(value)
-            return value
-        if type(value) in (tuple, list):
-            return type(value)(one(entry) for entry in value)
-        return value
-
-    return [
-        LayerCall(one(call.args), {name: one(value) for name, value in call.kwargs.items()})
-        for call in calls
-    ]
-
-
-def layer_output(layer: nn.Module, states: Tensor, call: LayerCall) -> Tensor:
-    """What a layer makes of the hidden states that enter it."""
-    output = layer(states, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager

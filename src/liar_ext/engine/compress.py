@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batch import Batch, first_samples
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity, sync_path
 from liar_ext.checkpoint.load import resolve
@@ -28,9 +28,9 @@ from liar_ext.checkpoint.writer import check_output, copy_other_files, write_jso
 from liar_ext.costs import gradient_held_bytes, held_bytes
 from liar_ext.depth.choice import LayerChoice, choice_states, choose
 from liar_ext.depth.shorten import shortened_checkpoint
+from liar_ext.engine.budgets import longest
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.compression import Compression, few_tokens, write_records
-from liar_ext.engine.driver import longest
 from liar_ext.engine.execution import Execution, choose_place, make_shelf
 from liar_ext.engine.identity import identity_of, library_of
 from liar_ext.engine.inputs import (
@@ -149,7 +149,7 @@ def compress(
                 store,
                 identity,
                 seconds=execution.journal_seconds,
-                layers=len(adapter.layer_list(model)[1]),
+                layers=len(adapter.chain(model)),
                 ranks=ranks,
                 source=sums,
                 since=began,
@@ -219,7 +219,7 @@ def held_bytes_of(
         search_held_bytes(recipe, _positions(tried, len(tried), ranks), hidden, item),
         choice_states(
             recipe,
-            len(adapter.layer_list(model)[1]),
+            len(adapter.chain(model)),
             own=own,
             gradients=theirs,
             losses=_positions(tried, 1, ranks),

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from liar_ext.allocation import Budget
-from liar_ext.calibration.batches import Batch, check_enough
+from liar_ext.calibration.batch import Batch, shares
+from liar_ext.calibration.batches import check_enough
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
+from liar_ext.engine.budgets import budgets, longest, targeted_layers
 from liar_ext.engine.clock import Clock
-from liar_ext.engine.driver import Driver, budgets, longest, targeted_layers
+from liar_ext.engine.driver import Driver
 from liar_ext.engine.inputs import fit_to
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper
@@ -195,16 +197,21 @@ def few_tokens(
     repaired = [(index, recipe.target) for index in targets]
     if recipe.spans:
         # nobody knows yet which
-        every = range(len(adapter.layer_list(store.model)[1]))
+        every = range(len(adapter.chain(store.model)))
         repaired += [(index, (adapter.sites[-1].kind,)) for index in every]
     if not repaired:
         return None
-    columns = [
-        site.columns
-        for index, kinds in repaired
-        for site in adapter.sites_of(store.model, index, kinds)
-    ]
-    return check_enough(tokens, max(columns, default=0), held_out_tokens(batches, recipe))
+    layers, read = adapter.chain(store.model), shares(batches)
+    # of each stack, which has its own tokens
+    widest = dict.fromkeys(range(len(read)), 0)
+    for index, kinds in repaired:
+        for site in adapter.sites_of(store.model, index, kinds):
+            stack = layers.stack(index) if len(read) > 1 else 0
+            widest[stack] = max(widest[stack], site.columns)
+    held = held_out_tokens(batches, recipe)
+    worst = max(widest, key=lambda stack: widest[stack] / read[stack])
+    own = round(tokens * read[worst])
+    return check_enough(own, widest[worst], round(held * read[worst]))
 
 
 def check_model(store: LayerStore, recipe: Recipe, left_out: LeftOut | None = None) -> Driver:

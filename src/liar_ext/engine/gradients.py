@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.criteria import CRITERIA
 from liar_ext.engine.backward import BackwardPass
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.frozen import frozen
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item
@@ -124,7 +124,8 @@ class GradientPass:
     ) -> Tensor:
         """One batch: gates and weight gradients from it, and the gradient of what entered."""
         batch, call = self._pass.windows[number], self._pass.stream.call(number, index)
-        mask = batch.mask_on(self.runtime.device)
+        part = batch.parts[self.runtime.layers.stack(index)]
+        mask = part.mask_on(self.runtime.device)
         hidden = entered.fetch().detach().requires_grad_()
         with torch.enable_grad(), taps.recording():
             output = layer_output(self.runtime.layers[index], hidden, call)

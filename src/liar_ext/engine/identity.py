@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from liar_ext.calibration.batches import Batch, Calibration
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import Calibration
 from liar_ext.checkpoint.job import Job
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.store import CheckpointStore
-from liar_ext.engine.driver import targeted_layers
+from liar_ext.engine.budgets import targeted_layers
 from liar_ext.engine.execution import Execution
 from liar_ext.engine.inputs import chosen_backends
 from liar_ext.engine.provenance import SourceSums
@@ -41,6 +42,8 @@ def identity_of(
         for tensor in (batch.input_ids, batch.attention_mask, *(batch.features or {}).values()):
             tokens.update(json.dumps(list(tensor.shape)).encode())
             tokens.update(tensor.contiguous().numpy().tobytes())
+        if batch.cut:
+            tokens.update(f"cut {batch.cut}".encode())
     here = environment(device)
     measured = {} if recipe.latency is None else {"latency": LatencyTable.read(recipe.latency)}
     return {

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from liar_ext.calibration.batches import (
-    NO_CALIBRATION,
-    Batch,
-    Calibration,
-    cut_to,
-    make_batches,
-)
+from liar_ext.calibration.batch import Batch, cut_to
+from liar_ext.calibration.batches import NO_CALIBRATION, Calibration, make_batches
 from liar_ext.calibration.features import feature_batches
+from liar_ext.calibration.pairs import pair_batches, start_token
 from liar_ext.calibration.sources import read
-from liar_ext.checkpoint.reader import read_json
+from liar_ext.checkpoint.reader import read_config
 from liar_ext.engine.statistics import least_segments
 from liar_ext.errors import InputError
 from liar_ext.models import adapter_for, layout, text_config
@@ -57,16 +53,17 @@ def load_calibration(folder: Path, model: PreTrainedModel, recipe: Recipe) -> Ca
         return replace(found, batches=fit_to(found.batches, recipe))
     corpus = read(recipe.calibration)
     tokenizer = None if corpus.tokens is not None else load_tokenizer(folder)
-    found = make_batches(
-        corpus,
-        tokenizer,
-        packed=adapter.decoder,
-        samples=recipe.samples,
-        seq_len=min(recipe.seq_len, adapter.max_positions(text)),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        vocab_size=text.vocab_size,
-    )
+    options: dict[str, Any] = {
+        "samples": recipe.samples,
+        "seq_len": min(recipe.seq_len, adapter.max_positions(text)),
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "vocab_size": text.vocab_size,
+    }
+    if adapter.then is not None:
+        found = pair_batches(corpus, tokenizer, start=start_token(text), **options)
+    else:
+        found = make_batches(corpus, tokenizer, packed=adapter.decoder, **options)
     return replace(found, batches=fit_to(found.batches, recipe))
 
 
@@ -86,17 +83,25 @@ def fit_to(batches: Sequence[Batch], recipe: Recipe) -> tuple[Batch, ...]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, from local files only."""
+    """The folder's tokenizer, from local files only.
+
+    Raises:
+        InputError: there is none, or transformers cannot use it.
+    """
     # with its config given, transformers does not stumble over model_type liar_ext
-    config = layout.config_object(layout.base_data(read_json(folder / "config.json")))
+    config = layout.config_object(layout.base_data(read_config(folder)))
     try:
         # a folder must not be able to run code, nor to ask for it
         return AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # the library raises whatever a damaged file makes of its parsers, also plain Exception
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder}: no usable tokenizer ({reason})") from error
+        raise InputError(
+            f"{folder}: no usable tokenizer ({reason}); copy tokenizer.json and "
+            "tokenizer_config.json there from the model that it was made of"
+        ) from error
 
 
 def check_backends(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.models import Adapter
 from liar_ext.ops.logits import chunks, logits
 
@@ -18,7 +18,8 @@ NO_TARGET = -100
 def predicts(model: PreTrainedModel, adapter: Adapter) -> bool:
     """Whether the model's head makes the logits of the next token of its last hidden states."""
     head = model.get_output_embeddings()
-    return adapter.decoder and adapter.plain_head and head is not None
+    decodes = adapter.decoder or adapter.then is not None
+    return decodes and adapter.plain_head and head is not None
 
 
 def loss_gradient(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def next_tokens(batch: Batch) -> Tensor:
     """The token that follows each, (b, t) int64; none after the last, beside padding, and where the
-    batch says that it does not count."""
+    batch says that it does not count. Of an encoder-decoder those that its decoder reads."""
+    batch = batch.parts[-1]
     targets = torch.full_like(batch.input_ids, NO_TARGET)
     valid = batch.attention_mask[:, :-1] & batch.attention_mask[:, 1:]
     if batch.answers is not None:

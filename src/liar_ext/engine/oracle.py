@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.allocation.search import TOGETHER, Candidate
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batch import Batch, first_samples
 from liar_ext.engine.ledger import SearchLedger
 from liar_ext.engine.level_store import Key, Levels
 from liar_ext.engine.runtime import Runtime
@@ -186,7 +186,7 @@ class ModelOracle:
     ) -> tuple[float, float]:
         """Sum of a batch's losses, and what it is divided by in the end."""
         batch = stream.batch(number)
-        valid = stream.valid(number)
+        valid = stream.valid(number, len(self.runtime.layers) - 1)
         wanted, found = (self._last(batch, item, valid) for item in (dense, pruned))
         with self.runtime.clock.phase("forward"):
             if head is None:

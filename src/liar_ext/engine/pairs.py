@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from liar_ext.engine.capture import layer_output, listening
+from liar_ext.engine.calls import layer_output
+from liar_ext.engine.capture import listening
 from liar_ext.engine.measure import Measured, Measurer
 from liar_ext.engine.repair import refuse_non_finite
 from liar_ext.engine.shelf import Item, free_all
@@ -148,7 +149,9 @@ class PairStream(Stream):
             dense = self._outputs[site.kind, number].fetch()
             local = site.consumer(x)
         with self._clock.phase("gram"):
-            accumulator.add_pair(x, local, dense, self._valid[number], self._segments[number])
+            accumulator.add_pair(
+                x, local, dense, self.valid(number, site.layer), self._segments[number]
+            )
 
     def _part(self, dense: Mapping[int, Item]) -> None:
         free_all(self.dense)

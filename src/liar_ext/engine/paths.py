@@ -50,6 +50,8 @@ def paths_for(recipe: Recipe, adapter: Adapter, config: PretrainedConfig) -> Pat
     Raises:
         InputError: this model's layers have no such target.
     """
+    if recipe.shortens:
+        adapter.check_one_stack()
     signal = recipe.target_signal
     found = (SPAN_PATHS if recipe.spans else PATHS)[signal]
     if found.residual and recipe.spans and not adapter.residual(text_config(config)):

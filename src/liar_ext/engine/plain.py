@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import given
+from liar_ext.calibration.batch import Batch
+from liar_ext.engine.calls import given
 from liar_ext.models import adapter_for
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.criteria import CRITERIA, Evidence, unit_scores
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.gates import gated
 from liar_ext.engine.keeper import beginning
 from liar_ext.engine.loss import NO_TARGET, loss_sum, next_tokens
@@ -140,7 +140,7 @@ class PolicyPass:
         if not self.runtime.predicts:
             self._wanted, self._stream.hidden = self._stream.hidden, {}
             for number, item in self._wanted.items():
-                rows = valid_rows(item.fetch(), self._stream.valid(number))
+                rows = self._last_rows(number, item.fetch())
                 if not bool(torch.isfinite(rows).all()):
                     raise InputError(
                         "--criterion policy: the dense model's last hidden states are NaN or "
@@ -238,10 +238,15 @@ class PolicyPass:
         with self.runtime.clock.phase("hold"):
             found, wanted = item.fetch(), self._wanted[number].fetch()
         with self.runtime.clock.phase("forward"):
-            valid = self._stream.valid(number)
-            rows = valid_rows(wanted, valid).double()
-            error = (valid_rows(found, valid).double() - rows).square().sum()
+            rows = self._last_rows(number, wanted).double()
+            error = (self._last_rows(number, found).double() - rows).square().sum()
             return float(error / rows.square().sum())
+
+    def _last_rows(self, number: int, states: Tensor) -> Tensor:
+        """What left the last layer, of the valid tokens that it reads, (tokens, d)."""
+        last = len(self.runtime.layers) - 1
+        own = self._stream.own(number, last, states)
+        return valid_rows(own, self._stream.valid(number, last))
 
     def _next_token_loss(self, head: nn.Module, number: int, item: Item) -> float:
         batch = self.batches[number]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import last_hidden
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.clock import Clock
 from liar_ext.engine.loss import predicts
+from liar_ext.engine.passage import passage_of
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import DeviceShelf, Shelf
@@ -34,7 +34,7 @@ class Runtime:
         store: the weights; device, clock, progress: where, how long, who watches.
         ranks: the processes that share the work.
         shelf: where hidden states and paused forwards wait.
-        model, adapter, backbone, layers: of the store.
+        model, adapter, layers: of the store; passage: how its layers are entered and left.
     """
 
     store: LayerStore
@@ -47,8 +47,8 @@ class Runtime:
     def __post_init__(self) -> None:
         self.model: PreTrainedModel = self.store.model
         self.adapter = adapter_for(self.model.config)
-        self.backbone = self.adapter.backbone(self.model)[1]
-        self._path, self.layers = self.adapter.layer_list(self.model)
+        self.passage = passage_of(self.model, self.adapter)
+        self.layers = self.passage.layers
 
     @property
     def predicts(self) -> bool:
@@ -60,7 +60,7 @@ class Runtime:
         return self.adapter.sites_of(self.model, index, kinds)
 
     def layer_name(self, index: int) -> str:
-        return f"{self._path}.{index}"
+        return self.layers.path(index)
 
     def open(self, index: int) -> None:
         """Make a layer available.
@@ -119,17 +119,13 @@ class Runtime:
         """Hidden states of a stream enter the first layer."""
         with self.clock.phase("load"):
             self.store.open_outside()
-        stream.embed(self.backbone, self.adapter.options, self.adapter.returns)
+            for index in self.passage.needed:
+                self.store.open(index)
+        stream.embed(self.passage)
+        for index in self.passage.needed:
+            self.close(index)
         self.store.close_outside()
 
     def last_hidden(self, batch: Batch, final: Tensor) -> Tensor:
         """What the backbone makes of its last layer's output; with `head`, for its final norm."""
-        return last_hidden(
-            self.backbone,
-            self.layers,
-            batch,
-            self.device,
-            self.adapter.options,
-            final,
-            self.adapter.returns,
-        )
+        return self.passage.leave(batch, self.device, final)

@@ -12,7 +12,7 @@ from liar_ext.allocation import Allocation, Budget
 from liar_ext.allocation.base import width_grid
 from liar_ext.allocation.levels import levels
 from liar_ext.allocation.search import Candidate, Problem, Search
-from liar_ext.calibration.batches import Batch, first_samples
+from liar_ext.calibration.batch import Batch, first_samples
 from liar_ext.engine.judgements import Judgements
 from liar_ext.engine.keeper import Keeper, Position
 from liar_ext.engine.ledger import FILE, SearchLedger

@@ -35,8 +35,8 @@ def dense_checkpoint(
     adapter = adapter_for(config)  # refuses by name, before the reader trips over tensor names
     model = layout.empty_model(config)
     left_over = reader.bind(model)
-    layers = adapter.layer_list(model)[0] + "."
-    beyond = [name for name in left_over if layers in name]
+    lists = [f"{path}." for path, _ in adapter.chain(model).stacks]
+    beyond = [name for name in left_over if any(layers in name for layers in lists)]
     if beyond:
         raise InputError(
             f"{folder}: {beyond[0]} and {len(beyond) - 1} more tensors of the layers are not in "

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.residual_stream import ResidualStream
 from liar_ext.engine.runtime import Runtime
 from liar_ext.engine.shelf import Item, free_all

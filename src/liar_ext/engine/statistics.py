@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.ranks import Ranks
 from liar_ext.ops.cosine import row_cosines
 from liar_ext.ops.cross import cross

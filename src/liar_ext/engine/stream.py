@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import LayerCall, LayerRun, pausing, record_calls, shared
+from liar_ext.calibration.batch import Batch
+from liar_ext.engine.calls import LayerCall, shared
+from liar_ext.engine.capture import LayerRun, pausing
 from liar_ext.engine.clock import Clock
+from liar_ext.engine.passage import Passage
 from liar_ext.engine.ranks import Ranks
 from liar_ext.engine.shelf import Item, Shelf
 from liar_ext.engine.statistics import segments
 from liar_ext.models import Site, SiteSpec
+from liar_ext.models.chain import Chain
 
 
 class Accumulator(Protocol):
@@ -58,7 +61,7 @@ class Stream:
     def __init__(
         self,
         batches: Sequence[Batch],
-        layers: nn.ModuleList,
+        layers: Chain,
         *,
         device: torch.device,
         shelf: Shelf,
@@ -84,7 +87,7 @@ class Stream:
         self.entered: dict[int, Item] = {}
         self.keeps = False
         self._calls: dict[int, list[LayerCall]] = {}
-        self._valid: dict[int, Tensor | None] = {}
+        self._valid: dict[tuple[int, tuple[int, int] | None], Tensor | None] = {}
 
     @property
     def batches(self) -> list[int]:
@@ -98,26 +101,30 @@ class Stream:
         """How the model calls a layer on a batch."""
         return self._calls[number][index]
 
-    def valid(self, number: int) -> Tensor | None:
-        """Where valid tokens are in a batch (`Batch.valid_on`)."""
-        return self._valid[number]
+    def valid(self, number: int, index: int) -> Tensor | None:
+        """Where valid tokens are in a batch (`Batch.valid_on`), of those that a layer reads."""
+        return self._valid[number, self._calls[number][index].span]
+
+    def own(self, number: int, index: int, states: Tensor) -> Tensor:
+        """The tokens that a layer reads, of a batch's hidden states."""
+        return self._calls[number][index].own(states)
 
     def segment(self, number: int) -> int:
         """The segment that a batch is in (`statistics.segments`)."""
         return self._segments[number]
 
-    def embed(self, backbone: nn.Module, options: dict[str, Any], returns: int = 0) -> None:
+    def embed(self, passage: Passage) -> None:
         """Enter the first layer: embeddings, and every layer's own arguments (`record_calls`)."""
         known: dict[tuple[Any, ...], list[Tensor]] = {}
         for number, batch in self._batches.items():
             with self._clock.phase("forward"):
-                states, calls = record_calls(
-                    backbone, self._layers, batch, self._device, options, returns
-                )
+                states, calls = passage.enter(batch, self._device)
                 self._calls[number] = shared(calls, known)
             with self._clock.phase("hold"):
                 self.hidden[number] = self._shelf.put(states)
-            self._valid[number] = batch.valid_on(self._device)
+            parts = dict(zip(dict.fromkeys(call.span for call in calls), batch.parts, strict=True))
+            for span, part in parts.items():
+                self._valid[number, span] = part.valid_on(self._device)
 
     def advance(self, later: Mapping[int, Item]) -> None:
         """Replace the hidden states; the old ones are freed, or become those that `entered`."""
@@ -163,14 +170,14 @@ class Stream:
                         with self._clock.phase("forward"):
                             x = _expect(run.to_next(), site)
                         with self._clock.phase("gram"):
-                            accumulator.add(x, self._valid[number], self._segments[number])
+                            accumulator.add(x, self.valid(number, index), self._segments[number])
                         run.keep(None)
                         del x
                     if onward or compared is not None:
                         with self._clock.phase("forward"):
                             states = run.to_next()[1]
                         if compared is not None:
-                            self._compare(number, states, compared)
+                            self._compare(index, number, states, compared)
                         if onward:
                             with self._clock.phase("hold"):
                                 later[number] = self._shelf.put(states)
@@ -179,11 +186,16 @@ class Stream:
                     run.close()
         return later
 
-    def _compare(self, number: int, after: Tensor, compared: Comparison) -> None:
+    def _compare(self, index: int, number: int, after: Tensor, compared: Comparison) -> None:
         with self._clock.phase("hold"):
             before = self.hidden[number].fetch()
         with self._clock.phase("gram"):
-            compared.add(before, after, self._valid[number], self._segments[number])
+            compared.add(
+                self.own(number, index, before),
+                self.own(number, index, after),
+                self.valid(number, index),
+                self._segments[number],
+            )
 
     def stopping(self, index: int, sites: Sequence[Site], visit: Visit, *, onward: bool) -> None:
         """Each batch stops at each Site until all have been there and `visit` has acted on it.
@@ -230,7 +242,7 @@ class Stream:
 
     def _hand(self, accumulator: Accumulator, site: Site, number: int, x: Tensor) -> None:
         with self._clock.phase("gram"):
-            accumulator.add(x, self._valid[number], self._segments[number])
+            accumulator.add(x, self.valid(number, site.layer), self._segments[number])
 
     def _runs(self, index: int) -> dict[int, LayerRun]:
         layer = self._layers[index]

@@ -19,7 +19,7 @@ from liar_ext.engine.inputs import load_tokenizer
 from liar_ext.errors import InputError
 from liar_ext.evaluation.estimate import Difference
 from liar_ext.evaluation.limits import limits_of
-from liar_ext.evaluation.measured import Dense, Measure, Measured, Recording
+from liar_ext.evaluation.measured import Dense, Measure, Measured, Readable, Recording
 from liar_ext.evaluation.task import Evaluation
 
 
@@ -30,12 +30,14 @@ class Result:
     Attributes:
         evaluation: as it was run. model, dense: what was measured.
         difference: model − dense, by metric; empty without a dense model.
+        source: what was read for it, once.
     """
 
     evaluation: Evaluation
     model: Measured
     dense: Measured | None
     difference: dict[str, Difference]
+    source: Readable
 
     def to_json(self, source: str | Path, dense: str | Path | None = None) -> dict[str, Any]:
         """JSON data: the model's own with `source`; `dense` the same of the dense one, and
@@ -67,9 +69,9 @@ def evaluate(
 ) -> list[Result]:
     """Measure a model in every way that is asked for, and the dense one in the same ways.
 
-    Inputs are as long as both models take. Differences are paired, unit by unit, where both were
-    measured on the same tokens or questions. What is wrong with a source is found before weights
-    are read.
+    Each source is read once, and what is wrong with it is found before weights are. Inputs are as
+    long as both models take. Differences are paired, unit by unit, where both were measured on the
+    same tokens or questions.
 
     Args:
         folder, dense: folders or hub ids; evaluations: of one kind of model.
@@ -87,7 +89,8 @@ def evaluate(
             evaluation.check(each, own, form="{option}")
     known = [own.positions for own in limits if own.positions is not None]
     fitted = [evaluation.fitted(min(known, default=None)) for evaluation in evaluations]
-    prepared = [_prepared(each, fitted) for each in folders]
+    sources = [evaluation.read() for evaluation in fitted]
+    prepared = [_prepared(each, fitted, sources) for each in folders]
     kinds = {evaluation.kind for evaluation in evaluations}
     if "kl" in kinds:
         if dense is None or len(kinds) > 1:
@@ -96,7 +99,7 @@ def evaluate(
                 "apart from others"
             )
         return _against(
-            folders[0], folders[1], fitted, prepared, device, dtype, one_at_a_time, scratch
+            folders[0], folders[1], fitted, sources, prepared, device, dtype, one_at_a_time, scratch
         )
     found: list[list[Measured]] = []
     # the dense one first, so that what is printed of a crash is of the one that matters
@@ -106,11 +109,16 @@ def evaluate(
         del model
         forget()
     if dense is None:
-        return [Result(*each, None, {}) for each in zip(fitted, found[0], strict=True)]
+        return [
+            Result(evaluation, own, None, {}, source)
+            for evaluation, own, source in zip(fitted, found[0], sources, strict=True)
+        ]
     results = []
-    for evaluation, own, other, *measures in zip(fitted, *found, *prepared, strict=True):
+    for evaluation, source, own, other, *measures in zip(
+        fitted, sources, *found, *prepared, strict=True
+    ):
         paired = measures[0].key == measures[1].key
-        results.append(Result(evaluation, own, other, own.minus(other.estimates, paired)))
+        results.append(Result(evaluation, own, other, own.minus(other.estimates, paired), source))
     return results
 
 
@@ -122,15 +130,21 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _prepared(folder: Path, evaluations: Sequence[Evaluation]) -> list[Measure]:
+def _prepared(
+    folder: Path, evaluations: Sequence[Evaluation], sources: Sequence[Readable]
+) -> list[Measure]:
     tokenizer = load_tokenizer(folder)
-    return [evaluation.on(tokenizer) for evaluation in evaluations]
+    return [
+        evaluation.on(tokenizer, source)
+        for evaluation, source in zip(evaluations, sources, strict=True)
+    ]
 
 
 def _against(
     folder: Path,
     dense: Path,
     evaluations: Sequence[Evaluation],
+    sources: Sequence[Readable],
     prepared: Sequence[Sequence[Measure]],
     device: torch.device | str,
     dtype: torch.dtype | None,
@@ -173,6 +187,6 @@ def _against(
             for measure, reference in zip(prepared[0], references, strict=True)
         ]
     return [
-        Result(evaluation, own, None, own.minus(own.reference))
-        for evaluation, own in zip(evaluations, found, strict=True)
+        Result(evaluation, own, None, own.minus(own.reference), source)
+        for evaluation, own, source in zip(evaluations, found, sources, strict=True)
     ]

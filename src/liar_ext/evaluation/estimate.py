@@ -102,13 +102,13 @@ def mean(values: ArrayLike, unit: str, low: float = -math.inf, high: float = mat
     return _estimate(value, units, error, interval, method)
 
 
-def perplexity(losses: ArrayLike) -> Estimate:
-    """`exp` of the mean of windows' losses (n,), in nats a token.
+def perplexity(losses: ArrayLike, unit: str = "windows") -> Estimate:
+    """`exp` of the mean of windows' losses (n,), or those of other units, in nats a token.
 
     The error of the mean loss carries to the perplexity as a factor; the interval is `exp` of the
     mean loss's, so it is not symmetric. Beyond a loss of 700, a perplexity is that of 700.
     """
-    of_loss = mean(losses, "windows")
+    of_loss = mean(losses, unit)
     value = _exp(of_loss.value)
     units = value * (1 + of_loss.units - of_loss.value)
     error = None if of_loss.standard_error is None else value * of_loss.standard_error

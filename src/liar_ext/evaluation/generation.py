@@ -39,9 +39,12 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_
             top_k=50,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
+            decoder_start_token_id=model.generation_config.decoder_start_token_id,
             pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
         out = model.generate(
             input_ids=ids, attention_mask=inputs["attention_mask"], generation_config=config
         )
-        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        # an encoder-decoder begins with a start token and writes nothing of the prompt
+        first = 1 if model.config.is_encoder_decoder else ids.shape[1]
+        return str(tokenizer.decode(out[0, first:], skip_special_tokens=True))

@@ -92,9 +92,9 @@ def read_glue(spec: str) -> GlueSet:
 class GlueMeasure:
     """The task's metrics, × 100."""
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, data: GlueSet | None = None) -> None:
         assert evaluation.length is not None, "the metric has one of its own"
-        self.data = read_glue(evaluation.path)
+        self.data = read_glue(evaluation.path) if data is None else data
         self.batch_size, self.tokenizer = evaluation.batch_size, tokenizer
         self.rows = heads.encode(tokenizer, self.data.texts, evaluation.length)
         self.facts: dict[str, Any] = {

@@ -7,23 +7,28 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from liar_ext.checkpoint.reader import read_json
+from liar_ext.checkpoint.reader import read_config
 from liar_ext.errors import UnsupportedModelError
-from liar_ext.evaluation.task import CLASSIFIER, READER
+from liar_ext.evaluation.task import CLASSIFIER, DECODER, ENCODER, ENCODER_DECODER, READER
 from liar_ext.models import Adapter, check_reads_tokens, known_adapter, layout, text_config
 from liar_ext.models.traced import NO_LIMIT, traced_family
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes: `model_type`; `decoder`, see `is_decoder`; `positions`, see `max_positions`;
-    `architecture`: its class; `head`, see `head_of`."""
+    """Attributes: `model_type`; `kind`: `DECODER` (see `is_decoder`), `ENCODER` or
+    `ENCODER_DECODER`; `positions`, see `max_positions`; `architecture`: its class; `head`, see
+    `head_of`."""
 
     model_type: str
-    decoder: bool
+    kind: str
     positions: int | None
     architecture: str
     head: str | None
+
+    @property
+    def decoder(self) -> bool:
+        return self.kind == DECODER
 
 
 def limits_of(folder: Path) -> Limits:
@@ -32,14 +37,27 @@ def limits_of(folder: Path) -> Limits:
     Raises:
         InputError: the config is not usable, or the model cannot be evaluated.
     """
-    return limits_of_model(layout.empty(read_json(folder / "config.json")))
+    return limits_of_model(layout.empty(read_config(folder)))
 
 
 def limits_of_model(model: PreTrainedModel) -> Limits:
     """The same of a model, with or without weights."""
     name = type(model).__name__
     model_type = text_config(model.config).model_type
-    return Limits(model_type, is_decoder(model), max_positions(model), name, head_of(name))
+    return Limits(model_type, kind_of(model), max_positions(model), name, head_of(name))
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """`DECODER`, `ENCODER` or `ENCODER_DECODER`.
+
+    Raises:
+        InputError: as `is_decoder`.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if type(model).__name__ in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return ENCODER_DECODER
+    return DECODER if is_decoder(model) else ENCODER
 
 
 def head_of(architecture: str) -> str | None:
@@ -62,7 +80,8 @@ def is_decoder(model: PreTrainedModel) -> bool:
     that transformers lists for masked language modelling, unless the config asks for a decoder.
 
     Raises:
-        UnsupportedModelError: it is an encoder-decoder, whose text is not one sequence.
+        UnsupportedModelError: it is an encoder-decoder, whose text is not one sequence, with
+            another head than that of a language model.
         InputError: it reads no text.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -70,8 +89,8 @@ def is_decoder(model: PreTrainedModel) -> bool:
     config = text_config(model.config)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} is an encoder-decoder and cannot be evaluated here; "
-            "give a decoder or an encoder"
+            f"{type(model).__name__} is an encoder-decoder and cannot be evaluated here; give one "
+            "of a class ...ForConditionalGeneration, a decoder or an encoder"
         )
     check_reads_tokens(model.config, "liar eval")
     adapter = _adapter(model.config)

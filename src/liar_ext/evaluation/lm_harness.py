@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,23 @@ _BOOTSTRAPS = 1000
 _SEED = 1234
 
 
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """Attributes: `name`, as the user gave it; `loaded`, what the harness has made of it."""
+
+    name: str
+    loaded: dict[str, Any]
+
+    def corpus(self) -> Corpus:
+        """The texts of the documents, for `calibration.overlap`."""
+        documents: list[str] = []
+        for task in self.loaded["tasks"].values():
+            for document in task.eval_docs:
+                documents += texts_of(dict(document))
+        digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+        return Corpus(self.name, "jsonl", digest, tuple(documents))
+
+
 class HarnessMeasure:
     """Figures of tasks, first the mean of the first metric of each where there are several.
 
@@ -46,9 +64,9 @@ class HarnessMeasure:
         InputError: the package is missing, or a task is unknown or its data cannot be read.
     """
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, data: Tasks | None = None) -> None:
         self.evaluation, self.tokenizer = evaluation, tokenizer
-        self._loaded = load_tasks(evaluation)
+        self._loaded = (read_tasks(evaluation) if data is None else data).loaded
         for task in self._loaded["tasks"].values():
             # a task whose config says 0 is never given examples, as in the harness
             own = task.get_config("num_fewshot")
@@ -154,14 +172,9 @@ def digest(evaluation: Evaluation) -> str:
     return _digest(load_tasks(evaluation), evaluation)
 
 
-def corpus(evaluation: Evaluation) -> Corpus:
-    """The texts of the documents, for `calibration.overlap`."""
-    documents: list[str] = []
-    for task in load_tasks(evaluation)["tasks"].values():
-        for document in task.eval_docs:
-            documents += texts_of(dict(document))
-    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    return Corpus(evaluation.path, "jsonl", digest, tuple(documents))
+def read_tasks(evaluation: Evaluation) -> Tasks:
+    """The tasks that are asked for; raises InputError as `load_tasks`."""
+    return Tasks(evaluation.path, load_tasks(evaluation))
 
 
 def _digest(loaded: Mapping[str, Any], evaluation: Evaluation) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from liar_ext.evaluation.estimate import Difference, Estimate, difference
+
+if TYPE_CHECKING:
+    from liar_ext.calibration.sources import Corpus
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,13 @@ class Measured:
             for name, one in self.estimates.items()
             if name in dense
         }
+
+
+class Readable(Protocol):
+    """What is read of a source: texts, questions or pairs."""
+
+    def corpus(self) -> Corpus:
+        """Its texts, for `calibration.overlap`."""
 
 
 class Measure(Protocol):

@@ -10,27 +10,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.calibration.sources import Corpus, read
 from liar_ext.evaluation import agreement, estimate, lm_harness, perplexity
 from liar_ext.evaluation.choice_scores import result_of, score
 from liar_ext.evaluation.choice_tokens import encode
-from liar_ext.evaluation.choices import read_choices
+from liar_ext.evaluation.choices import ChoiceSet, read_choices
 from liar_ext.evaluation.glue import GlueMeasure, read_glue
-from liar_ext.evaluation.measured import Dense, Measure, Measured
+from liar_ext.evaluation.measured import Dense, Measure, Measured, Readable
+from liar_ext.evaluation.pairs import PairsMeasure, read_pairs
 from liar_ext.evaluation.squad import SquadMeasure
 from liar_ext.evaluation.squad_sets import read_squad
-from liar_ext.evaluation.stsb import correlation
+from liar_ext.evaluation.stsb import StsbSet, correlation, read_stsb
 from liar_ext.evaluation.task import Evaluation
-from liar_ext.evaluation.texts import read_text, tokens_of
+from liar_ext.evaluation.texts import Text, read_text, tokens_of
 
 
 class TextMeasure:
     """Perplexity of a decoder."""
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, text: Text) -> None:
         assert evaluation.length is not None, "the metric has one of its own"
         self.length, self.batch_size = evaluation.length, evaluation.batch_size
-        text = read_text(evaluation.path)
         ids = tokens_of(text, tokenizer, self.length)
         self.ids = ids if evaluation.windows is None else ids[: evaluation.windows * self.length]
         self.facts = {
@@ -89,17 +88,17 @@ class DivergenceMeasure(TextMeasure):
 class StsbMeasure:
     """Spearman × 100 of an encoder's sentence embeddings."""
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, data: StsbSet) -> None:
         assert evaluation.length is not None, "the metric has one of its own"
-        self.evaluation, self.tokenizer = evaluation, tokenizer
+        self.evaluation, self.tokenizer, self.data = evaluation, tokenizer, data
         self.length = min(evaluation.length, 256)
-        self.key = evaluation.identity()["sha256"]
+        self.key = data.sha256
 
     def __call__(self, model: nn.Module, dense: Dense | None = None) -> Measured:
         found, result = correlation(
             model,
             self.tokenizer,
-            self.evaluation.path,
+            self.data,
             batch_size=self.evaluation.batch_size,
             max_length=self.length,
         )
@@ -112,9 +111,9 @@ class StsbMeasure:
 class ChoicesMeasure:
     """Accuracies of a decoder on multiple-choice questions."""
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, data: ChoiceSet) -> None:
         self.evaluation = evaluation
-        self.encoded = encode(read_choices(evaluation.path), tokenizer, evaluation.length)
+        self.encoded = encode(data, tokenizer, evaluation.length)
         self.key = self.encoded.choices.sha256
 
     def __call__(self, model: nn.Module, dense: Dense | None = None) -> Measured:
@@ -125,7 +124,19 @@ class ChoicesMeasure:
         return Measured(correct, "questions", {"dataset": self.evaluation.path, **details})
 
 
-PREPARE: dict[str, Callable[[Evaluation, Any], Measure]] = {
+# what is read of a source, once for all models, is also what is looked for in a calibration
+READ: dict[str, Callable[[Evaluation], Readable]] = {
+    "text": lambda evaluation: read_text(evaluation.path),
+    "kl": lambda evaluation: read_text(evaluation.path),
+    "stsb": lambda evaluation: read_stsb(evaluation.path),
+    "choices": lambda evaluation: read_choices(evaluation.path),
+    "lm-eval": lm_harness.read_tasks,
+    "glue": lambda evaluation: read_glue(evaluation.path),
+    "squad": lambda evaluation: read_squad(evaluation.path),
+    "pairs": lambda evaluation: read_pairs(evaluation.path),
+}
+
+PREPARE: dict[str, Callable[[Evaluation, Any, Any], Measure]] = {
     "text": TextMeasure,
     "kl": DivergenceMeasure,
     "stsb": StsbMeasure,
@@ -133,14 +144,5 @@ PREPARE: dict[str, Callable[[Evaluation, Any], Measure]] = {
     "lm-eval": lm_harness.HarnessMeasure,
     "glue": GlueMeasure,
     "squad": SquadMeasure,
-}
-
-CORPUS: dict[str, Callable[[Evaluation], Corpus]] = {
-    "text": lambda evaluation: read_text(evaluation.path).corpus(),
-    "kl": lambda evaluation: read_text(evaluation.path).corpus(),
-    "stsb": lambda evaluation: read(evaluation.path),
-    "choices": lambda evaluation: read_choices(evaluation.path).corpus(),
-    "lm-eval": lm_harness.corpus,
-    "glue": lambda evaluation: read_glue(evaluation.path).corpus(),
-    "squad": lambda evaluation: read_squad(evaluation.path).corpus(),
+    "pairs": PairsMeasure,
 }

@@ -65,9 +65,11 @@ class _Found:
 class SquadMeasure:
     """F1 and exact match, × 100."""
 
-    def __init__(self, evaluation: Evaluation, tokenizer: Any) -> None:
+    def __init__(
+        self, evaluation: Evaluation, tokenizer: Any, data: SquadSet | None = None
+    ) -> None:
         assert evaluation.length is not None, "the metric has one of its own"
-        self.data: SquadSet = read_squad(evaluation.path)
+        self.data = read_squad(evaluation.path) if data is None else data
         self.evaluation, self.tokenizer = evaluation, tokenizer
         self.stride = evaluation.length // 3
         self.windows = list(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.sources import csv_rows, is_number
+from liar_ext.calibration.records import read_bytes
+from liar_ext.calibration.sources import Corpus, csv_rows, is_number
 from liar_ext.errors import InputError
 from liar_ext.evaluation.estimate import LEVEL, Estimate, normal_quantile
 from liar_ext.evaluation.mode import inference
@@ -19,6 +21,26 @@ from liar_ext.evaluation.mode import inference
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class StsbSet:
+    """The pairs of one file.
+
+    Attributes:
+        name: of the file, as the user gave it; sha256: hex digest of its bytes.
+        pairs, scores: in the order of its lines.
+    """
+
+    name: str
+    pairs: tuple[tuple[str, str], ...]
+    scores: tuple[float, ...]
+    sha256: str
+
+    def corpus(self) -> Corpus:
+        """The sentences, for `calibration.overlap`."""
+        documents = tuple(sentence for pair in self.pairs for sentence in pair)
+        return Corpus(self.name, "csv", self.sha256, documents)
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,7 @@ def spearman(
 def correlation(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    path_csv: str | Path,
+    path_csv: str | Path | StsbSet,
     batch_size: int = 64,
     max_length: int = 256,
 ) -> tuple[Estimate, StsbResult]:
@@ -66,12 +88,14 @@ def correlation(
     a pooler, so the number is that of the encoder's own layers.
 
     Args:
-        path_csv: sentence1,sentence2,score for each line; RFC 4180, no header.
+        path_csv: sentence1,sentence2,score for each line; RFC 4180, no header. Or what
+            `read_stsb` made of it.
         max_length: longer sentences are truncated.
     Raises:
         InputError: a malformed file, or a correlation that is not defined.
     """
-    pairs, scores = read_pairs(path_csv)
+    data = path_csv if isinstance(path_csv, StsbSet) else read_stsb(path_csv)
+    pairs, scores = data.pairs, data.scores
     start = time.perf_counter()
     # a sentence of several pairs is embedded once
     index = {text: i for i, text in enumerate(dict.fromkeys(text for p in pairs for text in p))}
@@ -82,13 +106,13 @@ def correlation(
     if not bool(cosine.isfinite().all()):
         line = int((~cosine.isfinite()).nonzero()[0]) + 1
         raise InputError(
-            f"the embedding of pair {line} of {path_csv} is not finite; "
+            f"the embedding of pair {line} of {data.name} is not finite; "
             "the model's weights or its dtype are broken: try --dtype float32"
         )
     rho = rank_correlation(cosine.numpy(), np.asarray(scores))
     if rho is None:
         raise InputError(
-            f"{path_csv}: all scores or all similarities are equal, so a rank correlation is not "
+            f"{data.name}: all scores or all similarities are equal, so a rank correlation is not "
             "defined; give pairs with different scores"
         )
     error = None
@@ -134,11 +158,13 @@ def leave_one_out(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
-def read_pairs(path_csv: str | Path) -> tuple[list[tuple[str, str]], list[float]]:
+def read_stsb(path_csv: str | Path) -> StsbSet:
     """The sentence pairs and their scores; raises InputError naming the line."""
     pairs: list[tuple[str, str]] = []
     scores: list[float] = []
-    for line, row in csv_rows(path_csv):
+    path = Path(path_csv).expanduser()
+    raw = read_bytes(str(path_csv), path)
+    for line, row in csv_rows(path, raw):
         where = f"{path_csv}: line {line}"
         if len(row) != 3:
             raise InputError(f"{where}: {len(row)} columns; give sentence1,sentence2,score")
@@ -149,7 +175,8 @@ def read_pairs(path_csv: str | Path) -> tuple[list[tuple[str, str]], list[float]
             raise InputError(f"{where}: a sentence is empty; remove the pair")
         pairs.append((row[0], row[1]))
         scores.append(float(row[2]))
-    return pairs, scores
+    digest = hashlib.sha256(raw).hexdigest()
+    return StsbSet(str(path_csv), tuple(pairs), tuple(scores), digest)
 
 
 def embed(

@@ -1,6 +1,6 @@
 """Evaluation: one metric on one source, for any number of models. `liar eval` and `liar compare`.
 
-A further metric is one entry of `METRICS`, and one each of `measures.PREPARE` and `CORPUS`.
+A further metric is one entry of `METRICS`, and one each of `measures.READ` and `PREPARE`.
 Importing this imports neither torch nor transformers: the command line builds its options from it.
 """
 
@@ -19,9 +19,9 @@ from liar_ext.evaluation.text_names import protocol_of
 if TYPE_CHECKING:
     from liar_ext.calibration.sources import Corpus
     from liar_ext.evaluation.limits import Limits
-    from liar_ext.evaluation.measured import Measure
+    from liar_ext.evaluation.measured import Measure, Readable
 
-DECODER, ENCODER = "decoder", "encoder"
+DECODER, ENCODER, ENCODER_DECODER = "decoder", "encoder", "encoder-decoder"
 # heads of encoders, as transformers names its classes
 CLASSIFIER, READER = "ForSequenceClassification", "ForQuestionAnswering"
 
@@ -32,7 +32,8 @@ class Metric:
 
     Attributes:
         name: of the value; higher: whether that is better.
-        model: what is evaluated, `DECODER` or `ENCODER`; head: and with which, or any.
+        model: what is evaluated, `DECODER`, `ENCODER` or `ENCODER_DECODER`; head: and with which,
+            or any.
         form: what is given, as a usage line has it; help: what is measured.
         option: of `liar eval`; None where another option's source is meant.
         source: what is given -> the file or data set in it.
@@ -59,7 +60,8 @@ class Evaluation:
             dense one), `stsb` (Spearman × 100 of an encoder), `choices` (accuracy of a decoder on
             multiple-choice questions, in percent), `lm-eval` (tasks of the harness, of a decoder),
             `glue` (its metrics, of an encoder with a classification head), `squad` (F1 of one
-            with a question-answering head).
+            with a question-answering head), `pairs` (perplexity of targets given their sources, of
+            an encoder-decoder).
         path: the source, in the metric's form.
         seq_len: tokens in a window, or of a sentence, or of a question with an answer, at most;
             None is the metric's own.
@@ -115,11 +117,10 @@ class Evaluation:
         Args:
             form: of other kinds in the message, see `known`.
         """
-        model = DECODER if limits.decoder else ENCODER
-        if self.metric.model != model:
+        if self.metric.model != limits.kind:
             raise InputError(
                 f"{folder}: a {limits.model_type} model is evaluated with "
-                f"{known(model=model, form=form)}"
+                f"{known(model=limits.kind, form=form)}"
             )
         if self.metric.head not in (None, limits.head):
             raise InputError(
@@ -156,22 +157,28 @@ class Evaluation:
             **({"null_threshold": self.null_threshold} if self.kind == "squad" else {}),
         }
 
+    def read(self) -> Readable:
+        """The source. Raises InputError where it cannot be read."""
+        from liar_ext.evaluation.measures import READ
+
+        return READ[self.kind](self)
+
     def corpus(self) -> Corpus:
         """The texts. Raises InputError where there are none to be read."""
-        from liar_ext.evaluation.measures import CORPUS
+        return self.read().corpus()
 
-        return CORPUS[self.kind](self)
-
-    def on(self, tokenizer: Any) -> Measure:
+    def on(self, tokenizer: Any, source: Readable | None = None) -> Measure:
         """A function that measures models. Tokens are made once.
 
+        Args:
+            source: what `read` gave, for several tokenizers; None reads it here.
         Raises:
             InputError: the source cannot be read. The function raises it where a model, or what
                 was read, cannot be evaluated.
         """
         from liar_ext.evaluation.measures import PREPARE
 
-        return PREPARE[self.kind](self, tokenizer)
+        return PREPARE[self.kind](self, tokenizer, self.read() if source is None else source)
 
 
 def known(*, model: str | None = None, form: str = "{option}") -> str:
@@ -254,6 +261,16 @@ METRICS = {
         option="--squad",
         head=READER,
         seq_len=384,
+    ),
+    "pairs": Metric(
+        name="perplexity",
+        higher=False,
+        model=ENCODER_DECODER,
+        form="FILE.jsonl",
+        help="perplexity of targets given their sources, lines of {source, target} "
+        "(encoder-decoders)",
+        option="--pairs",
+        seq_len=512,
     ),
     "lm-eval": Metric(
         name="lm-eval",

@@ -113,7 +113,8 @@ def export_deci(
         )
         write_json(made / FILE, report)
         (made / "README.md").write_text(
-            export_card(report, "with per-layer FFN widths, as DeciLM", note), encoding="utf-8"
+            export_card(report, (), None, "with per-layer FFN widths, as DeciLM", note),
+            encoding="utf-8",
         )
     return report
 

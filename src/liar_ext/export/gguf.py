@@ -143,6 +143,8 @@ def _card(report: dict[str, Any]) -> str:
     )
     return export_card(
         report,
+        ("gguf",),
+        "gguf",
         "for llama.cpp",
         f'`{what["file"]}`. {how}\n\n```\nllama-cli -m {what["file"]} -p "..."\n```',
     )

@@ -24,7 +24,7 @@ from liar_ext.errors import InputError
 from liar_ext.export.onnx_graph import Graph, cached_graph, plain_graph
 from liar_ext.export.report import export_card, export_report
 from liar_ext.export.source import source_folder
-from liar_ext.models import adapter_for, text_config
+from liar_ext.models import adapter_for, layout, text_config
 from liar_ext.report.schema import FILE
 
 NAME = "model.onnx"
@@ -68,6 +68,7 @@ def export_onnx(
     watcher = progress or Silent()
     watcher.begin(4, "export")
     reader = CheckpointReader(folder)
+    adapter_for(layout.config_object(layout.base_data(reader.config))).check_one_stack()
     model = load(folder, dtype=torch.float32)
     left_out = left_over_warnings(reader.bind(model), model)
     watcher.layer(0)
@@ -260,6 +261,8 @@ def _card(report: dict[str, Any]) -> str:
     )
     return export_card(
         report,
+        ("onnx",),
+        "onnx",
         "for ONNX Runtime",
         f"`{NAME}` in float32, with batch and length free. {how}\n\n"
         f"On {compared['tokens']} tokens ONNX Runtime is {compared['max_abs']:.2g} off "

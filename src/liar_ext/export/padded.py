@@ -19,6 +19,7 @@ from liar_ext.export.source import source_folder
 from liar_ext.export.widened import Widened
 from liar_ext.export.widths import Widths, stock_config, uneven
 from liar_ext.models import layout
+from liar_ext.report.front_matter import TRANSFORMERS
 from liar_ext.report.schema import FILE
 
 NO_FASTER = (
@@ -166,6 +167,8 @@ def _card(report: dict[str, Any]) -> str:
     ]
     return export_card(
         report,
+        ("structured-pruning",),
+        TRANSFORMERS,
         "padded",
         "The pruned model, with zero units in its layers so that all have one width.\n\n"
         + "\n".join(lines)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.environment import environment
+from liar_ext.report.front_matter import front_matter
+from liar_ext.report.markdown import plain
 from liar_ext.report.schema import EXPORTED, FILE, calibration_of, read_data
 from liar_ext.report.text import short_name
 
@@ -51,15 +53,19 @@ def export_report(
     }
 
 
-def export_card(report: Mapping[str, Any], what: str, body: str) -> str:
+def export_card(
+    report: Mapping[str, Any], tags: Sequence[str], library: str | None, what: str, body: str
+) -> str:
     """`README.md` of such a folder.
 
     Args:
+        tags: of the format, for the hub; library: what loads it there, None where there is none.
         what: behind the source's name in the title; body: what it is, and how it is loaded.
     """
     totals = report["totals"]
     return (
-        f"# {short_name(report['source'])}, {what}\n\n"
+        front_matter(report, ("pruned", *tags), library)
+        + f"\n# {plain(short_name(report['source']))}, {what}\n\n"
         f"{body}\n\n"
         f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} "
         f"after.\n\n"

@@ -258,6 +258,9 @@ def _llama_cpp(facts: Facts) -> Verdict:
 
 
 def _onnx(facts: Facts) -> Verdict:
+    if adapter_for(facts.config).then is not None:
+        what = "liar export makes graphs of decoders and encoders, and this has one of each"
+        return Verdict("ONNX Runtime", UNKNOWN, what, "")
     return Verdict(
         "ONNX Runtime",
         YES,

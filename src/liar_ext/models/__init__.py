@@ -30,6 +30,7 @@ from liar_ext.models.qwen3 import QWEN3
 from liar_ext.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from liar_ext.models.site import Producer, Site, SiteSpec
 from liar_ext.models.smollm3 import SMOLLM3
+from liar_ext.models.t5 import MT5, T5
 from liar_ext.models.traced import traced_family
 from liar_ext.models.vit import VIT
 from liar_ext.models.whisper import WHISPER
@@ -40,6 +41,7 @@ ADAPTERS: dict[str, Adapter] = {
         *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, GRANITE, SMOLLM3, OLMO2),
         *(GPT_NEOX, FALCON, BLOOM, OPT, GPT2),
         *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA, DISTILBERT, MODERNBERT),
+        *(T5, MT5),
         *(VIT, WHISPER),
     )
 }
@@ -95,7 +97,9 @@ def refusal(config: PretrainedConfig) -> str | None:
     for part in (config, text):
         if getattr(part, "quantization_config", None):
             return "its weights are quantised; prune the original first, then quantise"
-        if getattr(part, "is_encoder_decoder", False) and (own is None or own.part is None):
+        if getattr(part, "is_encoder_decoder", False) and (
+            own is None or not (own.part or own.encoder_decoder)
+        ):
             return "it is an encoder-decoder"
     # transformers raises where such a field is asked for
     stated = getattr(text, "per_layer_attributes", None) or ()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from liar_ext.errors import InputError, UnsupportedModelError
+from liar_ext.models.chain import Chain
 from liar_ext.models.site import Site, SiteSpec
 from liar_ext.ops.logits import PLAIN, Shape, shaped
 
@@ -28,6 +29,22 @@ class Features:
     name: str
     shape: Callable[[PretrainedConfig], tuple[int, ...]]
     length: Callable[[PretrainedConfig], int]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The second stack of an encoder-decoder, which reads what the first one makes of its tokens.
+
+    Attributes:
+        path: of the stack in the backbone; layers: of its list of layers in the stack.
+        sites: of its layers, of the kinds that those of the encoder have.
+        between: what is between the encoder's last layer and the decoder, in the backbone.
+    """
+
+    path: str
+    layers: str
+    sites: tuple[SiteSpec, ...]
+    between: str
 
 
 def plain_head_dim(config: PretrainedConfig) -> int:
@@ -70,6 +87,10 @@ class Adapter:
         traced: its Sites were found by running layers, see `liar_ext.tracing`.
         features: what the backbone reads that reads no tokens; None for those that do.
         part: of an encoder-decoder the stack that this is, whose layers are pruned.
+        encoder_decoder: stacks of both kinds are pruned; then: the second one, where a model has
+            it. What is said here of layers is of the first.
+        hands_on: the first layer of a stack gives back, beside its hidden states, what the model
+            hands to all others.
         alias: another model_type with the same modules and weight names, for head counts that
             this family's own config validation rejects.
     """
@@ -96,6 +117,9 @@ class Adapter:
     traced: bool = False
     features: Features | None = None
     part: str | None = None
+    encoder_decoder: bool = False
+    then: Decoder | None = None
+    hands_on: bool = False
     alias: str | None = None
 
     def of(self, config: PretrainedConfig) -> Adapter:
@@ -149,23 +173,51 @@ class Adapter:
         where = f"{self.part}.{self.layers}" if self.part else self.layers
         raise InputError(f"{type(model).__name__} has no {self.model_type} layers at {where}")
 
-    def layer_list(self, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-        """The layers of `model` and their full path."""
+    def chain(self, model: PreTrainedModel) -> Chain:
+        """The layers of `model`, of both stacks where it has two."""
         path, backbone = self.backbone(model)
-        layers = backbone.get_submodule(self.layers)
-        if not isinstance(layers, nn.ModuleList):
-            raise InputError(f"{path}.{self.layers} is a {type(layers).__name__}, not a ModuleList")
-        return f"{path}.{self.layers}".lstrip("."), layers
+        lists = [self.layers]
+        if self.then is not None:
+            lists.append(f"{self.then.path}.{self.then.layers}")
+        stacks = []
+        for own in lists:
+            layers = backbone.get_submodule(own)
+            if not isinstance(layers, nn.ModuleList):
+                raise InputError(f"{path}.{own} is a {type(layers).__name__}, not a ModuleList")
+            stacks.append((f"{path}.{own}".lstrip("."), layers))
+        return Chain(stacks)
+
+    def layer_list(self, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+        """The layers of `model` and their full path, for what works on one list.
+
+        Raises:
+            UnsupportedModelError: it has two.
+        """
+        self.check_one_stack()
+        return self.chain(model).stacks[0]
+
+    def check_one_stack(self) -> None:
+        """Raises UnsupportedModelError where there are two."""
+        if self.then is not None:
+            raise UnsupportedModelError(
+                f"a {self.model_type} model has two stacks of layers, its encoder's and its "
+                "decoder's, and this works on one; its widths can be pruned (liar prune, plan)"
+            )
+
+    def specs(self, stack: int) -> tuple[SiteSpec, ...]:
+        """The Sites of a layer of a stack."""
+        return self.then.sites if stack and self.then is not None else self.sites
 
     def sites_of(self, model: PreTrainedModel, layer: int, kinds: tuple[str, ...]) -> list[Site]:
         """The Sites of one layer, restricted to `kinds`, in forward order; none where all units of
         one are gone."""
-        path, layers = self.layer_list(model)
+        chain = self.chain(model)
         head_dim = self.head_dim(text_config(model.config))
+        path, module = chain.path(layer), chain[layer]
         return [
-            Site(spec, layer, layers[layer], head_dim, f"{path}.{layer}.{spec.consumer}")
-            for spec in self.sites
-            if spec.kind in kinds and not spec.absent(layers[layer])
+            Site(spec, layer, module, head_dim, f"{path}.{spec.consumer}")
+            for spec in self.specs(chain.stack(layer))
+            if spec.kind in kinds and not spec.absent(module)
         ]
 
 

@@ -76,7 +76,7 @@ def read(model: PreTrainedModel) -> list[dict[str, int]]:
     """Units of every Site, layer by layer: `[{"heads": 4, "ffn": 512}, ...]`; 0 where the layer
     has none of a kind any more."""
     adapter = adapter_for(model.config)
-    count = len(adapter.layer_list(model)[1])
+    count = len(adapter.chain(model))
     kinds = tuple(spec.kind for spec in adapter.sites)
     found: list[dict[str, int]] = []
     for index in range(count):
@@ -118,7 +118,7 @@ def place_in_cache(model: PreTrainedModel) -> None:
     heads = next((spec for spec in adapter.sites if spec.kind == "heads"), None)
     if adapter.decoder and heads is not None and heads.block is not None:
         types = getattr(text_config(model.config), "layer_types", None)
-        absent.renumber(list(adapter.layer_list(model)[1]), heads.block, types)
+        absent.renumber(list(adapter.chain(model)), heads.block, types)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -131,7 +131,7 @@ def biased_kinds(model: PreTrainedModel) -> list[str]:
     adapter = adapter_for(model.config)
     kinds = tuple(spec.kind for spec in adapter.sites)
     # a layer may have none of a kind
-    count = len(adapter.layer_list(model)[1])
+    count = len(adapter.chain(model))
     sites = [site for index in range(count) for site in adapter.sites_of(model, index, kinds)]
     biased = {site.kind for site in sites if site.bias() is not None}
     return [kind for kind in kinds if kind in biased]
@@ -251,7 +251,7 @@ def build(data: dict[str, Any]) -> PreTrainedModel:
     _renew_trace(config)
     model = empty_model(config)
     adapter = adapter_for(config)
-    count = len(adapter.layer_list(model)[1])
+    count = len(adapter.chain(model))
     if len(layout["layers"]) != count:
         raise InputError(
             f"config.json: {KEY} lists {len(layout['layers'])} layers, the model has {count}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from liar_ext.models import layout
+from liar_ext.report.front_matter import front_matter, library_of
+from liar_ext.report.markdown import plain
 from liar_ext.report.schema import FILE
-from liar_ext.report.text import number
+from liar_ext.report.text import number, short_name
 
 
 def card(report: dict[str, Any]) -> str:
@@ -18,7 +19,8 @@ def card(report: dict[str, Any]) -> str:
         "liar_ext.load" if layout.KEY in report["config"] else "transformers' `from_pretrained`"
     )
     return (
-        f"# {Path(report['source']).name}, trained a little\n\n"
+        front_matter(report, ("fine-tuned",), library_of(report["config"]))
+        + f"\n# {plain(short_name(report['source']))}, trained a little\n\n"
         f"{_what(report)} {training['steps']} steps, {training['tokens']:,} tokens; "
         f"{training['parameters']:,} parameters were trained. {_measured(training)}\n\n"
         f"{totals['parameters_before']:,} parameters before, {totals['parameters_after']:,} after. "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth.surgery import layer_list
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.recovery.train import Loss

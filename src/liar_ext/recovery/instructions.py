@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from liar_ext.calibration.batches import Batch, Calibration, encode
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import Calibration, encode
 from liar_ext.calibration.overlap import sketch
 from liar_ext.calibration.records import decode, json_records, read_bytes
 from liar_ext.calibration.sources import Corpus, read

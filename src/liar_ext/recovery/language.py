@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch, Calibration, make_batches
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import Calibration, make_batches
 from liar_ext.calibration.sources import Corpus
 from liar_ext.engine.loss import NO_TARGET, next_tokens, predicts
 from liar_ext.errors import InputError, UnsupportedModelError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.checkpoint.load import load, resolve
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.engine.progress import Progress

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.depth.config import count_of
 from liar_ext.errors import InputError
 from liar_ext.models import Site, adapter_for

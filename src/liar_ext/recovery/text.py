@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch, Calibration
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.batches import Calibration
 from liar_ext.calibration.sources import Corpus
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.shards import ShardWriter, TensorSpec

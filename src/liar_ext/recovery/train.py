@@ -18,7 +18,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.engine.progress import Progress, Silent
 from liar_ext.errors import InputError
 from liar_ext.recovery.schedule import Schedule

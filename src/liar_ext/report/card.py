@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from liar_ext.report.front_matter import OWN, TRANSFORMERS, front_matter
 from liar_ext.report.loading import auto_class, base_model_type
 from liar_ext.report.markdown import code, plain
 from liar_ext.report.schema import Report, SiteReport
@@ -14,7 +14,6 @@ from liar_ext.report.text import (
     budgeted,
     change,
     count,
-    is_hub_id,
     latency,
     layers,
     number,
@@ -40,7 +39,11 @@ def model_card(report: Report, evaluations: Sequence[Mapping[str, Any]] = ()) ->
             the quality was not measured.
     """
     parts = [
-        _front_matter(report),
+        front_matter(
+            {"config": report.config, "source": report.source},
+            ("pruned", "structured-pruning"),
+            TRANSFORMERS if report.layout.startswith("stock") else OWN,
+        ),
         f"# {plain(short_name(report.source))}, pruned\n",
         _what(report),
         _sizes(report),
@@ -58,20 +61,6 @@ def residuals(sites: Sequence[SiteReport]) -> list[tuple[float, SiteReport]]:
     """The Sites whose residual is known, the worst last."""
     known = [(s.relative_residual, s) for s in sites if s.relative_residual is not None]
     return sorted(known, key=lambda pair: pair[0])
-
-
-def _front_matter(report: Report) -> str:
-    stock = report.layout.startswith("stock")
-    lines = ["---", f"library_name: {'transformers' if stock else 'liar-ext'}"]
-    if stock and auto_class(report.config) == "AutoModelForCausalLM":
-        lines.append("pipeline_tag: text-generation")
-    if is_hub_id(report.source):
-        lines.append(f"base_model: {json.dumps(report.source)}")
-    lines.append("tags:")
-    tags = ("liar-ext", "pruned", "structured-pruning", base_model_type(report))
-    # a JSON string is a YAML string, whatever it holds
-    lines += [f"- {json.dumps(tag)}" for tag in tags]
-    return "\n".join([*lines, "---", ""])
 
 
 def _what(report: Report) -> str:
@@ -200,8 +189,8 @@ def _loading(report: Report) -> str:
     else:
         text = (
             "The shapes of this model cannot be stated in a stock "
-            f"{code(base_model_type(report))} config (widths that differ between layers, head "
-            "counts or biases without a config field), so stock loaders refuse it by its "
+            f"{code(base_model_type(report.config))} config (widths that differ between layers, "
+            "head counts or biases without a config field), so stock loaders refuse it by its "
             "`model_type`. The package liar-ext loads it as an ordinary transformers model."
         )
         example = 'import liar_ext\n\nmodel = liar_ext.load("PATH")'

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from liar_ext.evaluation.task import METRICS
+from liar_ext.evaluation.task import DECODER, ENCODER, ENCODER_DECODER, METRICS
 from liar_ext.report.outputs import PRUNED, Output
 from liar_ext.report.page import without_folders
 from liar_ext.report.schema import CONVOLUTIONS, LAYERS, RECOVERED
 
+# what stands for a folder that is not below the one in which a page is made
+ELSEWHERE = "PATH/TO"
 # of a training's schedule: option by field; what has no option is not said
 _SCHEDULE = {
     "learning_rate": "lr",
@@ -52,16 +56,47 @@ def repeat(output: Output) -> str:
     return _line("liar", words, source, "--out", output.label, *flags)
 
 
-def evaluate(source: str, kind: str, dataset: str, *, decoder: bool = True) -> str:
+_FILES = {"text": "FILE.txt", "stsb": "FILE.csv", "pairs": "FILE.jsonl"}
+
+
+def evaluate(source: str, kind: str, dataset: str, *, model: str = DECODER) -> str:
     """The command that measures one model as another was, or as its kind is measured.
 
     Args:
-        kind: of the evaluation, as its JSON has it; empty where there was none.
+        source: as the command takes it (`from_here`).
+        kind, dataset: of the evaluation, as its JSON has them; empty where there was none.
+        model: what it is (`task`).
     """
-    option = METRICS[kind].option if kind in METRICS else None
-    usual = ("--text", "FILE.txt") if decoder else ("--stsb", "FILE.csv")
-    given = (option, dataset) if option and dataset else usual
+    usual = {DECODER: "text", ENCODER: "stsb", ENCODER_DECODER: "pairs"}[model]
+    given = str(METRICS[usual].option), _FILES[usual]
+    if kind in METRICS and METRICS[kind].option and dataset:
+        path = METRICS[kind].source(dataset)
+        # tasks of the harness are names, and no paths
+        place = path if kind == "lm-eval" else from_here(path)
+        given = str(METRICS[kind].option), dataset.removesuffix(path) + place
     return _line("liar", "eval", source, *given, "--json")
+
+
+def command(*words: str) -> str:
+    """`liar` with these words, as a shell takes them."""
+    return shlex.join(("liar", *words))
+
+
+def from_here(path: str | Path) -> str:
+    """A path, as a command takes it in the folder in which the page is made.
+
+    A page does not say where on a machine that folder is. So of a path that is not below it the
+    last part is left, under `ELSEWHERE`, for the reader to fill in. Hub ids, and relative names
+    that may be some, stay as they are.
+    """
+    text = str(path)
+    place, base = Path(os.path.abspath(text)), Path.cwd()
+    if place.is_relative_to(base) and (place.exists() or Path(text).is_absolute()):
+        inside = str(place.relative_to(base))
+        return f"./{inside}" if inside.startswith("-") else inside
+    if text == without_folders(text) and (place.exists() or not text.startswith(".")):
+        return text
+    return f"{ELSEWHERE}/{place.name}"
 
 
 def _line(*words: str) -> str:

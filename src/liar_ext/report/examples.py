@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.errors import InputError
+from liar_ext.evaluation.task import ENCODER
 from liar_ext.report.outputs import Output
 from liar_ext.report.page import Html, element, join, paragraph
 
@@ -83,11 +84,11 @@ def generate(
     where = resolve_device(device)
     folders: dict[str, Path] = {DENSE: resolve(dense)}
     folders |= {o.label: o.folder for o in outputs if o.folder is not None}
-    kinds = {name: limits_of(folder).decoder for name, folder in folders.items()}
+    kinds = {name: limits_of(folder).kind for name, folder in folders.items()}
     if len(set(kinds.values())) > 1:
         odd = next(name for name, kind in kinds.items() if kind != kinds[DENSE])
         raise InputError(f"--dense {dense}: {odd} is no model of the same kind")
-    if kinds[DENSE]:
+    if kinds[DENSE] != ENCODER:
         return _continued(folders, prompts, new_tokens, where)
     return _nearest(folders, prompts, where)
 

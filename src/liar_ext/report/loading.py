@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from liar_ext.report.schema import Report
-
 # the most specific first: a BERT head is also in the mapping of causal language models
 AUTO_CLASSES = (
     ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -19,8 +17,10 @@ AUTO_CLASSES = (
     ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
     ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
     ("AutoModelForPreTraining", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"),
     ("AutoModel", "MODEL_MAPPING_NAMES"),
+    ("AutoModelForTextEncoding", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES"),
 )
 
 
@@ -46,7 +46,7 @@ def auto_class(config: Mapping[str, Any]) -> str:
     return "AutoModelForCausalLM" if decoder else "AutoModel"
 
 
-def base_model_type(report: Report) -> str:
+def base_model_type(config: Mapping[str, Any]) -> str:
     """The family the layers belong to, also where `model_type` is `liar_ext`."""
-    own = report.config.get("liar_ext")
-    return str(own["base_model_type"] if isinstance(own, dict) else report.config["model_type"])
+    own = config.get("liar_ext")
+    return str(own["base_model_type"] if isinstance(own, dict) else config["model_type"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError
+from liar_ext.evaluation.task import DECODER, ENCODER, ENCODER_DECODER
 from liar_ext.report.schema import CONVOLUTIONS, FILE, LAYERS, RECOVERED, VERSION, Report, read_data
 from liar_ext.report.text import layers, short_name
 
@@ -65,12 +66,13 @@ class Output:
         return self.data.get("config", {}).get("model_type") != "liar_ext"
 
     @property
-    def decoder(self) -> bool | None:
-        """Whether it continues texts; None where the config does not say."""
-        names = " ".join(self.data.get("config", {}).get("architectures") or ())
-        if "CausalLM" in names or "LMHead" in names:
-            return True
-        return False if names else None
+    def model_kind(self) -> str:
+        """As what it is evaluated (`task`); a decoder where the config does not say."""
+        config = self.data.get("config", {})
+        names = " ".join(config.get("architectures") or ())
+        if config.get("is_encoder_decoder") and "ForConditionalGeneration" in names:
+            return ENCODER_DECODER
+        return ENCODER if names and "CausalLM" not in names and "LMHead" not in names else DECODER
 
     def is_of(self, source: str) -> bool:
         """Whether a path or an id, as another command stated it, means this folder."""
@@ -117,11 +119,21 @@ def read(folders: Sequence[str | Path]) -> list[Output]:
         except KeyError as error:
             raise output.lacks(error) from error
         found.append(output)
-    names = [output.label for output in found]
-    return [
-        Output(o.folder, str(o.folder), o.data, o.report) if names.count(o.label) > 1 else o
-        for o in found
-    ]
+    labels = _labels([Path(each).resolve().parts[1:] for each in folders])
+    return [replace(output, label=label) for output, label in zip(found, labels, strict=True)]
+
+
+def _labels(folders: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of the parts of each path as many, from its end, as tell it from the others: pages are sent
+    to others, who need not learn where these folders are."""
+    found = []
+    for parts in folders:
+        others = [other for other in folders if other != parts]
+        count = 1
+        while any(other[-count:] == parts[-count:] for other in others):
+            count += 1
+        found.append("/".join(parts[-count:]))
+    return found
 
 
 def same(one: str, other: str) -> bool:

@@ -103,6 +103,19 @@ def change(before: float | None, after: float | None) -> str:
     return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
 
 
+def signed(difference: Mapping[str, Any]) -> str:
+    """A difference of figures with its interval, as `Difference.to_json`: `+2.04 (+1.6 to +2.5)`.
+
+    The bounds have as many decimals as the value, so that they can be compared by eye.
+    """
+    value, interval = difference["value"], difference["confidence_interval"]
+    bounds = [] if interval is None else list(interval)
+    large = max(abs(bound) for bound in (value, *bounds))
+    form = "+.4g" if large >= 1e4 or large < 0.01 else "+.4f" if large < 0.1 else "+.2f"
+    shown, *ends = (f"{bound:{form}}" for bound in (value, *bounds))
+    return f"{shown} ({' to '.join(ends)})" if ends else shown
+
+
 def layers(indices: Sequence[int]) -> str:
     """[3, 20, 21, 22] -> `3, 20-22`."""
     runs: list[list[int]] = []

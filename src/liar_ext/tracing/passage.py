@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import last_hidden, layer_output, record_calls
+from liar_ext.calibration.batch import Batch
+from liar_ext.engine.calls import last_hidden, layer_output, record_calls
 from liar_ext.errors import InputError
 from liar_ext.models import linear
 from liar_ext.models.site import Site

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from liar_ext.engine.capture import LayerCall, layer_output
+from liar_ext.engine.calls import LayerCall, layer_output
 from liar_ext.errors import InputError
 from liar_ext.models import linear
 from liar_ext.tracing.stand_ins import TOKENS, answering, by_path, values_of

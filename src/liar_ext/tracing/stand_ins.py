@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from liar_ext.calibration.batches import Batch
-from liar_ext.engine.capture import LayerCall, record_calls
+from liar_ext.calibration.batch import Batch
+from liar_ext.engine.calls import LayerCall, record_calls
 from liar_ext.errors import InputError
 from liar_ext.models import linear
 from liar_ext.tracing.attempt import attempt

@@ -17,6 +17,7 @@ def card(report: dict[str, Any]) -> str:
     more = len(layers["inserted"])
     return layer_card(
         report,
+        ("depth-up-scaling",),
         f"with {more} more layer{'s' * (more > 1)}",
         f"{layers['before']} layers before, {layers['after']} after: one was inserted behind each "
         f"of layers {behind}, counted from 0 in the source; in this model they are layers "

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.reader import DTYPES, CheckpointReader
+from liar_ext.checkpoint.dtypes import DTYPES
+from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.shards import ShardWriter
 from liar_ext.depth.grow.basis import shared_basis
 from liar_ext.depth.grow.mlp import MlpOptions

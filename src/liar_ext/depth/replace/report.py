@@ -17,6 +17,7 @@ def card(report: dict[str, Any]) -> str:
     stand = f"layers {trained[0]} to {trained[-1]}" if many else f"layer {trained[0]}"
     return layer_card(
         report,
+        ("pruned", "layer-replacement"),
         f"with {layers['after']} of its {layers['before']} layers",
         f"Layers {gone[0]} to {gone[-1]}, counted from 0, were replaced by {stand} "
         f"(LLM-Streamline, arXiv 2403.19135), which {_begun(asked, many)} and "

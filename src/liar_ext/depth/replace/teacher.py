@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.checkpoint.load import fill
 from liar_ext.checkpoint.reader import CheckpointReader, tied_names
 from liar_ext.depth.shorten import shortened_checkpoint
 from liar_ext.depth.surgery import layer_list
-from liar_ext.engine.capture import LayerCall
+from liar_ext.engine.calls import LayerCall
 from liar_ext.errors import UnsupportedModelError
 from liar_ext.models import adapter_for
 
@@ -138,4 +138,4 @@ def _head(model: PreTrainedModel) -> set[str]:
         return set()
     own = {name for name, module in model.named_modules() if module is head}
     found = {f"{path}.{name}" for path in own for name, _ in head.named_parameters()}
-    return found - tied_names(model)
+    return found - set(tied_names(model))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.checkpoint.load import load
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.depth.replace.loss import state_error
@@ -18,7 +18,7 @@ from liar_ext.depth.replace.network import NETWORKS, remove_attention
 from liar_ext.depth.replace.settings import Replacement
 from liar_ext.depth.replace.teacher import Teacher, read_teacher
 from liar_ext.depth.replace.window import Window
-from liar_ext.engine.capture import layer_output
+from liar_ext.engine.calls import layer_output
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.engine.progress import Progress
 from liar_ext.models import adapter_for

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from liar_ext.calibration.batches import Batch
+from liar_ext.calibration.batch import Batch
 from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.store import CheckpointStore, Placement
 from liar_ext.depth.choice import choose
