@@ -420,7 +420,7 @@ def test_usual_prompts_are_cut_to_what_the_models_take():
         (["--new-tokens", "1"], "--new-tokens 1: must be at least 2"),
         (["--new-tokens", "256"], "give fewer --new-tokens"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
-        (["--mode", "fast"], "--mode fast: unknown; choose from eager, compile"),
+        (["--mode", "fast"], "--mode fast: choose from eager, compile"),
         (["--dtype", "int8"], "--dtype int8: choose from"),
         (["--round-to", "8"], "--round-to and --target are of shapes"),
         ([f"{MODEL}@1.5"], "what follows @ is a sparsity above 0 and below 1"),

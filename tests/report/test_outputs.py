@@ -314,7 +314,9 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
         (["--serve", "model.json"], "--serve model.json: not what `liar bench serve"),
         (["--compare", "model.json"], "--compare model.json: not a comparison.json"),
         (["--compare", "old.json"], "has no 'axes'; make it again"),
-        (["--eval", "serve.json"], "--eval serve.json: not what `liar eval --json` prints"),
+        (["--eval", "serve.json"], "is what `liar bench serve` wrote; give it with --serve"),
+        (["--eval", "model.json"], "--eval model.json: not what `liar eval --json` prints"),
+        (["--serve", "no.json"], "cannot be read (No such file or directory); check the path"),
         (["--eval", "empty.json"], "--eval empty.json: cannot be read as JSON"),
         (["--dense", "model"], "--dense model: is for examples; give --prompt"),
         (["--prompt", "x", "--dense", "resnet"], "resnet"),
@@ -323,6 +325,7 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
         (["pruned"], "pruned: is given twice"),
         (["broken"], "broken: its report has no 'dropped'; it is of another release"),
         (["strange"], "of a kind 'strange' that this release does not know"),
+        (["graph"], "graph: was exported for another engine; give the folder that it was made"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(
@@ -332,6 +335,7 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(
     report = json.loads((made / "replaced" / "liar_report.json").read_text())
     files["broken/liar_report.json"] = {k: v for k, v in report.items() if k != "replacement"}
     files["strange/liar_report.json"] = {**report, "kind": "strange"}
+    files["graph/liar_report.json"] = {**report, "kind": "exported"}
     for name in ("model", "pruned", "resnet", "model.json", "serve.json"):
         (tmp_path / name).symlink_to(made / name)
     (tmp_path / "empty.json").write_text("")

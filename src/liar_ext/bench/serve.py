@@ -25,7 +25,7 @@ from liar_ext.bench.serve_work import Ceilings, sizes
 from liar_ext.cli.output import Watcher
 from liar_ext.engine.inputs import compute_dtype, resolve_device
 from liar_ext.environment import environment
-from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory
+from liar_ext.errors import InputError, OutOfMemory, is_out_of_memory, unknown_choice
 from liar_ext.latency import disturbances
 from liar_ext.recipe import KINDS, Recipe
 
@@ -98,7 +98,7 @@ def asked(arguments: argparse.Namespace) -> Asked:
     """Raises InputError for options that mean nothing."""
     modes = tuple(dict.fromkeys(part.strip() for part in arguments.mode.split(",")))
     if unknown := [mode for mode in modes if mode not in MODES]:
-        raise InputError(f"--mode {unknown[0]}: unknown; choose from {', '.join(MODES)}")
+        raise unknown_choice("--mode", unknown[0], MODES)
     if arguments.repeats < 1:
         raise InputError(f"--repeats {arguments.repeats}: must be at least 1")
     # checks the names

@@ -39,6 +39,8 @@ def read_evaluations(path: str | Path, option: str = "--eval") -> list[dict[str,
         InputError: it cannot be read, or is something else.
     """
     data = _read(path, option)
+    if isinstance(data, Mapping) and data.get("benchmark") == "serve":
+        raise InputError(f"{option} {path}: is what `liar bench serve` wrote; give it with --serve")
     several = data.get("evaluations", [data]) if isinstance(data, Mapping) else [data]
     found: list[dict[str, Any]] = []
     try:
@@ -102,7 +104,8 @@ def _read(path: str | Path, option: str) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: cannot be read ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{option} {path}: cannot be read ({reason}); check the path") from error
     for part in (text, text.splitlines()[-1] if text else ""):
         try:
             return json.loads(part)

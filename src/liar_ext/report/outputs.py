@@ -10,7 +10,16 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.evaluation.task import DECODER, ENCODER, ENCODER_DECODER
-from liar_ext.report.schema import CONVOLUTIONS, FILE, LAYERS, RECOVERED, VERSION, Report, read_data
+from liar_ext.report.schema import (
+    CONVOLUTIONS,
+    EXPORTED,
+    FILE,
+    LAYERS,
+    RECOVERED,
+    VERSION,
+    Report,
+    read_data,
+)
 from liar_ext.report.text import layers, short_name
 
 PRUNED = "pruned"
@@ -107,6 +116,11 @@ def read(folders: Sequence[str | Path]) -> list[Output]:
             version = data.get("version") if isinstance(data, dict) else None
             raise InputError(f"{folder / FILE}: version {version!r}; this release reads {VERSION}")
         kind = data.get("kind", PRUNED)
+        if kind == EXPORTED:
+            raise InputError(
+                f"{folder}: was exported for another engine; give the folder that it was made from "
+                f"({data.get('source')})"
+            )
         if kind not in _DONE:
             raise InputError(f"{folder / FILE}: of a kind {kind!r} that this release does not know")
         if any(other.is_of(str(folder)) for other in found):
