@@ -315,7 +315,7 @@ def test_an_encoder_shows_the_nearest_sentences(tmp_path, inputs_of_encoder):
         (["--compare", "model.json"], "--compare model.json: not a comparison.json"),
         (["--compare", "old.json"], "has no 'axes'; make it again"),
         (["--eval", "serve.json"], "is what `liar bench serve` wrote; give it with --serve"),
-        (["--eval", "model.json"], "--eval model.json: not what `liar eval --json` prints"),
+        (["--eval", "old.json"], "--eval old.json: not what `liar eval --json` prints"),
         (["--serve", "no.json"], "cannot be read (No such file or directory); check the path"),
         (["--eval", "empty.json"], "--eval empty.json: cannot be read as JSON"),
         (["--dense", "model"], "--dense model: is for examples; give --prompt"),
