@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from liar_ext.allocation import Budget
@@ -15,18 +14,10 @@ from liar_ext.engine.statistics import CHUNK_TOKENS, MOST_SEGMENTS
 from liar_ext.latency import LatencyTable
 from liar_ext.models import Site, adapter_for, linear
 from liar_ext.models.adapter import Adapter, text_config
-from liar_ext.ops.gram import gram
 from liar_ext.ops.held_out import held_out_flops
-from liar_ext.ops.interpolate import Repair, costs, repair
-from liar_ext.ops.moments import Moments
-from liar_ext.ops.residual import residual_energies
+from liar_ext.ops.interpolate import costs
 from liar_ext.recipe import RIDGES, Recipe
 from liar_ext.reconstruction import RECONSTRUCTIONS
-
-# for each of four rates, beside the first call; about two seconds together
-MEASURE_SECONDS = 0.3
-# columns, and tokens of a Gram: as large as that allows, because rates grow with them
-MEASURE_SIZE = {"cpu": (1536, 4096), "cuda": (8192, 16384)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +26,7 @@ class SitePlan:
 
     Attributes:
         across: it stands in for layers that are left out behind it.
-        share: of the calibration tokens, those that pass it.
+        stack: of layers that it is in; share: of the calibration tokens, those that pass it.
         beside: numbers for a token that a forward paused there holds beside what one of a LLaMA
             does, see `held_beside`.
     """
@@ -52,6 +43,7 @@ class SitePlan:
     across: bool = False
     beside: int = 0
     share: float = 1.0
+    stack: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,8 +90,15 @@ def layer_flops(
         weights = sum(linear.weight(module).numel() for module in linear.linears(layer))
         attended = sum(site.columns for site in adapter.sites_of(model, index, ("heads",)))
         each = 2 * weights + attended * _attention_flops(adapter.decoder, length)
-        found.append(round(shares[layers.stack(index)] * each))
+        stack = layers.stack(index)
+        over = 0 if adapter.then is None or not stack else 2 * _across(layer, adapter.then.across)
+        found.append(round(shares[stack] * (each - over) + shares[0] * over))
     return found
+
+
+def _across(layer: nn.Module, paths: Sequence[str]) -> int:
+    """Weights of the linears that read the tokens of the stack before."""
+    return sum(linear.weight(layer.get_submodule(path)).numel() for path in paths)
 
 
 def unit_costs(site: Site, decoder: bool, length: int) -> dict[str, int]:
@@ -145,10 +144,14 @@ def _attention_flops(decoder: bool, length: int) -> int:
     return 2 * (length + 1) if decoder else 4 * length
 
 
-def head_flops(model: PreTrainedModel) -> int:
-    """FLOPs of the output embedding for one token; 0 without one."""
+def head_flops(model: PreTrainedModel, shares: Sequence[float] = (1.0,)) -> int:
+    """FLOPs of the output embedding for one token; 0 without one.
+
+    Args:
+        shares: as of `layer_flops`; logits are of the last stack's tokens.
+    """
     head = model.get_output_embeddings()
-    return 0 if head is None else 2 * head.weight.numel()
+    return 0 if head is None else round(2 * head.weight.numel() * shares[-1])
 
 
 def compression_flops(
@@ -246,9 +249,12 @@ def gradient_flops(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tok
     windows = gradient_tokens(tokens, recipe)
     by_layer = layer_flops(model, adapter, windows.seq_len, windows.shares)
     start, stop = recipe.layers or (0, len(by_layer))
-    each = sum(by_layer) + 2 * sum(by_layer[start:]) + 3 * head_flops(model)
+    each = sum(by_layer) + 2 * sum(by_layer[start:]) + 3 * head_flops(model, windows.shares)
     if criterion.needs == "weight_gradients":
-        each += 2 * sum(site_weights(model, adapter, recipe, i) for i in range(start, stop))
+        layers = adapter.chain(model)
+        for index in range(start, stop):
+            own = site_weights(model, adapter, recipe, index)
+            each += round(2 * own * windows.shares[layers.stack(index)])
     return windows.positions * each
 
 
@@ -356,46 +362,3 @@ def passing_numbers(sites: Sequence[Site]) -> int:
         3 * site.columns + (producer_rows(site) + site.columns if site.kind == "heads" else 0)
         for site in sites
     )
-
-
-def measure(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of each phase by its own kernels, on this machine.
-
-    The forward pass is a matmul in `dtype`; statistics are a Gram of values in `dtype`; a solve is
-    a repair that keeps half of the columns, and the residual is that of its result.
-    """
-    n, tokens = MEASURE_SIZE[device.type]
-    # zeros draw less power than data, and a GPU would clock higher for them
-    x = torch.randn(tokens, n, device=device).to(dtype)
-    square = x[:n].contiguous()
-    moments = Moments.zeros(n, device=device)
-    weight = torch.randn(n // 2, n, device=device).to(dtype)
-    keep, drop = torch.arange(n, device=device).split(n // 2)
-    found: list[Repair] = []
-
-    def solve() -> None:
-        found[:] = [repair(moments, weight, keep, drop, ridge=1e-2)]
-
-    def residual() -> None:
-        residual_energies(moments, weight, keep, found[0].weight, found[0].shift)
-
-    own = SitePlan(0, "", "", n, n // 2, n, n // 2, n // 2, n)
-    with torch.no_grad():
-        return {
-            "forward": _rate(device, 2 * n**3, lambda: torch.mm(square, square)),
-            "gram": _rate(device, tokens * n**2, lambda: gram(x, out=moments)),
-            "solve": _rate(device, solve_flops(own, Recipe()), solve),
-            "residual": _rate(device, residual_flops(own), residual),
-        }
-
-
-def _rate(device: torch.device, flops: int, call: Callable[[], object]) -> float:
-    """By the fastest call: whatever else runs now need not run then."""
-    call()  # the first call pays for threads and libraries
-    best, start = float("inf"), time.perf_counter()
-    while (began := time.perf_counter()) - start < MEASURE_SECONDS:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return flops / best

@@ -29,7 +29,6 @@ from liar_ext.costs import (
     held_beside,
     held_bytes,
     layer_flops,
-    measure,
     producer_rows,
 )
 from liar_ext.engine.budgets import budgets
@@ -50,6 +49,7 @@ from liar_ext.planning_depth import Shortened, dense_path, fitted, shortened
 from liar_ext.planning_loader import loader_of
 from liar_ext.planning_tokens import features_bytes, tokens_needed_by, tokens_of
 from liar_ext.prior_costs import prior_plan
+from liar_ext.rates import measure
 from liar_ext.recipe import Recipe
 from liar_ext.search_costs import search_sizes
 from liar_ext.survey import learning_flops, needs_tokens, reads_of, survey_costs
@@ -196,9 +196,9 @@ def plan(
         "latency": table and {"before": targeted, "after": left, **table.to_json()},
         "flops_per_token": {
             "context": tokens.seq_len,
-            "before": sum(all_layers) + head_flops(whole),
+            "before": sum(all_layers) + head_flops(whole, tokens.shares),
             "after": sum(layer_flops(model, adapter, tokens.seq_len, tokens.shares))
-            + head_flops(model),
+            + head_flops(model, tokens.shares),
         },
         "calibration": asdict(tokens) | tokens_needed_by(every, tokens, recipe),
         "flops": flops,
@@ -319,7 +319,8 @@ def _shrink(
         rows, outputs = producer_rows(site), site.weight().shape[0]
         across = index in gaps and kind == adapter.sites[-1].kind
         beside = 0 if tokens is None else held_beside(model, site, tokens.seq_len)
-        share = 1.0 if tokens is None else tokens.shares[layers.stack(index)]
+        stack = layers.stack(index)
+        share = 1.0 if tokens is None else tokens.shares[stack]
         site.shrink(torch.arange(units))
         sites.append(
             SitePlan(
@@ -327,6 +328,7 @@ def _shrink(
                 across=across,
                 beside=beside,
                 share=share,
+                stack=stack,
             )
         )
     for index in range(len(adapter.chain(model))):

@@ -68,7 +68,7 @@ def shortened(
         InputError: as the compression would.
     """
     path, layers = adapter.layer_list(whole)
-    known = without_looking(recipe, len(layers))
+    known = without_looking(recipe, len(layers), adapter.hands_on)
     choice = known or _assumed(recipe, len(layers))
     if known is None:
         notes.append(

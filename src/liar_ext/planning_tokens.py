@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batch import shares
-from liar_ext.calibration.batches import check_enough, tokens_needed
+from liar_ext.calibration.batches import check_enough, of_stack, tokens_needed
+from liar_ext.calibration.pairs import INSTEAD, WINDOWS
 from liar_ext.calibration.sources import refuse_missing_path
 from liar_ext.costs import SitePlan, Tokens
 from liar_ext.engine.inputs import load_calibration
@@ -44,6 +45,8 @@ def tokens_of(
         or (adapter.features is not None and Path(str(recipe.calibration)).is_dir())
     ):
         found = load_calibration(folder, model, recipe)
+        if found.form == WINDOWS:
+            notes.append(f"warning: calibrated on {WINDOWS}; {INSTEAD}")
         shapes = [batch.input_ids.shape for batch in found.batches]
         return Tokens(
             found.tokens,
@@ -95,8 +98,9 @@ def tokens_needed_by(sites: Sequence[SitePlan], tokens: Tokens, recipe: Recipe) 
     worst = max(solved, key=lambda site: site.columns_before / site.share)
     width = worst.columns_before
     own, held = round(tokens.tokens * worst.share), round(tokens.held_out * worst.share)
+    whose = of_stack(worst.stack, len(tokens.shares), tokens.tokens)
     try:
-        problem = check_enough(own, width, held)
+        problem = check_enough(own, width, held, whose)
     except InputError as error:
         problem = str(error)
     # of all tokens, so that the stack which has fewest has these

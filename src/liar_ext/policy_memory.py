@@ -21,7 +21,7 @@ from liar_ext.recipe import Recipe
 def policy_flops(model: PreTrainedModel, adapter: Adapter, recipe: Recipe, tokens: Tokens) -> int:
     """One forward of all windows, and of a batch for each mask from the first pruned layer on."""
     by_layer = layer_flops(model, adapter, tokens.seq_len, tokens.shares)
-    head = head_flops(model) if predicts(model, adapter) else 0
+    head = head_flops(model, tokens.shares) if predicts(model, adapter) else 0
     start = (recipe.layers or (0,))[0]
     masked = recipe.policy_steps * MASKS * tokens.batch * (sum(by_layer[start:]) + head)
     return tokens.positions * (sum(by_layer) + head) + masked

@@ -124,7 +124,7 @@ def search_sizes(
             widest[kind], plans[kind] = own[0], own
     head = model.get_output_embeddings() if predicts(model, adapter) else None
     # the dense model once; layers in front of the first targeted one are passed once
-    compared = 0 if head is None else 2 * head_flops(model)
+    compared = 0 if head is None else 2 * head_flops(model, tokens.shares)
     smaller = sum(by_layer[first:]) - recipe.sparsity * targeted
     tried = recipe.search_evaluations * (smaller + compared)
     return SearchSizes(

@@ -122,9 +122,43 @@ def test_two_fields_of_a_data_set_are_named(tmp_path):
     assert len(corpus.documents) == 8
 
 
-def test_records_of_several_kinds_are_texts_and_no_pairs(tmp_path):
-    corpus = read(_written(tmp_path, [{"source": "a", "target": "b"}, {"text": "c"}]))
+def test_records_of_several_kinds_are_texts_and_no_pairs(tmp_path, tokenizer):
+    path = _written(tmp_path, [{"source": "a", "target": "b"}, {"text": "c"}])
+    corpus = read(path)
     assert (corpus.pairs, corpus.documents) == ((), ("a", "b", "c"))
+    # nothing else is taken silently
+    with pytest.raises(InputError, match=f"{path}: line 2: is no pair of texts, and others are"):
+        pair_batches(corpus, tokenizer, samples=2, seq_len=4, batch_size=2, **OPTIONS)
+
+
+def test_pairs_win_over_a_text_beside_them(tmp_path):
+    corpus = read(_written(tmp_path, [{"source": "a", "target": "b", "text": "a b"}]))
+    assert (corpus.pairs, corpus.documents) == ((("a", "b"),), ("a b",))
+
+
+def test_what_a_calibration_is_of_is_told(tmp_path, tokenizer):
+    pairs = read(_written(tmp_path, [_record(7)]))
+    text = Corpus("memory", "text", "0", (" ".join(f"w{i}" for i in range(50)),))
+    found = [
+        pair_batches(corpus, tokenizer, samples=1, seq_len=8, batch_size=1, **OPTIONS).to_json()
+        for corpus in (pairs, text)
+    ]
+    assert [own["form"] for own in found] == [
+        "pairs of texts",
+        "windows of text, cut in the middle",
+    ]
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (2, 3)), ((4, 3), (4, 0)), ((4, 0), (4, 3))])
+def test_sources_and_targets_that_are_no_pairs_are_refused(shapes):
+    parts = [
+        Batch(torch.ones(s, dtype=torch.int64), torch.ones(s, dtype=torch.bool)) for s in shapes
+    ]
+    with pytest.raises(InputError, match="give as many rows of both, each with a token or more"):
+        Batch.of_pair(*parts)
+
+
+def test_blank_sides_are_left_out(tmp_path):
     pairs = [{"source": "a", "target": " "}, {"source": "b", "target": "c"}]
     blank = read(_written(tmp_path, pairs))
     assert blank.pairs == (("b", "c"),)

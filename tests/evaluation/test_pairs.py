@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5Model
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    T5Config,
+    T5Model,
+)
 from transformers import T5ForConditionalGeneration as T5
 
 from liar_ext.errors import InputError, UnsupportedModelError
@@ -97,7 +105,7 @@ def test_beside_the_dense_model_differences_are_paired(written, tokenizer, tmp_p
     [
         ('{"text": "w1"}', "no pairs of texts; give a .jsonl"),
         ('{"source": "w1", "target": " "}', "no pairs of texts"),
-        ('{"source": "w1"}\n{"source": "w2", "target": "w3"}', "no pairs of texts"),
+        ('{"source": "w1"}\n{"source": "w2", "target": "w3"}', "is no pair of texts, and others"),
     ],
     ids=["text", "blank", "mixed"],
 )
@@ -122,6 +130,15 @@ def test_models_are_measured_as_what_they_are(written, tmp_path, llama):
         )
     with pytest.raises(UnsupportedModelError, match="T5Model is an encoder-decoder and cannot"):
         kind_of(T5Model(_t5().config))
+
+
+def test_a_decoder_that_listens_is_no_encoder_decoder():
+    """transformers lists it among sequence-to-sequence models."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = Qwen2Config(vocab_size=97, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    audio = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8}
+    config = Qwen2AudioConfig(text_config=text.to_dict(), audio_config=audio, audio_token_index=5)
+    assert kind_of(Qwen2AudioForConditionalGeneration(config)) == "decoder"
 
 
 def test_what_is_written_for_a_prompt_begins_behind_the_start_token(tokenizer):

@@ -55,7 +55,15 @@ class Batch:
 
         Args:
             source: what the encoder reads; target: what the decoder does, from its start token on.
+        Raises:
+            InputError: not as many targets as sources, or no token of either.
         """
+        shapes = tuple(source.input_ids.shape), tuple(target.input_ids.shape)
+        if shapes[0][0] != shapes[1][0] or not (shapes[0][1] and shapes[1][1]):
+            raise InputError(
+                f"sources are {shapes[0]} and targets {shapes[1]} tokens; give as many rows of "
+                "both, each with a token or more"
+            )
         return cls(
             torch.cat((source.input_ids, target.input_ids), 1),
             torch.cat((source.attention_mask, target.attention_mask), 1),
@@ -68,7 +76,11 @@ class Batch:
         if not self.cut:
             return (self,)
         return tuple(
-            Batch(self.input_ids[:, own], self.attention_mask[:, own])
+            Batch(
+                self.input_ids[:, own],
+                self.attention_mask[:, own],
+                None if self.answers is None else self.answers[:, own],
+            )
             for own in (slice(self.cut), slice(self.cut, None))
         )
 

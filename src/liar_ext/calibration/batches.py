@@ -43,6 +43,7 @@ class Calibration:
         requested: samples asked for; `samples` is smaller when the corpus has fewer.
         sample_ids: which windows (or sentences, or rows) of the corpus were chosen.
         sketch: of the corpus, to recognise it in an evaluation (see `overlap`).
+        form: of an encoder-decoder, what the samples are (see `pairs`).
     """
 
     batches: tuple[Batch, ...]
@@ -53,6 +54,7 @@ class Calibration:
     requested: int
     sample_ids: tuple[int, ...]
     sketch: tuple[str, ...]
+    form: str = ""
 
     def __post_init__(self) -> None:
         if self.source and not self.tokens:
@@ -82,6 +84,7 @@ class Calibration:
             "tokens": self.tokens,
             "sample_ids": list(self.sample_ids),
             "sketch": list(self.sketch),
+            **({"form": self.form} if self.form else {}),
         }
 
 
@@ -158,7 +161,7 @@ def tokens_needed(width: int, tokens: int, held_out: int = 0) -> tuple[int, int]
     return math.ceil(width * share), math.ceil(RECOMMENDED_TOKENS_PER_COLUMN * width * share)
 
 
-def check_enough(tokens: int, width: int, held_out: int = 0) -> str | None:
+def check_enough(tokens: int, width: int, held_out: int = 0, whose: str = "") -> str | None:
     """Are there enough tokens to fit the widest Site?
 
     The covariance of `width` columns has full rank from about `width` tokens on; below that the
@@ -166,6 +169,7 @@ def check_enough(tokens: int, width: int, held_out: int = 0) -> str | None:
 
     Args:
         held_out: of the tokens, those that the fits which choose a ridge do not see.
+        whose: what they are of, where they are not all.
     Returns:
         A warning when less than `5 width` are fitted to, else None.
     Raises:
@@ -180,10 +184,15 @@ def check_enough(tokens: int, width: int, held_out: int = 0) -> str | None:
         advice = f"{held_out} are held out for --ridge auto; {advice}"
     fitted = tokens - held_out
     if fitted < width:
-        raise InputError(f"{tokens} calibration tokens for {width} columns: {advice}")
+        raise InputError(f"{tokens} calibration tokens{whose} for {width} columns: {advice}")
     if fitted < _FEW_TOKENS_PER_COLUMN * width:
-        return f"only {tokens} calibration tokens for {width} columns: {advice}"
+        return f"only {tokens} calibration tokens{whose} for {width} columns: {advice}"
     return None
+
+
+def of_stack(stack: int, stacks: int, tokens: int) -> str:
+    """Whose tokens are meant, in a message, where each stack has its own; `tokens`: of both."""
+    return f" of the {('encoder', 'decoder')[stack]} ({tokens} in all)" if stacks > 1 else ""
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:

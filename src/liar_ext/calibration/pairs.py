@@ -24,6 +24,9 @@ from liar_ext.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# what a calibration is of
+PAIRS, WINDOWS = "pairs of texts", "windows of text, cut in the middle"
+INSTEAD = "pairs of texts (source, target), as the model is used on, say more"
 # beside a target's tokens in a batch: the decoder's own padding is not attended to
 _PADDING = 0
 
@@ -38,6 +41,15 @@ def start_token(config: PretrainedConfig) -> int:
         if (found := getattr(config, name, None)) is not None:
             return int(found)
     raise InputError("config.json: no decoder_start_token_id; add it")
+
+
+def check_all_pairs(corpus: Corpus) -> None:
+    """Raises InputError where some records are pairs and some are not."""
+    if corpus.odd:
+        raise InputError(
+            f"{corpus.odd}: is no pair of texts, and others are; give source and target in every "
+            "record, or in none"
+        )
 
 
 def pair_batches(
@@ -63,9 +75,11 @@ def pair_batches(
         tokenizer: None is enough for a token file.
         start: see `start_token`; the others as of `batches.make_batches`.
     Raises:
-        InputError: as `make_batches`; a token file with a mask.
+        InputError: as `make_batches`; a token file with a mask; only some records are pairs.
     """
     check_sizes(samples, seq_len, batch_size)
+    check_all_pairs(corpus)
+    form = WINDOWS
     if corpus.tokens is not None:
         ids = corpus.tokens.input_ids
         if corpus.tokens.attention_mask is not None:
@@ -80,7 +94,7 @@ def pair_batches(
     elif tokenizer is None:
         raise InputError(f"{corpus.name}: text needs a tokenizer and the model has none; add one")
     elif corpus.pairs:
-        drawn = draw(len(corpus.pairs), samples, seed)
+        form, drawn = PAIRS, draw(len(corpus.pairs), samples, seed)
         chosen = [corpus.pairs[i] for i in drawn]
         batches = _pairs(chosen, tokenizer, seq_len, batch_size, start)
     else:
@@ -97,6 +111,7 @@ def pair_batches(
         requested=samples,
         sample_ids=tuple(drawn),
         sketch=tuple(sketch(corpus)),
+        form=form,
     )
 
 

@@ -85,7 +85,7 @@ class Corpus:
         tokens: the token ids, or None for text.
         complete: False when only the beginning of a data set was read.
         pairs: what an encoder-decoder reads and what it writes of it, where the source says which
-            is which; both are documents as well.
+            is which; odd: where a record is no pair, and others are.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Corpus:
     tokens: TokenIds | None = None
     complete: bool = True
     pairs: tuple[tuple[str, str], ...] = ()
+    odd: str = ""
 
     def __post_init__(self) -> None:
         if (self.tokens is None) != bool(self.documents):
@@ -176,7 +177,7 @@ def _read_file(spec: str, path: Path) -> Corpus:
     if suffix == ".jsonl":
         found = [_record(where, record) for where, record in json_records(spec, text)]
         texts = [text for record in found for text in record.texts]
-        return Corpus(spec, "jsonl", digest, _present(texts), pairs=_pairs(found))
+        return Corpus(spec, "jsonl", digest, _present(texts), **_pairs(found))
     return Corpus(spec, "csv", digest, _present(_csv_texts(spec, text)))
 
 
@@ -189,17 +190,21 @@ def _present(texts: list[str]) -> tuple[str, ...]:
 
 
 class _Record(NamedTuple):
-    """The texts of one record; paired: they are what is read, and what is written of it."""
+    """The texts of one record; pair: what is read, and what is written of it, if it is one."""
 
+    where: str
     texts: list[str]
-    paired: bool
+    pair: tuple[str, str] | None
 
 
-def _pairs(records: Sequence[_Record]) -> tuple[tuple[str, str], ...]:
-    """Of records that are all pairs; those with a blank side are left out."""
-    if not all(record.paired for record in records):
-        return ()
-    return tuple((r.texts[0], r.texts[1]) for r in records if all(map(str.strip, r.texts)))
+def _pairs(records: Sequence[_Record]) -> dict[str, Any]:
+    """Fields of a Corpus: the pairs, those with a blank side left out, where all records are some;
+    where only others are, the first that is none."""
+    odd = [record.where for record in records if record.pair is None]
+    if odd:
+        return {"odd": odd[0]} if len(odd) < len(records) else {}
+    pairs = [record.pair for record in records if record.pair is not None]
+    return {"pairs": tuple(pair for pair in pairs if all(map(str.strip, pair)))}
 
 
 def _record(where: str, record: Any, field: str = "") -> _Record:
@@ -208,15 +213,14 @@ def _record(where: str, record: Any, field: str = "") -> _Record:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with a field 'text', got {record!r:.40}")
     strings = [key for key, value in record.items() if isinstance(value, str)]
-    paired = PAIR_SIGN in field or (
-        not field and "text" not in record and all(name in record for name in PAIR)
-    )
+    sides = field.split(PAIR_SIGN, 1) if PAIR_SIGN in field else list(PAIR) * (not field)
+    paired = PAIR_SIGN in field or (bool(sides) and set(PAIR) <= set(strings))
     if field:
-        names = field.split(PAIR_SIGN, 1) if paired else [field]
+        names = sides or [field]
     elif "text" in record:
         names = ["text"]
     elif paired:
-        names = list(PAIR)
+        names = sides
     elif "sentence1" in record and "sentence2" in record:
         names = ["sentence1", "sentence2"]
     else:
@@ -224,7 +228,7 @@ def _record(where: str, record: Any, field: str = "") -> _Record:
     found = f"found {', '.join(map(str, record)) or 'none'}"
     if not names or (names is strings and len(strings) > 1):
         raise InputError(f"{where}: no field 'text' and not exactly one string field ({found})")
-    for name in names:
+    for name in dict.fromkeys([*names, *(sides if paired else [])]):
         if name not in strings:
             state = "is not a string" if name in record else f"is missing ({found})"
             raise InputError(f"{where}: field {name!r} {state}; every record needs it as a string")
@@ -234,7 +238,8 @@ def _record(where: str, record: Any, field: str = "") -> _Record:
             raise InputError(
                 f"{where}: field {name!r} has an unpaired surrogate; remove it"
             ) from None
-    return _Record([record[name] for name in names], paired)
+    pair = (record[sides[0]], record[sides[1]]) if paired else None
+    return _Record(where, [record[name] for name in names], pair)
 
 
 def _csv_rows(spec: str, text: str) -> list[tuple[int, list[str]]]:
@@ -347,5 +352,5 @@ def _read_dataset(spec: str, records: Iterator[Any], field: str, max_characters:
         digest.hexdigest(),
         tuple(documents),
         complete=complete,
-        pairs=_pairs(found),
+        **_pairs(found),
     )

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from liar_ext.checkpoint.buffers import fill_buffers
-from liar_ext.checkpoint.reader import CheckpointReader, tied_names
+from liar_ext.checkpoint.matching import computed_in, tied_names
+from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.errors import InputError
 from liar_ext.models import layout
 
@@ -91,7 +92,7 @@ def fill(
     """
     for name, parameter in list(model.named_parameters()):
         if name in reader and name not in without:
-            tensor = reader.get(name).to(device, dtype)
+            tensor = reader.get(name).to(device, computed_in(model, name, dtype))
             _assign(model, name, tensor, parameter.requires_grad)
     fill_buffers(model, reader, device, dtype)
     if tied_names(model):

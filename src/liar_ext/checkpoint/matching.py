@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.names import candidates, library_names
@@ -79,6 +80,12 @@ def matched(
                 f"{tuple(expected.shape)}; the config does not belong to these weights"
             )
         found[name] = there
+    for name in [name for name in missing if name in tied.values()]:
+        # as transformers does: what it is tied to stands for it
+        alike = next((own for own, of in tied.items() if of == name and own in found), None)
+        if alike is not None:
+            found[name] = found[alike]
+            missing.remove(name)
     _refuse_missing(model, missing, {} if rules is None else rules[1], folder)
     return found
 
@@ -127,6 +134,15 @@ def left_over(
         out = tuple(candidates(f"{kept.path}.", prefix))
         found = {name for name in found if not name.startswith(out)}
     return sorted(n for n in found if not any(re.search(p, n) for p in ignored))
+
+
+def computed_in(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter is computed in where the others are in `dtype`: float32 for those that its
+    class keeps so in float16 (T5's `wo`, whose outputs pass what float16 can hold), as transformers
+    loads them."""
+    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = dtype == torch.float16 and not set(wide).isdisjoint(name.split("."))
+    return torch.float32 if kept else dtype
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar_ext.checkpoint.buffers import fill_buffers
-from liar_ext.checkpoint.reader import CheckpointReader, tied_names
+from liar_ext.checkpoint.matching import computed_in, tied_names
+from liar_ext.checkpoint.reader import CheckpointReader
 from liar_ext.checkpoint.shards import ShardWriter, TensorDigest, TensorSpec
 from liar_ext.checkpoint.writer import storage_dtype
 from liar_ext.engine.ranks import Ranks
@@ -148,18 +149,23 @@ class CheckpointStore:
             self._next[1].cancel()
             self._next = None
 
-    def open(self, index: int) -> None:
-        tensors = self._take(index)
+    def open(self, index: int, *, aside: bool = False) -> None:
+        tensors = self._read(index) if aside else self._take(index)
+        if not aside:
+            self._read_ahead(index)
+        layer = self._layers[index]
+        prefix = f"{self._layers.path(index)}."
+        for full in self._names[index]:
+            self._set(layer, full.removeprefix(prefix), full, tensors.pop(full))
+
+    def _read_ahead(self, index: int) -> None:
+        """What comes after a layer that is opened now."""
         # a layer once more, or one before the last, is one on the way back
         following = index + 1 if index > self._last else index - 1
         self._last = index
         wanted = self._expected is None or following in self._expected
         if wanted and 0 <= following < len(self._layers):
             self._next = following, self._reads.submit(self._read, following)
-        layer = self._layers[index]
-        prefix = f"{self._layers.path(index)}."
-        for full in self._names[index]:
-            self._set(layer, full.removeprefix(prefix), full, tensors.pop(full))
 
     def close(self, index: int, *, final: bool) -> None:
         layer, prefix = self._layers[index], f"{self._layers.path(index)}."
@@ -329,7 +335,8 @@ class CheckpointStore:
             raise InputError(
                 f"{full}: is {tensor.dtype}, quantised; prune the original first, then quantise"
             )
-        _assign(module, name, tensor.to(self._place.device, self._compute_dtype))
+        dtype = computed_in(self.model, full, self._compute_dtype)
+        _assign(module, name, tensor.to(self._place.device, dtype))
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:

@@ -78,10 +78,11 @@ def choose(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch]) -> LayerC
             has not.
     """
     layers = len(runtime.layers)
-    known = without_looking(recipe, layers)
+    hands_on = runtime.adapter.hands_on
+    known = without_looking(recipe, layers, hands_on)
     if known is not None:
         return known
-    name, drop, first = recipe.depth, recipe.drop, _first(recipe)
+    name, drop, first = recipe.depth, recipe.drop, _first(recipe, hands_on)
     assert name is not None, "see `Recipe.shortens`"
     assert drop is not None, "see `check_depth`"
     method = METHODS[name]
@@ -95,17 +96,22 @@ def choose(recipe: Recipe, runtime: Runtime, batches: Sequence[Batch]) -> LayerC
     return LayerChoice(layers, tuple(first + layer for layer in dropped), {method.measure: values})
 
 
-def without_looking(recipe: Recipe, layers: int) -> LayerChoice | None:
+def without_looking(recipe: Recipe, layers: int, hands_on: bool = False) -> LayerChoice | None:
     """The layers that go where nothing has to be measured for it: they are listed, or go by their
     places. None where a method looks at the model.
 
     Args:
-        layers: of the model.
+        layers: of the model; hands_on: the others need the first one (`Adapter`).
     Raises:
         InputError: layers that are not there, or too many of them.
     """
-    first = _first(recipe)
+    first = _first(recipe, hands_on)
     if recipe.drop_layers is not None:
+        if hands_on and 0 in recipe.drop_layers:
+            raise InputError(
+                "--drop-layers 0: the first layer makes what all others are given (position "
+                "biases); keep it"
+            )
         return _listed(recipe.drop_layers, layers, first)
     assert recipe.depth is not None, "see `Recipe.shortens`"
     assert recipe.drop is not None, "see `check_depth`"
@@ -116,9 +122,9 @@ def without_looking(recipe: Recipe, layers: int) -> LayerChoice | None:
     return LayerChoice(layers, tuple(first + layer for layer in dropped))
 
 
-def _first(recipe: Recipe) -> int:
+def _first(recipe: Recipe, hands_on: bool) -> int:
     """The first layer that can go."""
-    return 1 if recipe.spans else 0
+    return 1 if recipe.spans or hands_on else 0
 
 
 def measure(

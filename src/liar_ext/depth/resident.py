@@ -33,7 +33,7 @@ class Resident:
     def expect(self, layers: Iterable[int]) -> None:
         """What was opened is here, and all of it is read in one pass."""
 
-    def open(self, index: int) -> None:
+    def open(self, index: int, *, aside: bool = False) -> None:
         if index not in self._open:
             self._store.open(index)
             self._open.add(index)

@@ -165,6 +165,11 @@ def _batch(
             batch = Batch.of_pair(batch, _tokens(own, mapping.get("decoder_attention_mask")))
     if name not in (batch.features or {"input_ids"}):
         raise InputError(f"a Batch has no {name}, which {adapter.model_type} reads")
+    if adapter.then is None and batch.cut:
+        raise InputError(
+            f"a calibration batch is a pair, and this {adapter.model_type} model has no decoder; "
+            "give what its encoder reads"
+        )
     if adapter.then is not None and not batch.cut:
         raise InputError(
             f"a calibration batch has no {_DECODER}, which {adapter.model_type} needs; give a "

@@ -30,12 +30,15 @@ class LayerCall:
     Attributes:
         span: the layer's tokens, first and behind the last; None is all.
         ahead: what the tokens in front of the layer's go through first; they stay so.
+        dtype: of what the model gives the layer for `ENCODED`; hidden states that are held together
+            may be wider (T5 in float16, whose FFN ends in float32).
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     span: tuple[int, int] | None = None
     ahead: nn.Module | None = None
+    dtype: torch.dtype | None = None
 
     def own(self, states: Tensor) -> Tensor:
         """The layer's tokens of hidden states (b, t, d)."""
@@ -45,7 +48,7 @@ class LayerCall:
         """What the layer is called with beside `own`."""
         if self.span is None or not self.span[0]:
             return self.args, self.kwargs
-        encoded = states[:, : self.span[0]]
+        encoded = states[:, : self.span[0]].to(self.dtype)
 
         def one(value: Any) -> Any:
             return encoded if value is ENCODED else value

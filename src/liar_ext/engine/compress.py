@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batch import Batch, first_samples
+from liar_ext.calibration.pairs import INSTEAD, WINDOWS
 from liar_ext.checkpoint.job import Job, clear_finished, job_folder, open_job
 from liar_ext.checkpoint.journal import check_identity, sync_path
 from liar_ext.checkpoint.load import resolve
@@ -174,6 +175,8 @@ def compress(
             )
             for text in left_over_warnings(left_over, model):
                 run.warn(text)
+            if calibration.form == WINDOWS:
+                run.warn(f"calibrated on {WINDOWS}; {INSTEAD}")
             limit = adapter.max_positions(text_config(model.config))
             if adapter.decoder and recipe.seq_len > limit:
                 run.warn(

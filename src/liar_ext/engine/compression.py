@@ -13,7 +13,7 @@ import torch
 
 from liar_ext.allocation import Budget
 from liar_ext.calibration.batch import Batch, shares
-from liar_ext.calibration.batches import check_enough
+from liar_ext.calibration.batches import check_enough, of_stack
 from liar_ext.checkpoint.reader import parameter_count
 from liar_ext.checkpoint.writer import write_json
 from liar_ext.engine.budgets import budgets, longest, targeted_layers
@@ -211,7 +211,8 @@ def few_tokens(
     held = held_out_tokens(batches, recipe)
     worst = max(widest, key=lambda stack: widest[stack] / read[stack])
     own = round(tokens * read[worst])
-    return check_enough(own, widest[worst], round(held * read[worst]))
+    whose = of_stack(worst, len(read), tokens)
+    return check_enough(own, widest[worst], round(held * read[worst]), whose)
 
 
 def check_model(store: LayerStore, recipe: Recipe, left_out: LeftOut | None = None) -> Driver:

@@ -90,7 +90,7 @@ class TwoStacks(Passage):
         # the model's own may be without weights when the layers are run
         others[0].ahead = copy.deepcopy(self.backbone.get_submodule(self._between))
         for call in others:
-            call.span = (cut, length)
+            call.span, call.dtype = (cut, length), states.dtype
             call.args = tuple(ENCODED if value is states else value for value in call.args)
             call.kwargs = {n: ENCODED if v is states else v for n, v in call.kwargs.items()}
         return torch.cat((states, entering), 1), [*calls, *others]

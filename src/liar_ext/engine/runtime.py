@@ -120,7 +120,7 @@ class Runtime:
         with self.clock.phase("load"):
             self.store.open_outside()
             for index in self.passage.needed:
-                self.store.open(index)
+                self.store.open(index, aside=True)
         stream.embed(self.passage)
         for index in self.passage.needed:
             self.close(index)

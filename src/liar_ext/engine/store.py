@@ -37,8 +37,8 @@ class LayerStore(Protocol):
         """From here on only these are opened, from the first to the last of them, so no other one
         has to be read ahead; until the next call. Without one all are."""
 
-    def open(self, index: int) -> None:
-        """Make layer `index` available."""
+    def open(self, index: int, *, aside: bool = False) -> None:
+        """Make layer `index` available; `aside` from the order in which layers are read ahead."""
 
     def close(self, index: int, *, final: bool) -> None:
         """Give layer `index` up; `final` if it is as it shall be written."""
@@ -59,7 +59,7 @@ class InMemory:
     def close_head(self) -> None: ...
     def prepare(self, widths: list[dict[str, int]], added_biases: list[str], done: int) -> None: ...
     def expect(self, layers: Iterable[int]) -> None: ...
-    def open(self, index: int) -> None: ...
+    def open(self, index: int, *, aside: bool = False) -> None: ...
     def close(self, index: int, *, final: bool) -> None: ...
 
     def written(self) -> dict[str, str]:

@@ -55,7 +55,9 @@ def kind_of(model: PreTrainedModel) -> str:
     """
     from transformers.models.auto import modeling_auto as auto
 
-    if type(model).__name__ in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+    # the mapping has decoders that listen, too (Qwen2-Audio)
+    known = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    if getattr(model.config, "is_encoder_decoder", False) and type(model).__name__ in known:
         return ENCODER_DECODER
     return DECODER if is_decoder(model) else ENCODER
 

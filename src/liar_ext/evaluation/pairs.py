@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liar_ext.calibration.pairs import padded
+from liar_ext.calibration.pairs import check_all_pairs, padded
 from liar_ext.calibration.sources import Corpus, read
 from liar_ext.errors import InputError
 from liar_ext.evaluation import estimate
@@ -50,9 +50,10 @@ def read_pairs(path: str) -> Pairs:
     """Pairs of texts.
 
     Raises:
-        InputError: the source cannot be read, or has no pairs.
+        InputError: the source cannot be read, or has no pairs, or records that are none.
     """
     corpus = read(path)
+    check_all_pairs(corpus)
     if not corpus.pairs:
         raise InputError(
             f"{path}: has no pairs of texts; give a .jsonl whose lines have the fields source and "

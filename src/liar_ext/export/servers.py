@@ -258,9 +258,9 @@ def _llama_cpp(facts: Facts) -> Verdict:
 
 
 def _onnx(facts: Facts) -> Verdict:
-    if adapter_for(facts.config).then is not None:
-        what = "liar export makes graphs of decoders and encoders, and this has one of each"
-        return Verdict("ONNX Runtime", UNKNOWN, what, "")
+    if adapter_for(facts.config).hands_on:
+        what = "liar export --format onnx makes no graph of layers that hand position biases on"
+        return Verdict("ONNX Runtime", NO, what, "run: liar export --format onnx")
     return Verdict(
         "ONNX Runtime",
         YES,

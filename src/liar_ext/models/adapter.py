@@ -39,12 +39,14 @@ class Decoder:
         path: of the stack in the backbone; layers: of its list of layers in the stack.
         sites: of its layers, of the kinds that those of the encoder have.
         between: what is between the encoder's last layer and the decoder, in the backbone.
+        across: linears of a layer that read the encoder's tokens.
     """
 
     path: str
     layers: str
     sites: tuple[SiteSpec, ...]
     between: str
+    across: tuple[str, ...]
 
 
 def plain_head_dim(config: PretrainedConfig) -> int:

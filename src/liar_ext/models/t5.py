@@ -39,7 +39,13 @@ def _variant(config: PretrainedConfig) -> Mapping[str, Any]:
     # the first release of T5 divides what its output embedding is given
     scaled = Shape(scale=config.d_model**-0.5)
     return found | {
-        "then": Decoder("decoder", "block", (_ffn(2, gated),), "encoder.final_layer_norm"),
+        "then": Decoder(
+            path="decoder",
+            layers="block",
+            sites=(_ffn(2, gated),),
+            between="encoder.final_layer_norm",
+            across=("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
+        ),
         "takes": {"use_cache": False},
         "logits": scaled if getattr(config, "scale_decoder_outputs", False) else PLAIN,
     }
