@@ -17,6 +17,7 @@ from liar_ext import InputError
 from liar_ext.bench import latency as bench
 from liar_ext.bench.stopwatch import Stopwatch
 from liar_ext.bench.workload import cache_for, calls_of, materialise, unchanged, with_cache
+from liar_ext.caches import cache_option
 from liar_ext.calibration import Batch
 from liar_ext.checkpoint.reader import read_json
 from liar_ext.cli import main
@@ -137,7 +138,7 @@ def test_decoding_is_the_next_token_of_a_prefill(name):
     with torch.no_grad():
         hidden, calls = calls_of(empty(name), Workload("prefill", 2, 11), CPU, torch.float32)
         _, steps = calls_of(empty(name), Workload("decode", 2, 10), CPU, torch.float32)
-        options = {"use_cache": True, "past_key_values": DynamicCache(config=config)}
+        options = {"use_cache": True, cache_option(backbone): DynamicCache(config=config)}
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
         _, fills = record_calls(backbone, layers, batch, CPU, options)
         for index, layer in enumerate(layers):
@@ -158,7 +159,8 @@ def test_a_cache_is_as_wide_as_what_a_model_keeps(name):
     kept = DynamicCache(config=config)
     with torch.no_grad():
         ids = torch.full((2, 5), 3)
-        adapter.backbone(real)[1](input_ids=ids, use_cache=True, past_key_values=kept)
+        backbone = adapter.backbone(real)[1]
+        backbone(input_ids=ids, use_cache=True, **{cache_option(backbone): kept})
         hidden, calls = calls_of(model, work, CPU, torch.float32)
         for index, layer in enumerate(adapter.layer_list(real)[1]):
             cache = cache_for(model, index, layer, hidden, calls[index], work)
