@@ -1,6 +1,6 @@
 """Train a small T5 on WikiText-2, to see `liar prune` and `liar eval --pairs` at work on it.
 
-    python examples/encoder_decoder.py --data DIR --out t5      # about five minutes of two cores
+    python examples/encoder_decoder.py --data DIR --out t5      # about ten minutes of one core
 
 DIR has `wikitext2/valid.txt` and `wikitext2/test.txt`. The task is T5's own (Raffel et al. 2020,
 section 3.1.4): words of a sentence are missing, and the model writes them. Written are
