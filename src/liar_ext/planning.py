@@ -167,10 +167,13 @@ def plan(
     )
     reads, again = reads_of(recipe), not found.pop("library")
     stop, dense_flops = dense_path(by_layer, all_layers, driver, left_out)
+    # first layers of stacks are run once more, for what they hand on
+    starts = [0, *(len(own) for _, own in adapter.chain(model).stacks[:-1])]
+    entering = sum(by_layer[start] for start in starts) if adapter.hands_on else 0
     flops = compression_flops(
         every,
         tokens,
-        sum(by_layer[:stop]),
+        sum(by_layer[:stop]) + entering,
         recipe,
         passes=2 if again and needs_tokens(recipe) else 1,
         grams=2 if again and reads == "moments" else 1,
