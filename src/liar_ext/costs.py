@@ -26,7 +26,7 @@ class SitePlan:
 
     Attributes:
         across: it stands in for layers that are left out behind it.
-        stack: of layers that it is in; share: of the calibration tokens, those that pass it.
+        stack: of layers that it is in, see `Tokens.shares`.
         beside: numbers for a token that a forward paused there holds beside what one of a LLaMA
             does, see `held_beside`.
     """
@@ -42,7 +42,6 @@ class SitePlan:
     producer_rows: int
     across: bool = False
     beside: int = 0
-    share: float = 1.0
     stack: int = 0
 
 
@@ -187,9 +186,11 @@ def compression_flops(
         for s in sites
     )
     consumers = sum(
-        s.share * 2 * s.outputs * s.columns_before for s in sites if recipe.paired or s.across
+        tokens.shares[s.stack] * 2 * s.outputs * s.columns_before
+        for s in sites
+        if recipe.paired or s.across
     )
-    squares = grams * sum(s.share * s.columns_before**2 for s in sites)
+    squares = grams * sum(tokens.shares[s.stack] * s.columns_before**2 for s in sites)
     return {
         "forward": round(tokens.positions * (passes * forward + beside + consumers)),
         "gram": round((squares + consumers) * tokens.tokens),

@@ -168,8 +168,8 @@ def plan(
     reads, again = reads_of(recipe), not found.pop("library")
     stop, dense_flops = dense_path(by_layer, all_layers, driver, left_out)
     # first layers of stacks are run once more, for what they hand on
-    starts = [0, *(len(own) for _, own in adapter.chain(model).stacks[:-1])]
-    entering = sum(by_layer[start] for start in starts) if adapter.hands_on else 0
+    starts = adapter.chain(model).starts if adapter.hands_on else []
+    entering = sum(by_layer[start] for start in starts)
     flops = compression_flops(
         every,
         tokens,
@@ -322,16 +322,13 @@ def _shrink(
         rows, outputs = producer_rows(site), site.weight().shape[0]
         across = index in gaps and kind == adapter.sites[-1].kind
         beside = 0 if tokens is None else held_beside(model, site, tokens.seq_len)
-        stack = layers.stack(index)
-        share = 1.0 if tokens is None else tokens.shares[stack]
         site.shrink(torch.arange(units))
         sites.append(
             SitePlan(
                 *(index, kind, site.name, before, units, columns, units * each, outputs, rows),
                 across=across,
                 beside=beside,
-                share=share,
-                stack=stack,
+                stack=layers.stack(index),
             )
         )
     for index in range(len(adapter.chain(model))):

@@ -118,6 +118,7 @@ def fitted(
     """The Sites that keep all their columns and are fitted: in front of gaps, and with `--refit
     all` those behind a change. `length`: of the longest calibration sequence."""
     found: list[SitePlan] = []
+    layers = adapter.chain(model)
     for index, kinds in driver.beside.items():
         own = kinds if index not in driver.targets else set(kinds) - set(driver.recipe.target)
         found += [
@@ -130,6 +131,7 @@ def fitted(
                 producer_rows=producer_rows(site),
                 across=index in gaps and site.kind == adapter.sites[-1].kind,
                 beside=held_beside(model, site, length),
+                stack=layers.stack(index),
             )
             for site in adapter.sites_of(model, index, tuple(own))
         ]

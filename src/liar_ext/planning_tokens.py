@@ -95,16 +95,15 @@ def tokens_needed_by(sites: Sequence[SitePlan], tokens: Tokens, recipe: Recipe) 
     if not solved:
         return {"minimum": 1, "recommended": 1, "problem": None}
     # where stacks read other tokens, the Site that has fewest for its columns
-    worst = max(solved, key=lambda site: site.columns_before / site.share)
+    worst = max(solved, key=lambda site: site.columns_before / tokens.shares[site.stack])
+    share = tokens.shares[worst.stack]
     width = worst.columns_before
-    own, held = round(tokens.tokens * worst.share), round(tokens.held_out * worst.share)
+    own, held = round(tokens.tokens * share), round(tokens.held_out * share)
     whose = of_stack(worst.stack, len(tokens.shares), tokens.tokens)
     try:
         problem = check_enough(own, width, held, whose)
     except InputError as error:
         problem = str(error)
     # of all tokens, so that the stack which has fewest has these
-    least, recommended = (
-        math.ceil(number / worst.share) for number in tokens_needed(width, own, held)
-    )
+    least, recommended = (math.ceil(number / share) for number in tokens_needed(width, own, held))
     return {"minimum": least, "recommended": recommended, "problem": problem}

@@ -618,3 +618,14 @@ def test_windows_of_text_are_told_from_pairs(tmp_path):
     assert any("pairs of texts (source, target)" in text for text in report.warnings)
     notes = planning.plan(tmp_path / "dense", recipe, rates=None)["notes"]
     assert any("pairs of texts (source, target)" in note for note in notes)
+
+
+def test_sites_that_are_fitted_as_well_are_planned_on_their_own_tokens(tmp_path):
+    """One layer is pruned, and all behind it are fitted, in both stacks."""
+    PAIRED["t5"].build().save_pretrained(tmp_path / "dense")
+    recipe = _recipe(tmp_path, target=("ffn",), layers=(1, 2), refit="all", target_signal="dense")
+    report = liar_ext.compress(tmp_path / "dense", tmp_path / "small", recipe)
+    assert [site.layer for site in report.sites] == [1, 2, 3, 4]
+    found = planning.plan(tmp_path / "dense", recipe, rates=None)["flops"]
+    # Grams and products with the drift of 32 outputs, of half of the tokens each
+    assert found["gram"] == 4 * (48**2 + 2 * 32 * 48) * (48 * 12)

@@ -21,7 +21,6 @@ class Passage:
 
     Attributes:
         layers: in the order in which they run.
-        heads: the first layer of each stack.
     """
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
@@ -31,10 +30,7 @@ class Passage:
     @property
     def needed(self) -> list[int]:
         """The layers that have to be open to `enter`."""
-        if not self.adapter.hands_on:
-            return []
-        stacks = [self.layers.stack(index) for index in range(len(self.layers))]
-        return [stacks.index(stack) for stack in dict.fromkeys(stacks)]
+        return self.layers.starts if self.adapter.hands_on else []
 
     def enter(self, batch: Batch, device: torch.device) -> tuple[Tensor, list[LayerCall]]:
         """What enters the first layer (b, t, d), and how each layer is called (`record_calls`)."""

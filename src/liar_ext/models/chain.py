@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from torch import nn
 
@@ -38,6 +39,11 @@ class Chain:
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def starts(self) -> list[int]:
+        """The first layer of each list."""
+        return [*accumulate((len(layers) for _, layers in self.stacks[:-1]), initial=0)]
 
     def path(self, index: int) -> str:
         """Of a layer in the model."""
