@@ -50,7 +50,7 @@ def definition(dense, model, ids, seq_len):
 @pytest.mark.parametrize("way", ["live", "recorded"])
 def test_it_is_the_definition(llama, pruned, ids, batch_size, way, tmp_path, monkeypatch):
     # chunks of three positions
-    monkeypatch.setattr(windows_module, "_CHUNK_LOGITS", 97 * batch_size * 3)
+    monkeypatch.setattr(windows_module, "CHUNK_LOGITS", 97 * batch_size * 3)
     kl, same = definition(llama, pruned, ids, 16)
     assert kl.min() > 0.01 and 0 < same.mean() < 1
     losses = window_losses(llama, ids, 16)

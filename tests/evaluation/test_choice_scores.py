@@ -134,7 +134,7 @@ def test_neither_batches_nor_neighbours_matter(demo, demo_tokenizer, tmp_path):
 def test_chunks_of_the_loss_change_nothing(demo, demo_tokenizer, tmp_path, monkeypatch):
     found = encode(read_choices(write_jsonl(tmp_path / "a.jsonl", RECORDS["race"])), demo_tokenizer)
     whole = score(demo, found, 4)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 4096 * 4 * 3)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 4096 * 4 * 3)
     cut = score(demo, found, 4)
     assert torch.allclose(cut.text_loss, whole.text_loss, rtol=1e-6)
     assert torch.allclose(cut.log_likelihood, whole.log_likelihood, rtol=1e-6)

@@ -50,6 +50,16 @@ class Batch:
         return cls(places, torch.ones_like(places, dtype=torch.bool), features=features)
 
     @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]]) -> Batch:
+        """Of tokens, with padding behind, as the mask says; what it is made of is never seen."""
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for at, row in enumerate(rows):
+            ids[at, : len(row)] = torch.tensor(row)
+            mask[at, : len(row)] = True
+        return cls(ids, mask)
+
+    @classmethod
     def of_pair(cls, source: Batch, target: Batch) -> Batch:
         """Of an encoder-decoder.
 

@@ -137,7 +137,28 @@ def make_batches(
         sentences = corpus.sentences()
         ids = draw(len(sentences), samples, seed)
         batches = _padded([sentences[i] for i in ids], tokenizer, seq_len, batch_size)
-    check_vocabulary(corpus.name, batches, vocab_size)
+    return calibration_of(
+        corpus, batches, ids, seed=seed, seq_len=seq_len, samples=samples, vocab_size=vocab_size
+    )
+
+
+def calibration_of(
+    corpus: Corpus,
+    batches: tuple[Batch, ...],
+    ids: Sequence[int],
+    *,
+    seed: int,
+    seq_len: int,
+    samples: int,
+    vocab_size: int,
+    form: str = "",
+) -> Calibration:
+    """What was drawn of a corpus; `ids`: see `Calibration.sample_ids`, the others `make_batches`.
+
+    Raises:
+        InputError: token ids outside the vocabulary.
+    """
+    _check_vocabulary(corpus.name, batches, vocab_size)
     return Calibration(
         batches=batches,
         source=corpus.name,
@@ -147,6 +168,7 @@ def make_batches(
         requested=samples,
         sample_ids=tuple(ids),
         sketch=tuple(sketch(corpus)),
+        form=form,
     )
 
 
@@ -325,8 +347,7 @@ def _cut(samples: Batch, batch_size: int) -> tuple[Batch, ...]:
     return tuple(batches)
 
 
-def check_vocabulary(name: str, batches: Sequence[Batch], vocab_size: int) -> None:
-    """Raises InputError where a token is in no row of the model's embedding."""
+def _check_vocabulary(name: str, batches: Sequence[Batch], vocab_size: int) -> None:
     for batch in batches:
         highest = int(batch.input_ids.max())
         if highest >= vocab_size:

@@ -11,13 +11,12 @@ from torch import Tensor
 from liar_ext.calibration.batch import Batch
 from liar_ext.calibration.batches import (
     Calibration,
+    calibration_of,
     check_sizes,
-    check_vocabulary,
     draw,
     stream_windows,
     windows_of,
 )
-from liar_ext.calibration.overlap import sketch
 from liar_ext.calibration.sources import Corpus
 from liar_ext.errors import InputError
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 # what a calibration is of
 PAIRS, WINDOWS = "pairs of texts", "windows of text, cut in the middle"
 INSTEAD = "pairs of texts (source, target), as the model is used on, say more"
-# beside a target's tokens in a batch: the decoder's own padding is not attended to
-_PADDING = 0
 
 
 def start_token(config: PretrainedConfig) -> int:
@@ -101,16 +98,12 @@ def pair_batches(
         windows, total = windows_of(corpus, tokenizer, samples, 2 * seq_len, seed)
         drawn = draw(total, samples, seed)
         batches = _halves(windows[drawn], batch_size, start)
-    check_vocabulary(corpus.name, batches, vocab_size)
-    return Calibration(
-        batches=batches,
-        source=corpus.name,
-        sha256=corpus.sha256,
+    return calibration_of(
+        *(corpus, batches, drawn),
         seed=seed,
         seq_len=seq_len,
-        requested=samples,
-        sample_ids=tuple(drawn),
-        sketch=tuple(sketch(corpus)),
+        samples=samples,
+        vocab_size=vocab_size,
         form=form,
     )
 
@@ -148,17 +141,6 @@ def _pairs(
     batches = []
     for first in range(0, len(rows), batch_size):
         own = rows[first : first + batch_size]
-        source, target = (padded([row[place] for row in own]) for place in (0, 1))
+        source, target = (Batch.of_rows([row[place] for row in own]) for place in (0, 1))
         batches.append(Batch.of_pair(source, target))
     return tuple(batches)
-
-
-def padded(rows: Sequence[Sequence[int]]) -> Batch:
-    """Rows of tokens as one batch, with padding behind; the mask says what it is."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), _PADDING, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = True
-    return Batch(ids, mask)

@@ -213,13 +213,16 @@ def _record(where: str, record: Any, field: str = "") -> _Record:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object with a field 'text', got {record!r:.40}")
     strings = [key for key, value in record.items() if isinstance(value, str)]
-    sides = field.split(PAIR_SIGN, 1) if PAIR_SIGN in field else list(PAIR) * (not field)
-    paired = PAIR_SIGN in field or (bool(sides) and set(PAIR) <= set(strings))
+    sides: list[str] = []
+    if PAIR_SIGN in field:
+        sides = field.split(PAIR_SIGN, 1)
+    elif not field and set(PAIR) <= set(strings):
+        sides = list(PAIR)
     if field:
         names = sides or [field]
     elif "text" in record:
         names = ["text"]
-    elif paired:
+    elif sides:
         names = sides
     elif "sentence1" in record and "sentence2" in record:
         names = ["sentence1", "sentence2"]
@@ -228,7 +231,7 @@ def _record(where: str, record: Any, field: str = "") -> _Record:
     found = f"found {', '.join(map(str, record)) or 'none'}"
     if not names or (names is strings and len(strings) > 1):
         raise InputError(f"{where}: no field 'text' and not exactly one string field ({found})")
-    for name in dict.fromkeys([*names, *(sides if paired else [])]):
+    for name in dict.fromkeys([*names, *sides]):
         if name not in strings:
             state = "is not a string" if name in record else f"is missing ({found})"
             raise InputError(f"{where}: field {name!r} {state}; every record needs it as a string")
@@ -238,7 +241,7 @@ def _record(where: str, record: Any, field: str = "") -> _Record:
             raise InputError(
                 f"{where}: field {name!r} has an unpaired surrogate; remove it"
             ) from None
-    pair = (record[sides[0]], record[sides[1]]) if paired else None
+    pair = (record[sides[0]], record[sides[1]]) if sides else None
     return _Record(where, [record[name] for name in names], pair)
 
 

@@ -36,9 +36,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation.choice_tokens import EncodedSet, Row
 from liar_ext.evaluation.choices import ChoiceSet
 from liar_ext.evaluation.mode import check_ids, inference, positions_of
-
-# float32 logits of one chunk: 256 MiB
-_CHUNK_LOGITS = 1 << 26
+from liar_ext.evaluation.perplexity import CHUNK_LOGITS
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +202,7 @@ def _losses(
     targets, whole, own = (tensor.to(logits.device) for tensor in (targets, whole, own))
     text = torch.zeros(len(rows), dtype=torch.float64, device=logits.device)
     continuation = torch.zeros_like(text)
-    step = max(1, _CHUNK_LOGITS // (len(inputs) * logits.shape[-1]))
+    step = max(1, CHUNK_LOGITS // (len(inputs) * logits.shape[-1]))
     for begin in range(0, width, step):
         part = slice(begin, begin + step)
         chunk = logits[:, part].float()

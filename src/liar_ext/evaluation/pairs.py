@@ -21,18 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liar_ext.calibration.pairs import check_all_pairs, padded
+from liar_ext.calibration.batch import Batch
+from liar_ext.calibration.pairs import check_all_pairs
 from liar_ext.calibration.sources import Corpus, read
+from liar_ext.engine.loss import NO_TARGET
 from liar_ext.errors import InputError
 from liar_ext.evaluation import estimate
 from liar_ext.evaluation.measured import Dense, Measured
 from liar_ext.evaluation.mode import check_ids, inference
-from liar_ext.evaluation.perplexity import check_windows
+from liar_ext.evaluation.perplexity import CHUNK_LOGITS, check_windows
 from liar_ext.evaluation.task import Evaluation
-
-# float32 logits of one chunk of targets
-_CHUNK_LOGITS = 1 << 26
-_NO_TARGET = -100
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,9 @@ class PairsMeasure:
 
     def _batch(self, model: nn.Module, own: Sequence[int], device: torch.device) -> Tensor:
         """Mean loss and share of right tokens of each target, (2, b) float64."""
-        source = padded([self._sources[place] for place in own])
-        target = padded([self._targets[place] for place in own])
-        labels = target.input_ids.masked_fill(~target.attention_mask, _NO_TARGET).to(device)
+        source = Batch.of_rows([self._sources[place] for place in own])
+        target = Batch.of_rows([self._targets[place] for place in own])
+        labels = target.input_ids.masked_fill(~target.attention_mask, NO_TARGET).to(device)
         output = model(
             input_ids=source.input_ids.to(device),
             attention_mask=source.attention_mask.to(device),
@@ -145,12 +143,12 @@ class PairsMeasure:
             )
         labels, (batch, length, vocabulary) = labels.to(logits.device), logits.shape
         total = torch.zeros(2, batch, dtype=torch.float64, device=logits.device)
-        step = max(1, _CHUNK_LOGITS // (batch * vocabulary))
+        step = max(1, CHUNK_LOGITS // (batch * vocabulary))
         for first in range(0, length, step):
             part, wanted = logits[:, first : first + step].float(), labels[:, first : first + step]
             losses = F.cross_entropy(
-                part.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=_NO_TARGET
+                part.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NO_TARGET
             )
             right = part.argmax(-1) == wanted
             total += torch.stack([losses.view(batch, -1).double().sum(1), right.double().sum(1)])
-        return total / (labels != _NO_TARGET).sum(1)
+        return total / (labels != NO_TARGET).sum(1)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # float32 logits of one chunk: 256 MiB. a vocabulary of 128k takes 2 GiB for 4096 tokens otherwise
-_CHUNK_LOGITS = 1 << 26
+CHUNK_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
 def positions(logits: Tensor) -> Iterator[slice]:
     """The positions that predict a token, in chunks whose float32 logits fit into 256 MiB."""
     batch, length, vocabulary = logits.shape
-    step = max(1, _CHUNK_LOGITS // (batch * vocabulary))
+    step = max(1, CHUNK_LOGITS // (batch * vocabulary))
     for begin in range(0, length - 1, step):
         yield slice(begin, min(begin + step, length - 1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +182,8 @@ def _tokens(pair: tuple[str, str], tokenizer: Any) -> tuple[list[int], int]:
 
 
 def _padded(rows: Sequence[tuple[list[int], int]]) -> Batch:
-    length = max(len(row) for row, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    answers = torch.zeros_like(mask)
-    for at, (row, asked) in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
-        mask[at, : len(row)] = True
-        answers[at, asked : len(row)] = True
-    return Batch(ids, mask, answers)
+    batch = Batch.of_rows([row for row, _ in rows])
+    answers = batch.attention_mask.clone()
+    for at, (_, asked) in enumerate(rows):
+        answers[at, :asked] = False
+    return replace(batch, answers=answers)
