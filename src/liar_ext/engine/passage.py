@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liar_ext.calibration.batch import Batch
-from liar_ext.engine.calls import ENCODED, LayerCall, last_hidden, left, record_calls, recorded
+from liar_ext.engine.calls import (
+    ENCODED,
+    LayerCall,
+    given,
+    last_hidden,
+    left,
+    record_calls,
+    recorded,
+)
 from liar_ext.models import Adapter
 from liar_ext.models.adapter import Decoder
 from liar_ext.models.chain import Chain
@@ -69,7 +77,7 @@ class TwoStacks(Passage):
         states, calls = recorded(
             self._encoder,
             self._encoding,
-            self._inputs(source, device),
+            given(self.backbone, source, device),
             own.returns,
             hands_on=own.hands_on,
         )
@@ -98,14 +106,11 @@ class TwoStacks(Passage):
         own = final[:, batch.cut :]
         return left(self._decoder, self._decoding, inputs, own, self.adapter.returns)
 
-    def _inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        return {"input_ids": batch.input_ids.to(device), "attention_mask": batch.mask_on(device)}
-
     def _beside(
         self, source: Batch, target: Batch, device: torch.device, encoded: Tensor
     ) -> dict[str, Any]:
         return {
-            **self._inputs(target, device),
+            **given(self.backbone, target, device),
             **self.adapter.options,
             "encoder_hidden_states": encoded,
             "encoder_attention_mask": source.mask_on(device),
